@@ -1,0 +1,298 @@
+"""Offline calibration: the paper's Algorithm 2, the coefficients φ (Eq. 13) and the K/B fit (Eq. 20–21).
+
+Calibration is the inference loop, watched: `on_step` sees every (x_i, v_i) and hands back the velocity that a cached
+run would have used. Prompts go through in batches. Only sums over elements and prompts are kept, so memory does not
+grow with their number, and a killed calibration goes on after its last finished batch.
+
+Algorithm 2 decides step by step for all prompts at once. To decide the same from batches, a whole pass is made under
+a tentative S while the distances ‖r_i − r_c‖₁ of *all* pairs of steps are summed; S is then read off again, until it
+no longer changes. Decisions depend only on earlier ones, so each pass settles at least one more step, and the fixed
+point is the S of Algorithm 2 on the whole set. Two passes are usual.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from ertacache import algorithm
+from ertacache.errors import UserError
+from ertacache.files import write_atomically
+from ertacache.plan import Conditions, ThresholdPlan
+from ertacache.provenance import library_versions
+
+Sums = dict[str, np.ndarray]
+FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a watched pass imitates: S, φ on it, and K, B of each step ([T] each, or empty)."""
+
+    cached: tuple[int, ...] = ()
+    phi: tuple[float, ...] = ()
+    k: tuple[float, ...] = ()
+    b: tuple[float, ...] = ()
+
+
+class Ledger:
+    """Running sums on disk, one small file a pass, rewritten after each batch of prompts."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def run(self, key: str, batches: int, sums_of: Callable[[int], Sums]) -> Sums:
+        """Sum `sums_of(batch)` over all batches, from the first one that is not yet in the file."""
+        path = self._path(key)
+        total = dict(load_file(path)) if path.exists() else {}
+        for batch in range(self.finished(key), batches):
+            for name, value in sums_of(batch).items():
+                total[name] = np.asarray(total.get(name, 0.0) + np.asarray(value, np.float64))
+            total["finished"] = np.asarray(batch + 1)
+            write_atomically(path, save(total))
+        return total
+
+    def finished(self, key: str) -> int:
+        """How many batches of this pass are in the file."""
+        path = self._path(key)
+        return int(load_file(path)["finished"]) if path.exists() else 0
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{_digest(key)[:32]}.safetensors"
+
+
+class Calibration:
+    """Algorithm 2 and the fits, for one program, pipeline, set of prompts and cache site.
+
+    program: a model folder's `generate.py` (`prepare`, `denoise`, `open_site`). prompts, seeds: one seed a prompt.
+    settings: keyword arguments of `prepare`, with `steps`. work: folder for the ledger, removed by `finish`.
+    """
+
+    def __init__(self, program, pipe, prompts, seeds, *, settings, site, batch_size, work, model_id="", progress=True):
+        if not prompts:
+            raise UserError("no calibration prompts: give a file with one prompt a line")
+        if len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} calibration prompts but {len(seeds)} seeds: give one seed a prompt")
+        if settings["steps"] < 3:
+            raise UserError(f"steps = {settings['steps']}: at least 3 are needed, the first and the last are computed")
+        self.program, self.pipe, self.site = program, pipe, site
+        self.prompts, self.seeds, self.settings = list(prompts), list(seeds), dict(settings)
+        self.batch_size, self.model_id, self.progress = batch_size, model_id, progress
+        self.steps = settings["steps"]
+        self.starts = range(0, len(prompts), batch_size)
+        recorded = {k: v for k, v in settings.items() if k != "steps"}
+        recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
+        self.conditions = Conditions.of(pipe, self.steps, recorded)
+        self.identity = {
+            "model": model_id,
+            "weights": _fingerprint(pipe.transformer),
+            "prompts": {"count": len(prompts), "sha256": _digest("\n".join(prompts))},
+            "seeds": self.seeds,
+            "batch_size": batch_size,
+            "site": site,
+        }
+        bound = [self.steps, self.conditions.model, self.conditions.scheduler, self.conditions.settings]
+        self.work = Path(work) / f"calibration-{_digest([self.identity, bound])[:12]}.partial"
+        self.ledger = Ledger(self.work)
+        self.bar = tqdm(disable=None if progress else True, unit="call", desc="calibrate", total=0)
+
+    # --- passes over the calibration set ---------------------------------------------------------------------
+
+    def inputs(self, batch: int):
+        part = slice(self.starts[batch], self.starts[batch] + self.batch_size)
+        return self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings)
+
+    def watch(self, schedule: Schedule, pairs: bool) -> Sums:
+        """Imitate a cached run with the model computed at every step, and sum what is seen. Each [T] unless said:
+
+        norm ‖r_i‖₁, error ‖ṽ_i − v_i‖₁, velocity ‖v_i‖₁, change ‖v_i − v_{i−1}‖₁, moments [T, 5] (n, Σṽ, Σε, Σṽ²,
+        Σṽε), and with `pairs` distance [T, T], ‖r_i − r_c‖₁ for every c < i.
+        """
+        key = json.dumps(["watch", pairs, schedule.cached, schedule.phi, schedule.k, schedule.b])
+        self.expect(key, self.steps)
+        return self.ledger.run(key, len(self.starts), lambda batch: self.watch_batch(batch, schedule, pairs))
+
+    def watch_batch(self, batch: int, schedule: Schedule, pairs: bool) -> Sums:
+        inputs, steps = self.inputs(batch), self.steps
+        if schedule.phi:
+            grid = algorithm.adjusted_sigmas(inputs.sigmas.cpu().numpy(), schedule.phi)
+            inputs = replace(inputs, sigmas=torch.from_numpy(grid).to(inputs.sigmas.device))
+        sums = {name: np.zeros(steps) for name in ("norm", "error", "velocity", "change")}
+        sums |= {"moments": np.zeros((steps, 5)), "distance": np.zeros((steps, steps) if pairs else (0, 0))}
+        residuals, newest, previous = {}, 0, None
+
+        def on_step(i, x, v):
+            nonlocal newest, previous
+            r = site.residual(x, v)
+            sums["norm"][i] = algorithm.l1_norm(r)
+            sums["velocity"][i] = algorithm.l1_norm(v)
+            self.require_finite(sums["norm"][i] + sums["velocity"][i], batch, i)
+            if pairs:
+                for c, earlier in residuals.items():
+                    sums["distance"][c, i] = algorithm.l1_norm(r - earlier)
+            used = v
+            if i in schedule.cached:
+                used = site.reuse(x, inputs.sigmas[i], residuals[newest])
+                wide, error = used.float(), used.float() - v.float()
+                sums["error"][i] = algorithm.l1_norm(error)
+                sums["change"][i] = algorithm.l1_norm(v.float() - previous.float())
+                moments = (torch.ones_like(wide), wide, error, wide.square(), wide * error)
+                sums["moments"][i] = [m.sum(dtype=torch.float64).item() for m in moments]
+                if schedule.k:
+                    used = algorithm.rectify(used, schedule.k[i], schedule.b[i])
+            else:
+                newest = i
+            if pairs or i == newest:
+                if not pairs:
+                    residuals.clear()
+                residuals[i] = r
+            previous = v
+            self.bar.update()
+            return used
+
+        with self.program.open_site(self.pipe, inputs, self.site) as site:
+            final = self.program.denoise(self.pipe, inputs, None, on_step)
+        if not schedule.cached:
+            write_atomically(self.reference_path(batch), save({"latents": final.float().cpu().numpy()}))
+        return sums
+
+    def evaluate(self, plan: ThresholdPlan) -> float:
+        """Mean squared error of the final latents against the uncached run, by real cached runs with this plan."""
+
+        def sums_of(batch):
+            def count(i, x, v):
+                self.bar.update(i not in plan.cached)
+
+            final = self.program.denoise(self.pipe, self.inputs(batch), plan, count).float().cpu().numpy()
+            wanted = load_file(self.reference_path(batch))["latents"]
+            return {"squares": np.square(final - wanted, dtype=np.float64).sum(), "count": final.size}
+
+        key = json.dumps(["evaluate", plan.cached, plan.phi, plan.k, plan.b, plan.rectified])
+        self.expect(key, plan.nfe)
+        sums = self.ledger.run(key, len(self.starts), sums_of)
+        return float(sums["squares"] / sums["count"])
+
+    # --- from sums to a plan ---------------------------------------------------------------------------------
+
+    def plan(self, threshold: float) -> ThresholdPlan:
+        """The plan for one λ: Algorithm 2, then whichever of φ and K/B lowers the error on the calibration set."""
+        if not (np.isfinite(threshold) and threshold > 0):
+            raise UserError(f"threshold λ = {threshold}: give a finite number above 0, for example 0.1")
+        self.bar.set_description(f"calibrate λ={threshold:g}")
+        reference = self.watch(Schedule(), pairs=True)
+        cached, seen = self.search_policy(reference, threshold)
+        plain = ThresholdPlan(
+            conditions=self.conditions,
+            threshold=float(threshold),
+            cached=cached,
+            site=self.site,
+            native_sigmas=tuple(self.inputs(0).sigmas.tolist()),
+        )
+        if not cached:
+            return replace(plain, provenance=self.provenance("no step is cached at this λ", {}))
+        candidates = {"policy": plain}
+        for definition, measure in (("velocity", "velocity"), ("difference", "change")):
+            phi = [1.0] * self.steps
+            for i in cached:
+                phi[i] = algorithm.step_coefficient(seen["error"][i], seen[measure][i])
+            candidates[f"policy + time ({definition})"] = replace(plain, phi=tuple(phi), phi_definition=definition)
+        errors = {name: self.evaluate(plan) for name, plan in candidates.items()}
+        for name in dict.fromkeys(("policy", min(errors, key=errors.get))):
+            rectified = self.fit(candidates[name], seen if name == "policy" else None)
+            candidates[f"{name} + rectification"] = rectified
+            errors[f"{name} + rectification"] = self.evaluate(rectified)
+        best = min(errors, key=errors.get)
+        uniform = replace(plain, cached=algorithm.uniform_cached(self.steps, plain.nfe))
+        errors = {"uniform": self.evaluate(uniform), **errors}
+        return replace(candidates[best], provenance=self.provenance(best, errors))
+
+    def search_policy(self, reference: Sums, threshold: float) -> tuple[tuple[int, ...], Sums]:
+        """S of Algorithm 2 and the sums seen on its own cached trajectory."""
+        cached = algorithm.select_cached(reference["distance"], reference["norm"], threshold)
+        for _ in range(self.steps):
+            seen = self.watch(Schedule(cached), pairs=True)
+            again = algorithm.select_cached(seen["distance"], reference["norm"], threshold)
+            if again == cached:
+                break
+            cached = again
+        return cached, seen
+
+    def fit(self, plan: ThresholdPlan, seen: Sums | None) -> ThresholdPlan:
+        """K and B of every cached step (Eq. 20–21). seen: sums of the unrectified pass, when they are at hand."""
+        for _ in range(FIT_PASSES):
+            k, b = (plan.k, plan.b) if plan.rectified else ((), ())
+            seen = seen or self.watch(Schedule(plan.cached, plan.phi, k, b), pairs=False)
+            k, b = [0.0] * self.steps, [-2.0] * self.steps
+            for i in plan.cached:
+                k[i], b[i] = algorithm.fit_kb(*seen["moments"][i])
+            plan, seen = replace(plan, k=tuple(k), b=tuple(b), rectified=True), None
+        return plan
+
+    def provenance(self, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
+        started = self.work / "started"
+        if not started.exists():
+            write_atomically(started, date.today().isoformat().encode())
+        return {
+            **self.identity,
+            "libraries": library_versions(),
+            "date": started.read_text(),
+            "calibration": {"metric": "mean squared error of the final latents", "chosen": chosen, "errors": errors},
+        }
+
+    # --- small things ----------------------------------------------------------------------------------------
+
+    def reference_path(self, batch: int) -> Path:
+        return self.work / f"reference-{batch:04d}.safetensors"
+
+    def expect(self, key: str, calls: int) -> None:
+        self.bar.total += calls * (len(self.starts) - self.ledger.finished(key))
+        self.bar.refresh()
+
+    def require_finite(self, value: float, batch: int, step: int) -> None:
+        if not np.isfinite(value):
+            first = self.prompts[self.starts[batch]]
+            raise UserError(
+                f"the model gave a non-finite value at step {step}, batch of {first!r}: try --dtype float32"
+            )
+
+    def finish(self) -> None:
+        """Close the progress bar and remove the ledger; call it once the plans are saved."""
+        self.bar.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def calibrate(program, pipe, prompts, thresholds, *, save=None, **options) -> list[ThresholdPlan]:
+    """Plans for a list of λ from one set of prompts; options as for `Calibration`.
+
+    save(plan) is called for each plan as soon as it is ready; the ledger is removed after the last one.
+    """
+    calibration = Calibration(program, pipe, prompts, **options)
+    plans = []
+    for threshold in thresholds:
+        plans.append(calibration.plan(threshold))
+        if save:
+            save(plans[-1])
+    calibration.finish()
+    return plans
+
+
+def _digest(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16."""
+    if any(p.is_meta for p in module.parameters()):  # under sequential offload the weights are elsewhere
+        return "offloaded"
+    heads = [p.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for p in module.parameters()]
+    return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]

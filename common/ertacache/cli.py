@@ -1,0 +1,234 @@
+"""The command line of a model folder's `generate.py`: which plan, which runs, what is written."""
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ertacache import outputs, scenes
+from ertacache.calibrate import calibrate
+from ertacache.errors import UserError
+from ertacache.files import ensure_writable, read_prompts
+from ertacache.metrics import Lpips
+from ertacache.metrics import quality as measure
+from ertacache.plan import Conditions, ThresholdPlan
+
+
+def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=program.__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
+    add("--prompt", action="append", help="a prompt; may be given several times")
+    add("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    add("--seed", type=int, default=1000, help="seed of the first prompt; the next one has seed + 1, and so on")
+    add("--steps", type=int, default=30, help="T, steps of the uncached run")
+    add("--guidance", type=float, default=3.5)
+    add("--height", type=int)
+    add("--width", type=int)
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
+    choice.add_argument("--plan", metavar="FILE", help="cache by this plan file")
+    choice.add_argument("--baseline", action="store_true", help="the uncached run only")
+    add("--site", choices=("output", "blocks"), default="output", help="where the residual is cached")
+    add("--compare", action="store_true", help="also run uncached, and compare")
+    add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
+    add("--batch-size", type=int, default=4, help="prompts a model call")
+    add("--calibration-prompts", metavar="FILE", help="prompts for a λ that has no stored plan")
+    add("--out", default="sample", help="output folder (default: sample)")
+    add("--device", help="cuda or cpu (default: cuda when there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
+    add("--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory, slower")
+    return parser.parse_args(arguments)
+
+
+def generate(program, arguments: list[str] | None = None) -> None:
+    """Run a model folder's command line. program: its `generate.py` as a module."""
+    args = parse_arguments(program, arguments)
+    prompts = _prompts(program, args)
+    for name in ("repeats", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a whole number of at least 1")
+    if args.threshold is None and not args.plan and not args.baseline:
+        raise UserError("nothing to do: give --threshold λ, --plan FILE or --baseline")
+    out = ensure_writable(args.out)
+    pipe = load(program, args)
+    settings = program.settings_of(pipe, args.steps, args.guidance, args.height, args.width)
+    plan, plan_path = (None, None) if args.baseline else find_plan(program, pipe, args, settings)
+
+    methods = {"ertacache": plan} if plan else {"baseline": None}
+    if args.compare and plan:
+        methods = {"baseline": None, **methods}
+    runs = run_interleaved(program, pipe, prompts, args, settings, methods)
+    for method, run in runs.items():
+        outputs.save_pictures(out, run["pictures"], method)
+    report(program, args, prompts, runs, plan, plan_path, out)
+
+
+def load(program, args):
+    """The pipeline that the arguments ask for, quietly."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    return program.load(args.model, device, getattr(torch, dtype), args.offload)
+
+
+def _prompts(program, args) -> list[str]:
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other: give one of them")
+    prompts = args.prompt or read_prompts(args.prompts or program.FOLDER / "prompts" / "demo.txt")
+    if not all(p.strip() for p in prompts):
+        raise UserError("--prompt is empty: say what the picture should show")
+    return prompts
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
+def plan_name(model: str, steps: int, threshold: float, site: str) -> str:
+    """File name in `cache/`: MODEL-STEPS-λ.json, with "-blocks" for that site."""
+    short = re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-") or "model"
+    return f"{short}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
+
+
+def find_plan(program, pipe, args, settings):
+    """The plan to run with, and its path: a file that is named, one stored for λ, or one calibrated now."""
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    recorded = {k: v for k, v in settings.items() if k != "steps"} | {"dtype": dtype}
+    run = Conditions.of(pipe, settings["steps"], recorded)
+    if args.plan:
+        plan, path = ThresholdPlan.load(args.plan), Path(args.plan)
+        plan.check(run, remedy=f"make one with --threshold {plan.threshold:g} instead of --plan")
+        return plan, path
+    if not args.threshold > 0:
+        raise UserError(f"--threshold {args.threshold}: λ must be a number above 0, for example 0.1")
+    path = program.FOLDER / "cache" / plan_name(args.model, settings["steps"], args.threshold, args.site)
+    if not path.exists():
+        return calibrate_plan(program, pipe, args, settings, path), path
+    plan = ThresholdPlan.load(path)
+    plan.check(run, remedy=f"delete {path} to calibrate it anew under these conditions")
+    return plan, path
+
+
+def calibrate_plan(program, pipe, args, settings, path):
+    """Calibrate the plan for `args.threshold` and store it at `path`."""
+    default = "calibration-demo.txt" if args.model == "demo" else "calibration.txt"
+    prompts = read_prompts(args.calibration_prompts or program.FOLDER / "prompts" / default)
+    print(f"no stored plan for λ = {args.threshold:g}: calibrating on {len(prompts)} prompts", file=sys.stderr)
+    ensure_writable(path.parent)
+    plans = calibrate(
+        program,
+        pipe,
+        prompts,
+        [args.threshold],
+        seeds=range(len(prompts)),
+        settings=settings,
+        site=args.site,
+        batch_size=args.batch_size,
+        work=path.parent,
+        model_id=args.model,
+        save=lambda plan: plan.save(path),
+    )
+    return plans[0]
+
+
+# --- running and reporting ---------------------------------------------------------------------------------------
+
+
+def run_interleaved(program, pipe, prompts, args, settings, methods):
+    """Run each method `repeats` times in turn (A B A B …): name → pictures and denoising seconds, the median."""
+    runs = {name: {"seconds": [], "pictures": []} for name in methods}
+    parts = [slice(b, b + args.batch_size) for b in range(0, len(prompts), args.batch_size)]
+    seeds = range(args.seed, args.seed + len(prompts))
+    inputs = [program.prepare(pipe, prompts[p], seeds[p], **settings) for p in parts]
+    rounds = args.repeats + (len(methods) > 1)  # a comparison warms up first
+    bar = tqdm(total=rounds * len(methods) * len(parts) * settings["steps"], unit="step", disable=None)
+
+    def tick(i, x, v):
+        bar.update()
+
+    for number in range(rounds):
+        for name, plan in methods.items():
+            bar.set_description(name)
+            latents, start = [], time.perf_counter()
+            for part in inputs:
+                latents.append(program.denoise(pipe, part, plan, tick))
+            _synchronize(pipe)
+            if number or rounds == args.repeats:
+                runs[name]["seconds"].append(time.perf_counter() - start)
+            if number == 0:
+                pictures = [program.decode(pipe, z, part) for z, part in zip(latents, inputs, strict=True)]
+                runs[name]["pictures"] = np.concatenate(pictures)
+    bar.close()
+    for run in runs.values():
+        run["seconds"] = statistics.median(run["seconds"])
+    return runs
+
+
+def _synchronize(pipe) -> None:
+    if pipe._execution_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(program, args, prompts, runs, plan, plan_path, out) -> None:
+    """metrics.json (schema 1 of common/docs/metrics.md), comparison.png, and a line for people."""
+    method = "ertacache" if plan else "baseline"
+    both = "baseline" in runs and "ertacache" in runs
+    seconds = {"baseline": None, "cached": None}
+    seconds |= {{"ertacache": "cached"}.get(name, name): run["seconds"] for name, run in runs.items()}
+    quality = {"psnr": None, "ssim": None, "lpips": None}
+    if both:
+        quality = measure(runs["baseline"]["pictures"], runs["ertacache"]["pictures"], Lpips())
+    quality["prompt_accuracy"] = _prompt_accuracy(args.model, prompts, runs)
+    speedup = seconds["baseline"] / seconds["cached"] if both else None
+    metrics = {
+        "schema": 1,
+        "model": args.model,
+        "method": method,
+        "plan": _relative(plan_path, program.FOLDER) if plan else None,
+        "steps": args.steps,
+        "nfe": plan.nfe if plan else args.steps,
+        "prompts": len(prompts),
+        "latency_s": seconds,
+        "speedup": speedup,
+        "quality": quality,
+    }
+    outputs.save_metrics(out, metrics)
+    if not both:
+        print(f"{len(prompts)} pictures in {out}/, {metrics['nfe']} model calls each")
+        return
+    titles = (f"baseline, {args.steps} calls", f"ERTACache λ={plan.threshold:g}, {plan.nfe} calls")
+    sheet = outputs.comparison(prompts, runs["baseline"]["pictures"], runs["ertacache"]["pictures"], titles)
+    outputs.save_png(out / "comparison.png", sheet)
+    if quality["psnr"] is None:
+        print("PSNR has no number: a cached picture equals the uncached one", file=sys.stderr)
+    psnr = "equal" if quality["psnr"] is None else f"{quality['psnr']:.1f} dB"
+    print(
+        f"{len(prompts)} pictures in {out}/: {plan.nfe} of {args.steps} model calls, {speedup:.2f}× faster denoising "
+        f"({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s), PSNR {psnr}, SSIM {quality['ssim']:.4f}"
+    )
+
+
+def _prompt_accuracy(model, prompts, runs) -> dict:
+    accuracy = {"baseline": None, "cached": None}
+    if model != "demo":
+        return accuracy
+    for name, run in runs.items():
+        pictures = [outputs.to_uint8(p) for p in run["pictures"]]
+        accuracy[{"ertacache": "cached"}.get(name, name)] = scenes.prompt_accuracy(prompts, pictures)
+    if all(value is None for value in accuracy.values()):
+        print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
+    return accuracy
+
+
+def _relative(path: Path, folder: Path) -> str:
+    path = Path(path).resolve()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

@@ -1,0 +1,24 @@
+"""Errors that a person caused and can mend: one clear line, exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Wrong input. The message names the value and the remedy, on one line."""
+
+
+class PlanError(UserError):
+    """A plan that is damaged, or was not made for what it is asked to do."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a calibration goes on from its last finished batch", file=sys.stderr)
+        sys.exit(130)

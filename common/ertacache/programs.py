@@ -1,0 +1,102 @@
+"""Model folders are programs: this finds one, loads its `generate.py` by path, and loads its pipeline."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from ertacache.errors import UserError
+
+
+def load_program(folder: str | Path) -> ModuleType:
+    """The `generate.py` of a model folder as a module."""
+    path = Path(folder).resolve() / "generate.py"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: there is no generate.py in it (try ERTACache4FLUX)")
+    name = "ertacache_program_" + "".join(c if c.isalnum() else "_" for c in path.parent.name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_number(name: str, value: float, minimum: float) -> None:
+    if not math.isfinite(value) or value < minimum:
+        raise UserError(f"--{name} {value}: give a number of at least {minimum}")
+
+
+def check_size(name: str, value: int, multiple: int) -> None:
+    """A height or width that the VAE (and the packing of its latents) can take."""
+    if value < multiple or value % multiple:
+        lower = max(value // multiple * multiple, multiple)
+        raise UserError(
+            f"--{name} {value}: must be a multiple of {multiple} for this model, for example {lower} or "
+            f"{max(lower + multiple, multiple)}"
+        )
+
+
+def check_model_directory(path: Path, expected_class: str) -> None:
+    """Name what is missing from a local pipeline directory before hundreds of lines of loading code do."""
+    again = f"download it again with `hf download REPO --local-dir {path}`"
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline: {again}")
+    try:
+        index = json.loads((path / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}/model_index.json is damaged: {again}") from error
+    if index.get("_class_name") != expected_class:
+        raise UserError(f"{path} holds a {index.get('_class_name')}, this folder runs {expected_class}")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        component = path / name
+        if not component.is_dir() or not any(component.iterdir()):
+            raise UserError(f"{component} is missing or empty, the model is only partly downloaded: {again}")
+        if "config.json" in (f.name for f in component.iterdir()):
+            _check_weights(component, again)
+
+
+def _check_weights(component: Path, again: str) -> None:
+    wanted = set()
+    for index in component.glob("*.safetensors.index.json"):
+        wanted |= set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    missing = sorted(name for name in wanted if not (component / name).is_file())
+    found = [f for pattern in ("*.safetensors", "*.bin") for f in component.glob(pattern)]
+    if missing or not found:
+        name = component / missing[0] if missing else f"the weights of {component}"
+        raise UserError(f"{name} is missing, the model is only partly downloaded: {again}")
+
+
+def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload: str = "none"):
+    """A pipeline from a local directory or the hub, on its device. Every failure is one clear line."""
+    import torch
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is visible here; use --device cpu")
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"--offload {offload} moves parts of the model to a GPU in turn: it needs --device cuda")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_model_directory(path, pipeline_class.__name__)
+    elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise UserError(f"--model {model}: no such directory, and no hub id of the form OWNER/NAME; try --model demo")
+    try:
+        pipe = pipeline_class.from_pretrained(str(path) if path.is_dir() else str(model), torch_dtype=dtype)
+    except Exception as error:  # hub, json, safetensors and torch all raise their own types here
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        remedy = "the files are damaged, download them again" if path.is_dir() else "check the id, network and hf login"
+        raise UserError(f"cannot load --model {model} ({reason}): {remedy}, or try --model demo") from error
+    pipe.set_progress_bar_config(disable=True)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe

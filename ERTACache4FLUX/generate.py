@@ -1,0 +1,150 @@
+"""ERTACache for FLUX.1: text to image. `sh run.sh` runs it; README.md explains the flags.
+
+Shapes: B images, L = (H/16)(W/16) latent tokens, C channels a token; FLUX.1-dev at 1024²: L = 4096, C = 64.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ertacache.algorithm import euler_step, rectify
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@torch.no_grad()
+def denoise(pipe, inputs, plan=None, on_step=None):
+    """Algorithm 1. x: latents [B, L, C]; v: velocity, noise − data; s: sigma, 1 = noise … 0 = data; i counts up.
+
+    plan=None is FluxPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it returns
+    is used in place of v (this is how calibration watches and steers the same loop).
+    """
+    x = inputs.latents  # x_0 ~ N(0, I)
+    s = inputs.sigmas if plan is None else plan.grid(inputs.sigmas)  # s_0 … s_T, with φ (Eq. 13–14)
+    with open_site(pipe, inputs, plan.site if plan else "output") as site:
+        for i in range(len(s) - 1):
+            if plan is None or i not in plan.cached:  # i ∉ S
+                v = velocity(pipe, inputs, x, s[i])  # v_i = v_θ(x_i, s_i)
+                r = site.residual(x, v) if plan else None  # r̃ = v_i − x_i (Eq. 5)
+            else:
+                v = site.reuse(x, s[i], r)  # ṽ_i = x_i + r̃ (Eq. 6)
+                if plan.rectified:
+                    v = rectify(v, plan.k[i], plan.b[i])  # ṽ_i − σ(K_i ṽ_i + B_i) (Eq. 15)
+            if on_step is not None:
+                steered = on_step(i, x, v)
+                v = v if steered is None else steered
+            x = euler_step(x, v, s[i], s[i + 1])  # x_{i+1} = x_i + Δ_i v_i (Eq. 4)
+    return x
+
+
+def velocity(pipe, inputs, x, s):
+    """One model call. x [B, L, C], s a scalar sigma → v [B, L, C]. Guidance is an input of this distilled model."""
+    with pipe.transformer.cache_context("cond"):
+        return pipe.transformer(x, timestep=time_of(x, s), **inputs.conditioning, return_dict=False)[0]
+
+
+def time_of(x, s):
+    """The model's time argument, 1 … 0, one a picture [B], rounded to its dtype as FluxPipeline does: t/1000."""
+    return (s * 1000).expand(x.shape[0]).to(x.dtype) / 1000
+
+
+def open_site(pipe, inputs, site):
+    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    from ertacache.sites import BlocksSite, OutputSite
+
+    if site == "output":
+        return OutputSite()
+    model, c = pipe.transformer, inputs.conditioning
+
+    def around(x, s, add):
+        hidden = add(model.x_embedder(x))  # [B, L, D]
+        guidance = () if c["guidance"] is None else (c["guidance"].to(x.dtype) * 1000,)
+        temb = model.time_text_embed(time_of(x, s) * 1000, *guidance, c["pooled_projections"])
+        return model.proj_out(model.norm_out(hidden, temb))
+
+    return BlocksSite(embed=model.x_embedder, head=model.norm_out, around=around)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `denoise` starts from. sigmas: float32 [T+1], falling to 0. conditioning: the model's other arguments."""
+
+    latents: torch.Tensor
+    sigmas: torch.Tensor
+    conditioning: dict[str, Any]
+    height: int
+    width: int
+
+
+def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
+    """Checked settings, with the sizes that the model was trained at where none are given."""
+    from ertacache.programs import check_number, check_size
+
+    sizes = {"height": height or pipe.vae.config.sample_size, "width": width or pipe.vae.config.sample_size}
+    check_number("steps", steps, minimum=3)
+    check_number("guidance", guidance, minimum=0)
+    for name, value in sizes.items():
+        check_size(name, value, multiple=2 * pipe.vae_scale_factor)  # the VAE's factor times FLUX's 2 × 2 packing
+    return {"steps": steps, "guidance": guidance, **sizes}
+
+
+@torch.no_grad()
+def prepare(pipe, prompts, seeds, *, steps=30, guidance=3.5, height=None, width=None):
+    """Embeddings, initial noise and grid, as FluxPipeline makes them. The noise of a seed does not depend on B."""
+    import numpy as np
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    steps, guidance, height, width = settings_of(pipe, steps, guidance, height, width).values()
+    device, length = pipe._execution_device, min(512, pipe.tokenizer_2.model_max_length)
+    embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    channels = pipe.transformer.config.in_channels // 4
+    latents, image_ids = pipe.prepare_latents(
+        len(prompts), channels, height, width, embeds.dtype, device, generators
+    )  # [B, L, C]
+    config = pipe.scheduler.config
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(latents.shape[1], *(config[name] for name in names))
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
+    scale = torch.full([1], guidance, device=device, dtype=torch.float32).expand(len(prompts))
+    conditioning = {
+        "guidance": scale if pipe.transformer.config.guidance_embeds else None,
+        "pooled_projections": pooled,
+        "encoder_hidden_states": embeds,
+        "txt_ids": text_ids,
+        "img_ids": image_ids,
+    }
+    return Inputs(latents, pipe.scheduler.sigmas.clone(), conditioning, height, width)
+
+
+@torch.no_grad()
+def decode(pipe, latents, inputs):
+    """Latents [B, L, C] → float32 pictures in [0, 1], [B, H, W, 3]."""
+    z = pipe._unpack_latents(latents, inputs.height, inputs.width, pipe.vae_scale_factor)
+    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="np")
+
+
+def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
+    """ "demo", a local directory in diffusers' format, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    from diffusers import FluxPipeline
+
+    from ertacache.programs import load_pipeline
+
+    return load_pipeline(FluxPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
+
+
+def main():
+    import sys
+
+    from ertacache.cli import generate
+
+    generate(sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    from ertacache.errors import run_program
+
+    run_program(main)

@@ -437,7 +437,7 @@ def main():
     half = {name: part.half() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     FluxPipeline(**{**pipe.components, **half}).save_pretrained(args.out)
 
-    pipe = FluxPipeline.from_pretrained(args.out, torch_dtype=torch.float32).to(args.device)
+    pipe = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     print(json.dumps(measure_accuracy(pipe, args.accuracy_prompts)))
 
 

@@ -94,7 +94,7 @@ class Calibration:
         self.conditions = Conditions.of(pipe, self.steps, recorded)
         self.identity = {
             "model": model_id,
-            "weights": _fingerprint(pipe.transformer),
+            "weights": fingerprint(pipe.transformer),
             "prompts": {"count": len(prompts), "sha256": _digest("\n".join(prompts))},
             "seeds": self.seeds,
             "batch_size": batch_size,
@@ -185,12 +185,18 @@ class Calibration:
 
     def plan(self, threshold: float) -> ThresholdPlan:
         """The plan for one λ: Algorithm 2, then whichever of φ and K/B lowers the error on the calibration set."""
+        return self.choose(*self.candidates(threshold))
+
+    def candidates(self, threshold: float) -> tuple[dict[str, ThresholdPlan], dict[str, float]]:
+        """All plans for one λ, at equal NFE, and their errors: the rows of the paper's Table 3.
+
+        "uniform" is there for comparison; it is never chosen.
+        """
         if not (np.isfinite(threshold) and threshold > 0):
             raise UserError(f"threshold λ = {threshold}: give a finite number above 0, for example 0.1")
         self.bar.set_description(f"calibrate λ={threshold:g}")
-        reference = self.watch(Schedule(), pairs=True)
-        cached, seen = self.search_policy(reference, threshold)
-        plain = ThresholdPlan(
+        cached, seen = self.search_policy(self.watch(Schedule(), pairs=True), threshold)
+        policy = ThresholdPlan(
             conditions=self.conditions,
             threshold=float(threshold),
             cached=cached,
@@ -198,22 +204,35 @@ class Calibration:
             native_sigmas=tuple(self.inputs(0).sigmas.tolist()),
         )
         if not cached:
-            return replace(plain, provenance=self.provenance("no step is cached at this λ", {}))
-        candidates = {"policy": plain}
+            return {"policy": policy}, {"policy": self.evaluate(policy)}
+        plans = {"uniform": replace(policy, cached=algorithm.uniform_cached(self.steps, policy.nfe)), "policy": policy}
         for definition, measure in (("velocity", "velocity"), ("difference", "change")):
             phi = [1.0] * self.steps
             for i in cached:
                 phi[i] = algorithm.step_coefficient(seen["error"][i], seen[measure][i])
-            candidates[f"policy + time ({definition})"] = replace(plain, phi=tuple(phi), phi_definition=definition)
-        errors = {name: self.evaluate(plan) for name, plan in candidates.items()}
-        for name in dict.fromkeys(("policy", min(errors, key=errors.get))):
-            rectified = self.fit(candidates[name], seen if name == "policy" else None)
-            candidates[f"{name} + rectification"] = rectified
-            errors[f"{name} + rectification"] = self.evaluate(rectified)
-        best = min(errors, key=errors.get)
-        uniform = replace(plain, cached=algorithm.uniform_cached(self.steps, plain.nfe))
-        errors = {"uniform": self.evaluate(uniform), **errors}
-        return replace(candidates[best], provenance=self.provenance(best, errors))
+            plans[f"policy + time ({definition})"] = replace(policy, phi=tuple(phi), phi_definition=definition)
+        errors = {name: self.evaluate(plan) for name, plan in plans.items()}
+        better_time = min((name for name in plans if "time" in name), key=errors.get)
+        for name, watched in (("policy", seen), (better_time, None)):
+            plans[f"{name} + rectification"] = self.fit(plans[name], watched)
+            errors[f"{name} + rectification"] = self.evaluate(plans[f"{name} + rectification"])
+        return plans, errors
+
+    def choose(self, plans: dict[str, ThresholdPlan], errors: dict[str, float]) -> ThresholdPlan:
+        """The plan with the least error, with the whole ablation in its provenance."""
+        best = min((name for name in plans if name != "uniform"), key=errors.get)
+        return replace(plans[best], provenance=self.provenance(best, errors))
+
+    def threshold_for(self, nfe: int) -> float:
+        """The λ, to two digits, whose policy on the uncached trajectory comes nearest to `nfe` calls."""
+        reference = self.watch(Schedule(), pairs=True)
+        grid = [digits * 10.0**power for power in (-4, -3, -2, -1) for digits in range(10, 100)]
+        calls = {
+            t: self.steps - len(algorithm.select_cached(reference["distance"], reference["norm"], t)) for t in grid
+        }
+        nearest = min(abs(n - nfe) for n in calls.values())
+        hits = [float(f"{t:.2g}") for t, n in calls.items() if abs(n - nfe) == nearest]
+        return hits[len(hits) // 2]
 
     def search_policy(self, reference: Sums, threshold: float) -> tuple[tuple[int, ...], Sums]:
         """S of Algorithm 2 and the sums seen on its own cached trajectory."""
@@ -270,27 +289,12 @@ class Calibration:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def calibrate(program, pipe, prompts, thresholds, *, save=None, **options) -> list[ThresholdPlan]:
-    """Plans for a list of λ from one set of prompts; options as for `Calibration`.
-
-    save(plan) is called for each plan as soon as it is ready; the ledger is removed after the last one.
-    """
-    calibration = Calibration(program, pipe, prompts, **options)
-    plans = []
-    for threshold in thresholds:
-        plans.append(calibration.plan(threshold))
-        if save:
-            save(plans[-1])
-    calibration.finish()
-    return plans
-
-
 def _digest(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fingerprint(module: torch.nn.Module) -> str:
+def fingerprint(module: torch.nn.Module) -> str:
     """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16."""
     if any(p.is_meta for p in module.parameters()):  # under sequential offload the weights are elsewhere
         return "offloaded"

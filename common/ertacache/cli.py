@@ -1,6 +1,7 @@
 """The command line of a model folder's `generate.py`: which plan, which runs, what is written."""
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ertacache import outputs, scenes
-from ertacache.calibrate import calibrate
+from ertacache.calibrate import Calibration
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable, read_prompts
 from ertacache.metrics import Lpips
@@ -108,36 +109,36 @@ def find_plan(program, pipe, args, settings):
         plan, path = ThresholdPlan.load(args.plan), Path(args.plan)
         plan.check(run, remedy=f"make one with --threshold {plan.threshold:g} instead of --plan")
         return plan, path
-    if not args.threshold > 0:
-        raise UserError(f"--threshold {args.threshold}: λ must be a number above 0, for example 0.1")
+    if not (math.isfinite(args.threshold) and args.threshold > 0):
+        raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
     path = program.FOLDER / "cache" / plan_name(args.model, settings["steps"], args.threshold, args.site)
     if not path.exists():
-        return calibrate_plan(program, pipe, args, settings, path), path
+        print(f"no stored plan for λ = {args.threshold:g}: calibrating one (once)", file=sys.stderr)
+        return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
     plan = ThresholdPlan.load(path)
     plan.check(run, remedy=f"delete {path} to calibrate it anew under these conditions")
     return plan, path
 
 
-def calibrate_plan(program, pipe, args, settings, path):
-    """Calibrate the plan for `args.threshold` and store it at `path`."""
+def open_calibration(program, pipe, args, settings, work: Path) -> Calibration:
+    """A calibration on the prompts that the arguments name, or on the folder's own; its ledger lies in `work`."""
     default = "calibration-demo.txt" if args.model == "demo" else "calibration.txt"
     prompts = read_prompts(args.calibration_prompts or program.FOLDER / "prompts" / default)
-    print(f"no stored plan for λ = {args.threshold:g}: calibrating on {len(prompts)} prompts", file=sys.stderr)
-    ensure_writable(path.parent)
-    plans = calibrate(
-        program,
-        pipe,
-        prompts,
-        [args.threshold],
-        seeds=range(len(prompts)),
-        settings=settings,
-        site=args.site,
-        batch_size=args.batch_size,
-        work=path.parent,
-        model_id=args.model,
-        save=lambda plan: plan.save(path),
-    )
-    return plans[0]
+    options = {"settings": settings, "site": args.site, "batch_size": args.batch_size, "model_id": args.model}
+    return Calibration(program, pipe, prompts, range(len(prompts)), work=ensure_writable(work), **options)
+
+
+def calibrate_plans(program, pipe, args, settings, thresholds, folder=None):
+    """Calibrate a plan for each λ and store it in `folder` (default: the program's `cache/`): (plan, path) pairs."""
+    folder = ensure_writable(folder or program.FOLDER / "cache")
+    calibration = open_calibration(program, pipe, args, settings, folder)
+    found = []
+    for threshold in thresholds:
+        plan = calibration.plan(threshold)
+        path = folder / plan_name(args.model, plan.steps, plan.threshold, plan.site)
+        found.append((plan, plan.save(path)))
+    calibration.finish()
+    return found
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def run_interleaved(program, pipe, prompts, args, settings, methods):
             latents, start = [], time.perf_counter()
             for part in inputs:
                 latents.append(program.denoise(pipe, part, plan, tick))
-            _synchronize(pipe)
+            synchronize(pipe)
             if number or rounds == args.repeats:
                 runs[name]["seconds"].append(time.perf_counter() - start)
             if number == 0:
@@ -173,7 +174,7 @@ def run_interleaved(program, pipe, prompts, args, settings, methods):
     return runs
 
 
-def _synchronize(pipe) -> None:
+def synchronize(pipe) -> None:
     if pipe._execution_device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -205,7 +206,7 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     if not both:
         print(f"{len(prompts)} pictures in {out}/, {metrics['nfe']} model calls each")
         return
-    titles = (f"baseline, {args.steps} calls", f"ERTACache λ={plan.threshold:g}, {plan.nfe} calls")
+    titles = (f"baseline, {args.steps} calls", f"ERTACache lambda={plan.threshold:g}, {plan.nfe} calls")
     sheet = outputs.comparison(prompts, runs["baseline"]["pictures"], runs["ertacache"]["pictures"], titles)
     outputs.save_png(out / "comparison.png", sheet)
     if quality["psnr"] is None:

@@ -38,7 +38,7 @@ def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, tit
     font = ImageFont.load_default(size=14)
     sheet = Image.new("RGB", (3 * width + 4 * gap, line + len(prompts) * (height + line)), "white")
     draw = ImageDraw.Draw(sheet)
-    columns = [(titles[0], baseline), (titles[1], cached), (f"difference ×{DIFFERENCE_GAIN}", difference)]
+    columns = [(titles[0], baseline), (titles[1], cached), (f"difference x{DIFFERENCE_GAIN}", difference)]
     for c, (title, pictures) in enumerate(columns):
         x = gap + c * (width + gap)
         draw.text((x, 5), title, fill="black", font=font)

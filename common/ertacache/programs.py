@@ -87,7 +87,7 @@ def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload
     elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise UserError(f"--model {model}: no such directory, and no hub id of the form OWNER/NAME; try --model demo")
     try:
-        pipe = pipeline_class.from_pretrained(str(path) if path.is_dir() else str(model), torch_dtype=dtype)
+        pipe = pipeline_class.from_pretrained(str(path) if path.is_dir() else str(model), dtype=dtype)
     except Exception as error:  # hub, json, safetensors and torch all raise their own types here
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         remedy = "the files are damaged, download them again" if path.is_dir() else "check the id, network and hf login"

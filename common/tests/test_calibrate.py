@@ -9,7 +9,7 @@ import torch
 from toy import Pipe, Program
 
 from ertacache import UserError, algorithm
-from ertacache.calibrate import Calibration, Schedule, calibrate
+from ertacache.calibrate import Calibration, Schedule
 
 MATRIX = [[1.0, 0.6], [-0.9, 0.4]]
 PROMPTS = [f"prompt {i}" for i in range(7)]
@@ -184,11 +184,18 @@ def test_another_model_or_prompt_set_does_not_use_the_ledger(tmp_path):
     assert a.work != make(tmp_path, matrix=[[0.5, 0.0], [0.0, 0.5]]).work
 
 
-def test_the_ledger_is_removed_when_the_plans_are_made(tmp_path):
-    saved = []
-    options = {"seeds": range(7), "settings": {"steps": 8}, "site": "output", "batch_size": 3, "work": tmp_path}
-    plans = calibrate(Program(), Pipe(MATRIX), PROMPTS, [0.1, 0.3], save=saved.append, progress=False, **options)
-    assert saved == plans and not list(tmp_path.iterdir())
+def test_finish_removes_the_ledger(tmp_path):
+    calibration = make(tmp_path)
+    calibration.plan(0.1)
+    assert list(tmp_path.iterdir()) == [calibration.work]
+    calibration.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_threshold_for_a_number_of_calls(tmp_path):
+    calibration = make(tmp_path, steps=20)
+    for nfe in (16, 10, 7):
+        assert abs(calibration.plan(calibration.threshold_for(nfe)).nfe - nfe) <= 1
 
 
 class Weighing(Program):
@@ -214,9 +221,11 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     peaks = []
     for count in (4, 32):
         gc.collect()
+        gc.freeze()  # what is there already is not looked at, which makes looking fast
         program = Weighing(rows=4096)
         make(tmp_path, [f"p{i}" for i in range(count)], batch_size=2, steps=6, program=program).plan(0.3)
         peaks.append(program.peak)
+        gc.unfreeze()
     assert peaks[0] > 2 * 4096 * 2 * 4 and peaks[1] <= peaks[0] * 1.01
 
 

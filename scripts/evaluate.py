@@ -1,0 +1,175 @@
+"""Measure caching methods against the uncached run: quality on held-out prompts, NFE, and interleaved latency.
+
+    python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,ablation --speedups 2 --json ablation.json
+    python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.02,0.05,0.1,0.2 --site blocks
+
+Every number is measured by the run that prints it: quality against the uncached run with the same seeds, latency of
+the denoising loop as the ratio of medians of alternating runs (A B A B …) on one batch. Plans are calibrated on the
+calibration prompts first, never on the evaluation prompts. Further flags are those of generate.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
+import numpy as np
+import torch
+from calibrate import parse_list
+from tqdm import tqdm
+
+from ertacache import UserError, cli, scenes
+from ertacache.errors import run_program
+from ertacache.files import read_prompts, write_atomically
+from ertacache.metrics import Lpips, quality
+from ertacache.outputs import to_uint8
+from ertacache.programs import load_program
+from ertacache.provenance import library_versions, machine
+
+METHODS = ("fewer-steps", "uniform", "ertacache", "ablation")
+COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "ssim", "lpips"]
+COLUMNS += ["prompt_accuracy"]
+    "method",
+    "threshold",
+    "steps",
+    "nfe",
+    "speedup_nfe",
+    "speedup_latency",
+    "psnr",
+    "ssim",
+    "lpips",
+    "prompt_accuracy",
+]
+
+
+class Evaluation:
+    """One program, pipeline and set of held-out prompts; the uncached run is made once."""
+
+    def __init__(self, program, pipe, prompts, seeds, settings, options, repeats):
+        self.program, self.pipe, self.prompts, self.seeds = program, pipe, prompts, seeds
+        self.settings, self.options, self.repeats, self.lpips = settings, options, repeats, Lpips()
+        self.reference = self.pictures(settings, None)
+
+    def inputs(self, part, settings):
+        return self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **settings)
+
+    def pictures(self, settings, plan) -> np.ndarray:
+        """float [N, H, W, 3] of all prompts."""
+        found, size = [], self.options.batch_size
+        for begin in tqdm(range(0, len(self.prompts), size), desc="pictures", leave=False, disable=None):
+            inputs = self.inputs(slice(begin, begin + size), settings)
+            found.append(self.program.decode(self.pipe, self.program.denoise(self.pipe, inputs, plan), inputs))
+        return np.concatenate(found)
+
+    def seconds(self, inputs, plan) -> float:
+        start = time.perf_counter()
+        self.program.denoise(self.pipe, inputs, plan)
+        cli.synchronize(self.pipe)
+        return time.perf_counter() - start
+
+    def latency_ratio(self, settings, plan) -> float:
+        """median(uncached) / median(method) of the denoising loop, measured in turn on the first batch."""
+        part = slice(0, self.options.batch_size)
+        pairs = ((self.inputs(part, self.settings), None), (self.inputs(part, settings), plan))
+        times = [[self.seconds(*pair) for pair in pairs] for _ in range(self.repeats + 1)][1:]
+        return statistics.median(t[0] for t in times) / statistics.median(t[1] for t in times)
+
+    def row(self, method, plan=None, settings=None, threshold=None) -> dict:
+        settings = settings or self.settings
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        pictures = self.pictures(settings, plan)
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+        nfe = plan.nfe if plan else settings["steps"]
+        accuracy = None
+        if self.options.model == "demo":
+            accuracy = scenes.prompt_accuracy(self.prompts, [to_uint8(p) for p in pictures])
+        same = {"psnr": None, "ssim": None, "lpips": None}  # the uncached run has no distance to itself
+        return {
+            "folder": self.program.FOLDER.name,
+            "method": method,
+            "settings": {"threshold": threshold, "site": plan.site if plan else None, **settings},
+            "steps": settings["steps"],
+            "nfe": nfe,
+            "speedup_nfe": self.settings["steps"] / nfe,
+            "speedup_latency": self.latency_ratio(settings, plan) if method != "none" else 1.0,
+            **(same if method == "none" else quality(self.reference, pictures, self.lpips)),
+            "prompt_accuracy": accuracy,
+            "peak_memory_mib": memory,
+        }
+
+
+def rows_of(evaluation, calibration, methods, threshold):
+    """The rows of the asked methods at the NFE that one λ gives."""
+    plans, errors = calibration.candidates(threshold)
+    chosen = calibration.choose(plans, errors)
+    if "fewer-steps" in methods:
+        yield evaluation.row("fewer-steps", settings={**evaluation.settings, "steps": chosen.nfe})
+    names = list(plans) if "ablation" in methods else [n for n in plans if n in methods]
+    for name in names:
+        yield evaluation.row(name, plans[name], threshold=threshold)
+    if "ertacache" in methods:
+        best = chosen.provenance["calibration"]["chosen"]
+        yield evaluation.row(f"ertacache ({best})", replace(chosen), threshold=threshold)
+
+
+def table(rows) -> str:
+    """Markdown."""
+
+    def cell(row, name):
+        value = row["settings"]["threshold"] if name == "threshold" else row[name]
+        digits = {"psnr": 2, "speedup_nfe": 2, "speedup_latency": 2, "prompt_accuracy": 3}.get(name, 4)
+        return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    body = ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *body])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
+    parser.add_argument("--methods", default="fewer-steps,uniform,ertacache", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--thresholds", metavar="λ,λ,…")
+    parser.add_argument("--speedups", metavar="S,S,…", help="choose λ so that NFE is nearest to T/S")
+    parser.add_argument("--count", type=int, default=64, help="held-out captions, when --prompts is not given")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--latency-repeats", type=int, default=5)
+    args, rest = parser.parse_known_args()
+    program = load_program(args.folder)
+    options = cli.parse_arguments(program, rest)
+    methods = args.methods.split(",")
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise UserError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
+    if bool(args.thresholds) == bool(args.speedups):
+        raise UserError("give either --thresholds λ,λ,… or --speedups S,S,…")
+    if not options.prompts and options.model != "demo":
+        raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
+    values = parse_list(args.thresholds or args.speedups)
+    pipe = cli.load(program, options)
+    settings = program.settings_of(pipe, options.steps, options.guidance, options.height, options.width)
+    held_out = [s.caption() for s in scenes.sample_scenes(args.count, seed=100, held_out=True)]
+    prompts = read_prompts(options.prompts) if options.prompts else held_out
+    seeds = range(options.seed, options.seed + len(prompts))
+    calibration = cli.open_calibration(program, pipe, options, settings, work=Path("runs"))
+    evaluation = Evaluation(program, pipe, prompts, seeds, settings, options, args.latency_repeats)
+    rows = [evaluation.row("none")]
+    for value in values:
+        threshold = value if args.thresholds else calibration.threshold_for(round(settings["steps"] / value))
+        for row in rows_of(evaluation, calibration, methods, threshold):
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+    calibration.finish()
+    print(table(rows))
+    print(f"\n{len(prompts)} prompts, {machine()}, {library_versions()}")
+    if args.json:
+        write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -34,17 +34,6 @@ from ertacache.provenance import library_versions, machine
 METHODS = ("fewer-steps", "uniform", "ertacache", "ablation")
 COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "ssim", "lpips"]
 COLUMNS += ["prompt_accuracy"]
-    "method",
-    "threshold",
-    "steps",
-    "nfe",
-    "speedup_nfe",
-    "speedup_latency",
-    "psnr",
-    "ssim",
-    "lpips",
-    "prompt_accuracy",
-]
 
 
 class Evaluation:

@@ -127,7 +127,7 @@ def test_damaged_files_are_named(tmp_path):
     path.with_suffix(".safetensors").write_bytes(arrays[:-8] + b"\1" * 8)
     refused("edited")
     path.with_suffix(".safetensors").unlink()
-    with pytest.raises(PlanError, match="no plan file .*plan.safetensors"):
+    with pytest.raises(PlanError, match=r"no plan file .*plan\.safetensors"):
         ThresholdPlan.load(path)
 
 

@@ -82,7 +82,9 @@ def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
     """Checked settings, with the sizes that the model was trained at where none are given."""
     from ertacache.programs import check_number, check_size
 
-    sizes = {"height": height or pipe.vae.config.sample_size, "width": width or pipe.vae.config.sample_size}
+    sizes = {
+        name: pipe.vae.config.sample_size if n is None else n for name, n in (("height", height), ("width", width))
+    }
     check_number("steps", steps, minimum=3)
     check_number("guidance", guidance, minimum=0)
     for name, value in sizes.items():

@@ -2,18 +2,22 @@
 # ERTACache for FLUX: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
 set -eu
 cd -- "$(dirname -- "$0")"
-MODEL=${MODEL:-demo}                    # demo, a local directory, or black-forest-labs/FLUX.1-dev
-PROMPTS=${PROMPTS:-prompts/demo.txt}    # one prompt a line
-SEED=${SEED:-1000}                      # of the first prompt; then SEED + 1, …
-STEPS=${STEPS:-30}                      # T, steps of the uncached run
+MODEL=${MODEL:-demo}          # demo, a local directory, or black-forest-labs/FLUX.1-dev
+PROMPT=${PROMPT:-}            # one prompt; empty: those of PROMPTS
+PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: prompts/demo.txt, or prompts/examples.txt
+SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
+STEPS=${STEPS:-30}            # T, steps of the uncached run
 GUIDANCE=${GUIDANCE:-3.5}
-LAMBDA=${LAMBDA:-0.1}                   # λ: lower is finer, higher is faster; a new value is calibrated first
-SITE=${SITE:-output}                    # where the residual is cached: output or blocks
-COMPARE=${COMPARE:-yes}                 # yes: also run uncached, time both, write comparison.png
-REPEATS=${REPEATS:-3}                   # timed runs of each, interleaved; the median is reported
-OFFLOAD=${OFFLOAD:-none}                # none, model or sequential: less GPU memory, slower
+LAMBDA=${LAMBDA:-0.1}         # λ: lower is finer, higher is faster; a new value is calibrated first
+SITE=${SITE:-output}          # where the residual is cached: output or blocks
+COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
+REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
+BATCH=${BATCH:-4}             # prompts a model call
+OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
 OUT=${OUT:-sample}
 [ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
+[ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
+[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
-exec ../.venv/bin/python generate.py --model "$MODEL" --prompts "$PROMPTS" --seed "$SEED" --steps "$STEPS" \
-    --guidance "$GUIDANCE" --threshold "$LAMBDA" --site "$SITE" --offload "$OFFLOAD" --out "$OUT" "$@"
+exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
+    --threshold "$LAMBDA" --site "$SITE" --batch-size "$BATCH" --offload "$OFFLOAD" --out "$OUT" "$@"

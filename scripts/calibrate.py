@@ -7,14 +7,13 @@ A run that was killed goes on from its last finished batch when the same command
 says how long it takes.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from ertacache import UserError, cli
-from ertacache.errors import run_program
+from ertacache.errors import ArgumentParser, run_program
 from ertacache.programs import load_program
 
 
@@ -29,7 +28,7 @@ def parse_list(text: str) -> list[float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
     parser.add_argument("--thresholds", required=True, metavar="λ,λ,…")
     parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")

@@ -8,7 +8,6 @@ the denoising loop as the ratio of medians of alternating runs (A B A B …) on 
 calibration prompts first, never on the evaluation prompts. Further flags are those of generate.py.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ from calibrate import parse_list
 from tqdm import tqdm
 
 from ertacache import UserError, cli, scenes
-from ertacache.errors import run_program
+from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts, write_atomically
 from ertacache.metrics import Lpips, quality
 from ertacache.outputs import to_uint8
@@ -120,7 +119,7 @@ def table(rows) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
     parser.add_argument("--methods", default="fewer-steps,uniform,ertacache", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--thresholds", metavar="λ,λ,…")

@@ -224,7 +224,7 @@ class Calibration:
         return replace(plans[best], provenance=self.provenance(best, errors))
 
     def threshold_for(self, nfe: int) -> float:
-        """The λ, to two digits, whose policy on the uncached trajectory comes nearest to `nfe` calls."""
+        """The roundest λ (at most two digits) whose policy on the uncached trajectory comes nearest to `nfe` calls."""
         reference = self.watch(Schedule(), pairs=True)
         grid = [digits * 10.0**power for power in (-4, -3, -2, -1) for digits in range(10, 100)]
         calls = {
@@ -232,7 +232,8 @@ class Calibration:
         }
         nearest = min(abs(n - nfe) for n in calls.values())
         hits = [float(f"{t:.2g}") for t, n in calls.items() if abs(n - nfe) == nearest]
-        return hits[len(hits) // 2]
+        round_hits = [t for t in hits if t == float(f"{t:.1g}")] or hits
+        return round_hits[len(round_hits) // 2]
 
     def search_policy(self, reference: Sums, threshold: float) -> tuple[tuple[int, ...], Sums]:
         """S of Algorithm 2 and the sums seen on its own cached trajectory."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ertacache import outputs, scenes
 from ertacache.calibrate import Calibration
-from ertacache.errors import UserError
+from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts
 from ertacache.metrics import Lpips
 from ertacache.metrics import quality as measure
@@ -22,7 +22,7 @@ from ertacache.plan import Conditions, ThresholdPlan
 
 
 def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=program.__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=program.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
     add("--prompt", action="append", help="a prompt; may be given several times")
@@ -85,7 +85,8 @@ def load(program, args):
 def _prompts(program, args) -> list[str]:
     if args.prompt and args.prompts:
         raise UserError("--prompt and --prompts exclude each other: give one of them")
-    prompts = args.prompt or read_prompts(args.prompts or program.FOLDER / "prompts" / "demo.txt")
+    default = "demo.txt" if args.model == "demo" else "examples.txt"
+    prompts = args.prompt or read_prompts(args.prompts or program.FOLDER / "prompts" / default)
     if not all(p.strip() for p in prompts):
         raise UserError("--prompt is empty: say what the picture should show")
     return prompts

@@ -1,5 +1,6 @@
 """Errors that a person caused and can mend: one clear line, exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,16 @@ class UserError(ValueError):
 
 class PlanError(UserError):
     """A plan that is damaged, or was not made for what it is asked to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, like all others."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
 
 
 def run_program(main: Callable[[], None]) -> None:

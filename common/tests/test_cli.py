@@ -102,11 +102,14 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--threshold", 0], "--threshold 0.0"),
         ([*PROMPT, "--threshold", -0.1], "--threshold -0.1"),
         ([*PROMPT, "--threshold", "nan"], "--threshold nan"),
+        ([*PROMPT, "--threshold", "low"], "argument --threshold: invalid float value: 'low' (see --help)"),
+        ([*PROMPT, "--treshold", 0.1], "unrecognized arguments: --treshold 0.1 (see --help)"),
         ([*PROMPT, "--threshold", "inf"], "--threshold inf"),
         ([*PROMPT, "--steps", 2, "--baseline"], "--steps 2: give a number of at least 3"),
         ([*PROMPT, "--guidance", "nan", *BASELINE], "--guidance nan"),
         ([*PROMPT, "--height", 100, *BASELINE], "--height 100: must be a multiple of 8 for this model, for example 96"),
         ([*PROMPT, "--width", 4, *BASELINE], "--width 4"),
+        ([*PROMPT, "--height", 0, *BASELINE], "--height 0"),
         ([*PROMPT, "--repeats", 0, *BASELINE], "--repeats 0"),
         ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "EMPTY"], "no prompts in"),
         ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "/none"], "cannot read prompts from /none"),
@@ -189,6 +192,17 @@ def test_an_unwritable_output_folder_is_named_before_any_work(program, tmp_path,
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "sample"
     assert f"cannot write to {out}" in refused(program, capsys, out, *PROMPT, *BASELINE, "--out", out)
+
+
+def test_run_sh_is_the_main_job(tmp_path):
+    """As a person starts it, with everything at its default but the output folder."""
+    environment = {**os.environ, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["sh", ROOT / "ERTACache4FLUX" / "run.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["prompts"] == 4 and metrics["nfe"] < 30 and metrics["quality"]["ssim"] > 0.9
+    assert metrics["quality"]["prompt_accuracy"]["baseline"] == 1.0
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000 and "model calls" in done.stdout
 
 
 def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):

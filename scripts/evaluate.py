@@ -1,7 +1,7 @@
 """Measure caching methods against the uncached run: quality on held-out prompts, NFE, and interleaved latency.
 
-    python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,ablation --speedups 2 --json ablation.json
-    python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.02,0.05,0.1,0.2 --site blocks
+    .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,ablation --speedups 2 --json ablation.json
+    .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.02,0.05,0.1,0.2 --site blocks
 
 Every number is measured by the run that prints it: quality against the uncached run with the same seeds, latency of
 the denoising loop as the ratio of medians of alternating runs (A B A B …) on one batch. Plans are calibrated on the
@@ -15,11 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
-
 import numpy as np
 import torch
-from calibrate import parse_list
 from tqdm import tqdm
 
 from ertacache import UserError, cli, scenes
@@ -30,6 +27,7 @@ from ertacache.outputs import to_uint8
 from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("fewer-steps", "uniform", "ertacache", "ablation")
 COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "ssim", "lpips"]
 COLUMNS += ["prompt_accuracy"]
@@ -138,13 +136,14 @@ def main():
         raise UserError("give either --thresholds λ,λ,… or --speedups S,S,…")
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
-    values = parse_list(args.thresholds or args.speedups)
+    values = cli.parse_list(args.thresholds or args.speedups)
+    cli.check_speedups(values if args.speedups else [])
     pipe = cli.load(program, options)
     settings = program.settings_of(pipe, options.steps, options.guidance, options.height, options.width)
     held_out = [s.caption() for s in scenes.sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
-    calibration = cli.open_calibration(program, pipe, options, settings, work=Path("runs"))
+    calibration = cli.open_calibration(program, pipe, options, settings, work=ROOT / "runs")
     evaluation = Evaluation(program, pipe, prompts, seeds, settings, options, args.latency_repeats)
     rows = [evaluation.row("none")]
     for value in values:

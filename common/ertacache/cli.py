@@ -48,6 +48,23 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     return parser.parse_args(arguments)
 
 
+def parse_list(text: str) -> list[float]:
+    """Numbers with commas between them, from a flag like --thresholds."""
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"{text!r} is no list of numbers: write them with commas between, like 0.05,0.1") from error
+    if not values:
+        raise UserError("an empty list of numbers: give at least one, like 0.1")
+    return values
+
+
+def check_speedups(values: list[float]) -> None:
+    for value in values:
+        if not (math.isfinite(value) and value >= 1):
+            raise UserError(f"--speedups {value:g}: a speed-up is a number of at least 1")
+
+
 def generate(program, arguments: list[str] | None = None) -> None:
     """Run a model folder's command line. program: its `generate.py` as a module."""
     args = parse_arguments(program, arguments)
@@ -129,12 +146,16 @@ def open_calibration(program, pipe, args, settings, work: Path) -> Calibration:
     return Calibration(program, pipe, prompts, range(len(prompts)), work=ensure_writable(work), **options)
 
 
-def calibrate_plans(program, pipe, args, settings, thresholds, folder=None):
-    """Calibrate a plan for each λ and store it in `folder` (default: the program's `cache/`): (plan, path) pairs."""
+def calibrate_plans(program, pipe, args, settings, thresholds=(), speedups=(), folder=None):
+    """Calibrate a plan for each λ, and for the λ nearest to each speed-up T/NFE: (plan, path) pairs.
+
+    Stored in `folder`, by default the program's `cache/`.
+    """
     folder = ensure_writable(folder or program.FOLDER / "cache")
     calibration = open_calibration(program, pipe, args, settings, folder)
     found = []
-    for threshold in thresholds:
+    wanted = [calibration.threshold_for(round(settings["steps"] / speedup)) for speedup in speedups]
+    for threshold in [*thresholds, *wanted]:
         plan = calibration.plan(threshold)
         path = folder / plan_name(args.model, plan.steps, plan.threshold, plan.site)
         found.append((plan, plan.save(path)))

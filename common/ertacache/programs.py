@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +77,7 @@ def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what goes wrong is said once, below
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is visible here; use --device cpu")
@@ -89,7 +91,7 @@ def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload
     try:
         pipe = pipeline_class.from_pretrained(str(path) if path.is_dir() else str(model), dtype=dtype)
     except Exception as error:  # hub, json, safetensors and torch all raise their own types here
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
         remedy = "the files are damaged, download them again" if path.is_dir() else "check the id, network and hf login"
         raise UserError(f"cannot load --model {model} ({reason}): {remedy}, or try --model demo") from error
     pipe.set_progress_bar_config(disable=True)

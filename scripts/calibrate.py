@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --thresholds 0.05,0.1,0.2
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --speedups 1.5,2,3
-    .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --thresholds 0.6 --site blocks
+    .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --thresholds 0.6
 
 A run that was killed goes on from its last finished batch when the same command is given again. common/docs/results.md
 says how long it takes.

@@ -13,7 +13,6 @@ point is the S of Algorithm 2 on the whole set. Two passes are usual.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -27,10 +26,10 @@ from tqdm import tqdm
 from ertacache import algorithm
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
+from ertacache.ledger import Ledger, Sums, digest
 from ertacache.plan import Conditions, ThresholdPlan
 from ertacache.provenance import library_versions
 
-Sums = dict[str, np.ndarray]
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
 
 
@@ -44,30 +43,43 @@ class Schedule:
     b: tuple[float, ...] = ()
 
 
-class Ledger:
-    """Running sums on disk, one small file a pass, rewritten after each batch of prompts."""
+class Watcher:
+    """The `on_step` of one batch: imitates a cached run along the schedule and sums what it sees of the true model."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, site, sigmas: torch.Tensor, schedule: Schedule, pairs: bool):
+        steps = len(sigmas) - 1
+        self.site, self.sigmas, self.schedule, self.pairs = site, sigmas, schedule, pairs
+        self.sums = {name: np.zeros(steps) for name in ("norm", "error", "velocity", "change")}
+        self.sums |= {"moments": np.zeros((steps, 5)), "distance": np.zeros((steps, steps) if pairs else (0, 0))}
+        self.residuals, self.newest, self.previous = {}, 0, None  # r_c by step, newest computed step, v_{i−1}
 
-    def run(self, key: str, batches: int, sums_of: Callable[[int], Sums]) -> Sums:
-        """Sum `sums_of(batch)` over all batches, from the first one that is not yet in the file."""
-        path = self._path(key)
-        total = dict(load_file(path)) if path.exists() else {}
-        for batch in range(self.finished(key), batches):
-            for name, value in sums_of(batch).items():
-                total[name] = np.asarray(total.get(name, 0.0) + np.asarray(value, np.float64))
-            total["finished"] = np.asarray(batch + 1)
-            write_atomically(path, save(total))
-        return total
+    def __call__(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        r = self.site.residual(x, v)
+        self.sums["norm"][i], self.sums["velocity"][i] = algorithm.l1_norm(r), algorithm.l1_norm(v)
+        if self.pairs:
+            for c, earlier in self.residuals.items():
+                self.sums["distance"][c, i] = algorithm.l1_norm(r.float() - earlier.float())
+        used = v
+        if i in self.schedule.cached:
+            used = self.reuse(i, x, v)
+        else:
+            self.newest = i
+            if not self.pairs:
+                self.residuals.clear()
+        if self.pairs or i == self.newest:
+            self.residuals[i] = r
+        self.previous = v
+        return used
 
-    def finished(self, key: str) -> int:
-        """How many batches of this pass are in the file."""
-        path = self._path(key)
-        return int(load_file(path)["finished"]) if path.exists() else 0
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{_digest(key)[:32]}.safetensors"
+    def reuse(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """ṽ_i, rectified when the schedule has K, B; its error against v_i goes into the sums."""
+        tilde = self.site.reuse(x, self.sigmas[i], self.residuals[self.newest])
+        wide, error = tilde.float(), tilde.float() - v.float()
+        self.sums["error"][i] = algorithm.l1_norm(error)
+        self.sums["change"][i] = algorithm.l1_norm(v.float() - self.previous.float())
+        moments = (wide, error, wide.square(), wide * error)
+        self.sums["moments"][i] = [wide.numel(), *(m.sum(dtype=torch.float64).item() for m in moments)]
+        return algorithm.rectify(tilde, self.schedule.k[i], self.schedule.b[i]) if self.schedule.k else tilde
 
 
 class Calibration:
@@ -95,13 +107,13 @@ class Calibration:
         self.identity = {
             "model": model_id,
             "weights": fingerprint(pipe.transformer),
-            "prompts": {"count": len(prompts), "sha256": _digest("\n".join(prompts))},
+            "prompts": {"count": len(prompts), "sha256": digest("\n".join(prompts))},
             "seeds": self.seeds,
             "batch_size": batch_size,
             "site": site,
         }
         bound = [self.steps, self.conditions.model, self.conditions.scheduler, self.conditions.settings]
-        self.work = Path(work) / f"calibration-{_digest([self.identity, bound])[:12]}.partial"
+        self.work = Path(work) / f"calibration-{digest([self.identity, bound])[:12]}.partial"
         self.ledger = Ledger(self.work)
         self.bar = tqdm(disable=None if progress else True, unit="call", desc="calibrate", total=0)
 
@@ -122,48 +134,23 @@ class Calibration:
         return self.ledger.run(key, len(self.starts), lambda batch: self.watch_batch(batch, schedule, pairs))
 
     def watch_batch(self, batch: int, schedule: Schedule, pairs: bool) -> Sums:
-        inputs, steps = self.inputs(batch), self.steps
+        inputs = self.inputs(batch)
         if schedule.phi:
             grid = algorithm.adjusted_sigmas(inputs.sigmas.cpu().numpy(), schedule.phi)
             inputs = replace(inputs, sigmas=torch.from_numpy(grid).to(inputs.sigmas.device))
-        sums = {name: np.zeros(steps) for name in ("norm", "error", "velocity", "change")}
-        sums |= {"moments": np.zeros((steps, 5)), "distance": np.zeros((steps, steps) if pairs else (0, 0))}
-        residuals, newest, previous = {}, 0, None
-
-        def on_step(i, x, v):
-            nonlocal newest, previous
-            r = site.residual(x, v)
-            sums["norm"][i] = algorithm.l1_norm(r)
-            sums["velocity"][i] = algorithm.l1_norm(v)
-            self.require_finite(sums["norm"][i] + sums["velocity"][i], batch, i)
-            if pairs:
-                for c, earlier in residuals.items():
-                    sums["distance"][c, i] = algorithm.l1_norm(r - earlier)
-            used = v
-            if i in schedule.cached:
-                used = site.reuse(x, inputs.sigmas[i], residuals[newest])
-                wide, error = used.float(), used.float() - v.float()
-                sums["error"][i] = algorithm.l1_norm(error)
-                sums["change"][i] = algorithm.l1_norm(v.float() - previous.float())
-                moments = (torch.ones_like(wide), wide, error, wide.square(), wide * error)
-                sums["moments"][i] = [m.sum(dtype=torch.float64).item() for m in moments]
-                if schedule.k:
-                    used = algorithm.rectify(used, schedule.k[i], schedule.b[i])
-            else:
-                newest = i
-            if pairs or i == newest:
-                if not pairs:
-                    residuals.clear()
-                residuals[i] = r
-            previous = v
-            self.bar.update()
-            return used
-
         with self.program.open_site(self.pipe, inputs, self.site) as site:
+            watcher = Watcher(site, inputs.sigmas, schedule, pairs)
+
+            def on_step(i, x, v):
+                used = watcher(i, x, v)
+                self.require_finite(watcher.sums["velocity"][i], batch, i)
+                self.bar.update()
+                return used
+
             final = self.program.denoise(self.pipe, inputs, None, on_step)
         if not schedule.cached:
             write_atomically(self.reference_path(batch), save({"latents": final.float().cpu().numpy()}))
-        return sums
+        return watcher.sums
 
     def evaluate(self, plan: ThresholdPlan) -> float:
         """Mean squared error of the final latents against the uncached run, by real cached runs with this plan."""
@@ -288,11 +275,6 @@ class Calibration:
         """Close the progress bar and remove the ledger; call it once the plans are saved."""
         self.bar.close()
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-def _digest(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(module: torch.nn.Module) -> str:

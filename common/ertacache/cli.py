@@ -6,6 +6,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ertacache import outputs, scenes
-from ertacache.calibrate import Calibration
+from ertacache.calibrate import Calibration, fingerprint
 from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts
 from ertacache.metrics import Lpips
@@ -124,17 +125,20 @@ def find_plan(program, pipe, args, settings):
     recorded = {k: v for k, v in settings.items() if k != "steps"} | {"dtype": dtype}
     run = Conditions.of(pipe, settings["steps"], recorded)
     if args.plan:
-        plan, path = ThresholdPlan.load(args.plan), Path(args.plan)
-        plan.check(run, remedy=f"make one with --threshold {plan.threshold:g} instead of --plan")
-        return plan, path
-    if not (math.isfinite(args.threshold) and args.threshold > 0):
-        raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
-    path = program.FOLDER / "cache" / plan_name(args.model, settings["steps"], args.threshold, args.site)
-    if not path.exists():
-        print(f"no stored plan for λ = {args.threshold:g}: calibrating one (once)", file=sys.stderr)
-        return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
+        path, remedy = Path(args.plan), "make one with --threshold instead of --plan"
+    else:
+        if not (math.isfinite(args.threshold) and args.threshold > 0):
+            raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
+        path = program.FOLDER / "cache" / plan_name(args.model, settings["steps"], args.threshold, args.site)
+        remedy = f"delete {path} to calibrate it anew under these conditions"
+        if not path.exists():
+            print(f"no stored plan for λ = {args.threshold:g}: calibrating one (once)", file=sys.stderr)
+            return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
     plan = ThresholdPlan.load(path)
-    plan.check(run, remedy=f"delete {path} to calibrate it anew under these conditions")
+    plan.check(run, remedy)
+    made_for, found = plan.provenance.get("weights"), fingerprint(pipe.transformer)
+    if made_for != found and "offloaded" not in (made_for, found):
+        warnings.warn(f"the plan was calibrated on other weights ({made_for}, now {found}): {remedy}", stacklevel=2)
     return plan, path
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -24,7 +25,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    """Run a command's `main`; a UserError becomes one line on stderr and exit code 2, warnings one line each."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
     except UserError as error:

@@ -30,12 +30,12 @@ POSITIONS = {
     "at the top": (0.0, -0.22),
     "at the bottom": (0.0, 0.22),
 }
-SIZES = {"small": 0.125, "big": 0.22}  # radius
+SIZES = {"small": 0.165, "big": 0.24}  # radius
 TEXTURES = ("plain", "striped", "dotted")
 
 SHADE = 0.75  # brightness of stripes and dots relative to the ground
 STRIPE_PERIOD, DOT_PERIOD, DOT_RADIUS = 8 / 64, 9 / 64, 1.9 / 64
-POSITION_JITTER, BRIGHTNESS_JITTER = 1.5 / 64, 0.05
+POSITION_JITTER, BRIGHTNESS_JITTER = 1 / 64, 0.05
 OPTIONAL = ("size", "position", "texture", "ground")
 
 
@@ -204,7 +204,7 @@ def read(image: np.ndarray) -> Scene | None:
     extent = max(bottom - top, right - left) / height
     ground_dark = np.mean(dark[~inside & (family == ground)])
     return Scene(
-        size="big" if extent > 0.31 else "small",
+        size="big" if extent > 0.365 else "small",
         colour=names[colour],
         shape=max(overlap, key=overlap.get),
         position=min(POSITIONS, key=lambda name: np.hypot(*np.subtract(POSITIONS[name], centre))),

@@ -1,5 +1,6 @@
 """What a person types: right input gives files, wrong input one line on stderr, exit code 2, and nothing written."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from diffusers import FluxPipeline
 from PIL import Image
 
 from ertacache import cli
@@ -152,6 +154,16 @@ def test_another_guidance_or_size_is_one_warning(program, tmp_path):
     assert len([w for w in caught if w.category is UserWarning]) == 1 and "height 64, now 32" in str(caught[0].message)
 
 
+def test_other_weights_of_the_same_architecture_are_one_warning(program, demo, tmp_path, monkeypatch):
+    plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
+    other = copy.deepcopy(demo.transformer)
+    other.proj_out.bias.data += 1
+    pipe = FluxPipeline(**{**demo.components, "transformer": other})
+    monkeypatch.setattr(program, "load", lambda *_: pipe)
+    with pytest.warns(UserWarning, match="calibrated on other weights"):
+        run(program, *PROMPT, "--plan", plan, "--out", tmp_path / "out")
+
+
 BREAKAGES = {
     "model_index": (lambda d: (d / "model_index.json").unlink(), "no model_index.json"),
     "index_damaged": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json is damaged"),
@@ -166,18 +178,18 @@ BREAKAGES = {
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_half_downloaded_model_is_named(program, random_directory, tmp_path, capsys, breakage):
     damage, words = BREAKAGES[breakage]
-    copy = shutil.copytree(random_directory, tmp_path / "model")
-    damage(copy)
+    model = shutil.copytree(random_directory, tmp_path / "model")
+    damage(model)
     out = tmp_path / "out"
-    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", copy, "--out", out)
-    assert words in message and str(copy) in message
+    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", model, "--out", out)
+    assert words in message and str(model) in message
 
 
 def test_another_pipeline_class_is_named(program, random_directory, tmp_path, capsys):
-    copy = shutil.copytree(random_directory, tmp_path / "model")
-    index = (copy / "model_index.json").read_text().replace('"FluxPipeline"', '"WanPipeline"')
-    (copy / "model_index.json").write_text(index)
-    message = refused(program, capsys, tmp_path / "o", *PROMPT, *BASELINE, "--model", copy, "--out", tmp_path / "o")
+    model = shutil.copytree(random_directory, tmp_path / "model")
+    index = (model / "model_index.json").read_text().replace('"FluxPipeline"', '"WanPipeline"')
+    (model / "model_index.json").write_text(index)
+    message = refused(program, capsys, tmp_path / "o", *PROMPT, *BASELINE, "--model", model, "--out", tmp_path / "o")
     assert "holds a WanPipeline, this folder runs FluxPipeline" in message
 
 

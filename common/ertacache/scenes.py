@@ -8,6 +8,7 @@ right, y downwards, (0, 0) in the centre.
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -177,7 +178,7 @@ def read(image: np.ndarray) -> Scene | None:
     """The scene that a picture shows (uint8 [H, W, 3]), or None when there is no shape on a ground.
 
     Every pixel is named after the nearest palette colour; the border votes for the ground, the largest patch of
-    other colours is the shape, and its outline, stretched to a square, is compared with those of the six shapes.
+    other colours is the shape, and the outline that overlaps it most tells which shape, size and position it is.
     """
     from skimage.measure import label, regionprops
 
@@ -191,39 +192,41 @@ def read(image: np.ndarray) -> Scene | None:
     border[rim:-rim, rim:-rim] = False
     ground = np.bincount(family[border], minlength=len(names)).argmax()
 
-    regions = regionprops(label(family != ground, connectivity=1))
-    if not regions or max(r.area for r in regions) < 0.003 * height * width:
+    patches, count = label(family != ground, connectivity=1, return_num=True)
+    if not count:
         return None
-    region = max(regions, key=lambda r: r.area)
-    top, left, bottom, right = region.bbox
-    inside = np.zeros((height, width), bool)
-    inside[top:bottom, left:right] = region.image
-    colour = np.bincount(family[inside], minlength=len(names)).argmax()
-    overlap = {shape: _overlap(region.image, _outline(shape)) for shape in SHAPES}
-    centre = ((left + right - width) / (2 * height), (top + bottom - height) / (2 * height))
-    extent = max(bottom - top, right - left) / height
-    ground_dark = np.mean(dark[~inside & (family == ground)])
+    region = max(regionprops(patches), key=lambda r: r.area)
+    if region.area < 0.003 * height * width:
+        return None
+    patch = patches == region.label
+    outlines, meanings = _outlines(height, width)
+    shared = outlines @ patch.ravel().astype(np.float32)
+    overlap = shared / (outlines.sum(1) + region.area - shared)  # intersection over union
+    shape, size, position = meanings[int(overlap.argmax())]
+    colour = np.bincount(family[patch], minlength=len(names)).argmax()
+    ground_dark = np.mean(dark[~patch & (family == ground)])
     return Scene(
-        size="big" if extent > 0.365 else "small",
+        size=size,
         colour=names[colour],
-        shape=max(overlap, key=overlap.get),
-        position=min(POSITIONS, key=lambda name: np.hypot(*np.subtract(POSITIONS[name], centre))),
+        shape=shape,
+        position=position,
         texture="plain" if ground_dark < 0.04 else "dotted" if ground_dark < 0.3 else "striped",
         ground=names[ground],
     )
 
 
-def _outline(shape: str) -> np.ndarray:
-    inside = _distance(shape, *_coordinates(128, 128), 0.4) < 0
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    return inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _overlap(a: np.ndarray, b: np.ndarray, size: int = 32) -> float:
-    """Intersection over union of two masks, each stretched to size × size."""
-    grid = (np.arange(size) + 0.5) / size
-    a, b = (m[np.ix_(*((grid * n).astype(int) for n in m.shape))] for m in (a, b))
-    return np.sum(a & b) / np.sum(a | b)
+@cache
+def _outlines(height: int, width: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    """Every shape, size and position, shifted by up to 3/64: float32 [N, H·W] of 0 and 1, and what each row means."""
+    x, y = _coordinates(height, width)
+    shifts = np.arange(-3, 4) / 64
+    rows, meanings = [], []
+    for (shape, (size, radius), (position, (cx, cy))), dx, dy in product(
+        product(SHAPES, SIZES.items(), POSITIONS.items()), shifts, shifts
+    ):
+        rows.append(_distance(shape, x - cx - dx, y - cy - dy, radius).ravel() < 0)
+        meanings.append((shape, size, position))
+    return np.array(rows, np.float32), meanings
 
 
 def agreement(asked: Scene, image: np.ndarray) -> dict[str, bool]:

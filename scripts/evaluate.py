@@ -5,7 +5,8 @@
 
 Every number is measured by the run that prints it: quality against the uncached run with the same seeds, latency of
 the denoising loop as the ratio of medians of alternating runs (A B A B …) on one batch. Plans are calibrated on the
-calibration prompts first, never on the evaluation prompts. Further flags are those of generate.py.
+calibration prompts, never on the evaluation prompts; a plan stored in cache/ is used as it is. Further flags are those
+of generate.py.
 """
 
 import json
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import UserError, cli, scenes
+from ertacache import ThresholdPlan, UserError, cli, scenes
+from ertacache.algorithm import uniform_cached
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts, write_atomically
 from ertacache.metrics import Lpips, quality
@@ -92,16 +94,25 @@ class Evaluation:
 
 def rows_of(evaluation, calibration, methods, threshold):
     """The rows of the asked methods at the NFE that one λ gives."""
-    plans, errors = calibration.candidates(threshold)
-    chosen = calibration.choose(plans, errors)
+    options, steps = evaluation.options, evaluation.settings["steps"]
+    name = cli.plan_name(options.model, steps, threshold, options.site)
+    stored = evaluation.program.FOLDER / "cache" / name
+    if "ablation" not in methods and stored.exists():
+        plans, chosen = {}, ThresholdPlan.load(stored)
+        chosen.check(calibration.conditions, remedy=f"delete {stored}")
+        if "uniform" in methods:
+            neutral = {"phi": (), "k": (), "b": (), "rectified": False, "phi_definition": "none"}
+            plans["uniform"] = replace(chosen, cached=uniform_cached(steps, chosen.nfe), **neutral)
+    else:
+        plans, errors = calibration.candidates(threshold)
+        chosen = calibration.choose(plans, errors)
     if "fewer-steps" in methods:
         yield evaluation.row("fewer-steps", settings={**evaluation.settings, "steps": chosen.nfe})
-    names = list(plans) if "ablation" in methods else [n for n in plans if n in methods]
-    for name in names:
+    for name in list(plans) if "ablation" in methods else [n for n in plans if n in methods]:
         yield evaluation.row(name, plans[name], threshold=threshold)
     if "ertacache" in methods:
         best = chosen.provenance["calibration"]["chosen"]
-        yield evaluation.row(f"ertacache ({best})", replace(chosen), threshold=threshold)
+        yield evaluation.row(f"ertacache ({best})", chosen, threshold=threshold)
 
 
 def table(rows) -> str:

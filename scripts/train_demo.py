@@ -1,6 +1,7 @@
 """Train the small FLUX pipeline that ships in ERTACache4FLUX/demo, from nothing, on procedural scenes.
 
     .venv/bin/python scripts/train_demo.py --out ERTACache4FLUX/demo --work runs/demo-flux
+    .venv/bin/python scripts/train_demo.py --measure
 
 Stages, each resumed from its newest checkpoint under --work: tokenizers → VAE → text encoders → latents →
 transformer (flow matching, caption dropout) → guidance distillation → export → prompt accuracy. The components
@@ -341,8 +342,16 @@ def main():
     parser.add_argument("--latents", type=int, default=27000, help="training pictures, encoded once")
     parser.add_argument("--accuracy-prompts", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure", action="store_true", help="only measure the prompt accuracy of the one in --out")
     args = parser.parse_args()
+    if not args.measure:
+        train(args)
+    pipe = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    print(json.dumps(measure_accuracy(pipe, args.accuracy_prompts)))
 
+
+def train(args):
+    """All stages, from nothing or from their checkpoints, to a pipeline saved in `args.out`."""
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = build_tokenizers(args.work)
     clip, t5 = build_text_encoders(clip_tokenizer, t5_tokenizer)
@@ -363,9 +372,6 @@ def main():
     train_transformer(args.work, pipe, data, args.steps, args.distil_steps, args.device)
     half = {name: part.half() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     FluxPipeline(**{**pipe.components, **half}).save_pretrained(args.out)
-
-    pipe = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    print(json.dumps(measure_accuracy(pipe, args.accuracy_prompts)))
 
 
 if __name__ == "__main__":

@@ -171,14 +171,12 @@ class Calibration:
     # --- from sums to a plan ---------------------------------------------------------------------------------
 
     def plan(self, threshold: float) -> ThresholdPlan:
-        """The plan for one λ: Algorithm 2, then whichever of φ and K/B lowers the error on the calibration set."""
+        """The plan for one λ: Algorithm 2 says how many calls, then the parts that lower the error are kept."""
         return self.choose(*self.candidates(threshold))
 
     def candidates(self, threshold: float) -> tuple[dict[str, ThresholdPlan], dict[str, float]]:
-        """All plans for one λ, at equal NFE, and their errors: the rows of the paper's Table 3.
-
-        "uniform" is there for comparison; it is never chosen.
-        """
+        """All plans for one λ, at equal NFE, and their errors: the rows of the paper's Table 3, and a uniform schedule
+        with rectification, because a policy that is no better than the uniform schedule must be seen and not used."""
         if not (np.isfinite(threshold) and threshold > 0):
             raise UserError(f"threshold λ = {threshold}: give a finite number above 0, for example 0.1")
         self.bar.set_description(f"calibrate λ={threshold:g}")
@@ -200,14 +198,14 @@ class Calibration:
             plans[f"policy + time ({definition})"] = replace(policy, phi=tuple(phi), phi_definition=definition)
         errors = {name: self.evaluate(plan) for name, plan in plans.items()}
         better_time = min((name for name in plans if "time" in name), key=errors.get)
-        for name, watched in (("policy", seen), (better_time, None)):
+        for name, watched in (("policy", seen), (better_time, None), ("uniform", None)):
             plans[f"{name} + rectification"] = self.fit(plans[name], watched)
             errors[f"{name} + rectification"] = self.evaluate(plans[f"{name} + rectification"])
         return plans, errors
 
     def choose(self, plans: dict[str, ThresholdPlan], errors: dict[str, float]) -> ThresholdPlan:
         """The plan with the least error, with the whole ablation in its provenance."""
-        best = min((name for name in plans if name != "uniform"), key=errors.get)
+        best = min(plans, key=errors.get)
         return replace(plans[best], provenance=self.provenance(best, errors))
 
     def threshold_for(self, nfe: int) -> float:

@@ -160,6 +160,8 @@ class Calibration:
                 self.bar.update(i not in plan.cached)
 
             final = self.program.denoise(self.pipe, self.inputs(batch), plan, count).float().cpu().numpy()
+            if not self.reference_path(batch).exists():
+                raise UserError(f"{self.work} vanished, another calibration of the same model used it: start again")
             wanted = load_file(self.reference_path(batch))["latents"]
             return {"squares": np.square(final - wanted, dtype=np.float64).sum(), "count": final.size}
 

@@ -193,6 +193,14 @@ def test_finish_removes_the_ledger(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_ledger_that_another_process_finished_is_a_clear_error(tmp_path):
+    mine, other = make(tmp_path), make(tmp_path)
+    plan = mine.plan(0.1)
+    other.finish()
+    with pytest.raises(UserError, match=r"another calibration of the same model.*start again"):
+        mine.evaluate(replace(plan, cached=(1,), phi=(), k=(), b=(), rectified=False, phi_definition="none"))
+
+
 def test_the_threshold_for_a_number_of_calls(tmp_path):
     calibration = make(tmp_path, steps=20)
     for nfe in (16, 10, 7):

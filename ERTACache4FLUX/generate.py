@@ -130,7 +130,7 @@ def decode(pipe, latents, inputs):
 
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
-    """ "demo", a local directory in diffusers' format, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
     from diffusers import FluxPipeline
 
     from ertacache.programs import load_pipeline

@@ -3,7 +3,7 @@
 Shapes: B images, L = (H/16)(W/16) latent tokens, C channels a token; FLUX.1-dev at 1024²: L = 4096, C = 64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from ertacache.algorithm import euler_step, rectify
 
 FOLDER = Path(__file__).resolve().parent
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
 
 @torch.no_grad()
@@ -21,15 +22,16 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     plan=None is FluxPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it returns
     is used in place of v (this is how calibration watches and steers the same loop).
     """
-    x = inputs.latents  # x_0 ~ N(0, I)
-    s = inputs.sigmas if plan is None else plan.grid(inputs.sigmas)  # s_0 … s_T, with φ (Eq. 13–14)
+    if plan is not None:
+        inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
+    x, s = inputs.latents, inputs.sigmas  # x_0 ~ N(0, I)
     with open_site(pipe, inputs, plan.site if plan else "output") as site:
-        for i in range(len(s) - 1):
+        for i, t in enumerate(inputs.times):
             if plan is None or i not in plan.cached:  # i ∉ S
-                v = velocity(pipe, inputs, x, s[i])  # v_i = v_θ(x_i, s_i)
+                v = velocity(pipe, inputs, x, t)  # v_i = v_θ(x_i, s_i)
                 r = site.residual(x, v) if plan else None  # r̃ = v_i − x_i (Eq. 5)
             else:
-                v = site.reuse(x, s[i], r)  # ṽ_i = x_i + r̃ (Eq. 6)
+                v = site.reuse(x, t, r)  # ṽ_i = x_i + r̃ (Eq. 6)
                 if plan.rectified:
                     v = rectify(v, plan.k[i], plan.b[i])  # ṽ_i − σ(K_i ṽ_i + B_i) (Eq. 15)
             if on_step is not None:
@@ -39,15 +41,15 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     return x
 
 
-def velocity(pipe, inputs, x, s):
-    """One model call. x [B, L, C], s a scalar sigma → v [B, L, C]. Guidance is an input of this distilled model."""
+def velocity(pipe, inputs, x, t):
+    """One model call. x [B, L, C], t a scalar time → v [B, L, C]. Guidance is an input of this distilled model."""
     with pipe.transformer.cache_context("cond"):
-        return pipe.transformer(x, timestep=time_of(x, s), **inputs.conditioning, return_dict=False)[0]
+        return pipe.transformer(x, timestep=one_each(x, t) / 1000, **inputs.conditioning, return_dict=False)[0]
 
 
-def time_of(x, s):
-    """The model's time argument, 1 … 0, one a picture [B], rounded to its dtype as FluxPipeline does: t/1000."""
-    return (s * 1000).expand(x.shape[0]).to(x.dtype) / 1000
+def one_each(x, t):
+    """The time 1000 … 0, once a picture [B], rounded to the model's dtype as FluxPipeline does."""
+    return t.expand(x.shape[0]).to(x.dtype)
 
 
 def open_site(pipe, inputs, site):
@@ -58,13 +60,13 @@ def open_site(pipe, inputs, site):
         return OutputSite()
     model, c = pipe.transformer, inputs.conditioning
 
-    def around(x, s, add):
-        hidden = add(model.x_embedder(x))  # [B, L, D]
+    def around(x, t, add):
+        hidden = add("cond", model.x_embedder(x))  # [B, L, D]
         guidance = () if c["guidance"] is None else (c["guidance"].to(x.dtype) * 1000,)
-        temb = model.time_text_embed(time_of(x, s) * 1000, *guidance, c["pooled_projections"])
+        temb = model.time_text_embed(one_each(x, t) / 1000 * 1000, *guidance, c["pooled_projections"])
         return model.proj_out(model.norm_out(hidden, temb))
 
-    return BlocksSite(embed=model.x_embedder, head=model.norm_out, around=around)
+    return BlocksSite(model, embed=model.x_embedder, head=model.norm_out, around=around)
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,21 @@ class Inputs:
     height: int
     width: int
 
+    @property
+    def times(self):
+        """The model's time before each step, [T]."""
+        return self.sigmas[:-1] * 1000
+
+    def on(self, sigmas):
+        """The same inputs on another grid."""
+        return replace(self, sigmas=sigmas)
+
 
 def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
     """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.programs import check_number, check_size
+    from ertacache.programs import check_number, check_scheduler, check_size
 
+    check_scheduler(pipe, SCHEDULERS)
     sizes = {
         name: pipe.vae.config.sample_size if n is None else n for name, n in (("height", height), ("width", width))
     }

@@ -31,6 +31,7 @@ from ertacache.plan import Conditions, ThresholdPlan
 from ertacache.provenance import library_versions
 
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
+LEAST_PHI = 0.01  # a multistep solver divides by the length of an interval, so that none may vanish
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Schedule:
 class Watcher:
     """The `on_step` of one batch: imitates a cached run along the schedule and sums what it sees of the true model."""
 
-    def __init__(self, site, sigmas: torch.Tensor, schedule: Schedule, pairs: bool):
-        steps = len(sigmas) - 1
-        self.site, self.sigmas, self.schedule, self.pairs = site, sigmas, schedule, pairs
+    def __init__(self, site, times: torch.Tensor, schedule: Schedule, pairs: bool):
+        steps = len(times)
+        self.site, self.times, self.schedule, self.pairs = site, times, schedule, pairs
         self.sums = {name: np.zeros(steps) for name in ("norm", "error", "velocity", "change")}
         self.sums |= {"moments": np.zeros((steps, 5)), "distance": np.zeros((steps, steps) if pairs else (0, 0))}
         self.residuals, self.newest, self.previous = {}, 0, None  # r_c by step, newest computed step, v_{i−1}
@@ -58,7 +59,7 @@ class Watcher:
         self.sums["norm"][i], self.sums["velocity"][i] = algorithm.l1_norm(r), algorithm.l1_norm(v)
         if self.pairs:
             for c, earlier in self.residuals.items():
-                self.sums["distance"][c, i] = algorithm.l1_norm(r.float() - earlier.float())
+                self.sums["distance"][c, i] = algorithm.l1_norm(r.float() - earlier.to(r.device).float())
         used = v
         if i in self.schedule.cached:
             used = self.reuse(i, x, v)
@@ -67,13 +68,13 @@ class Watcher:
             if not self.pairs:
                 self.residuals.clear()
         if self.pairs or i == self.newest:
-            self.residuals[i] = r
+            self.residuals[i] = r.cpu() if self.pairs else r  # T of them fill a GPU, and wait in main memory
         self.previous = v
         return used
 
     def reuse(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """ṽ_i, rectified when the schedule has K, B; its error against v_i goes into the sums."""
-        tilde = self.site.reuse(x, self.sigmas[i], self.residuals[self.newest])
+        tilde = self.site.reuse(x, self.times[i], self.residuals[self.newest].to(x.device))
         wide, error = tilde.float(), tilde.float() - v.float()
         self.sums["error"][i] = algorithm.l1_norm(error)
         self.sums["change"][i] = algorithm.l1_norm(v.float() - self.previous.float())
@@ -137,9 +138,9 @@ class Calibration:
         inputs = self.inputs(batch)
         if schedule.phi:
             grid = algorithm.adjusted_sigmas(inputs.sigmas.cpu().numpy(), schedule.phi)
-            inputs = replace(inputs, sigmas=torch.from_numpy(grid).to(inputs.sigmas.device))
+            inputs = inputs.on(torch.from_numpy(grid).to(inputs.sigmas.device))
         with self.program.open_site(self.pipe, inputs, self.site) as site:
-            watcher = Watcher(site, inputs.sigmas, schedule, pairs)
+            watcher = Watcher(site, inputs.times, schedule, pairs)
 
             def on_step(i, x, v):
                 used = watcher(i, x, v)
@@ -196,7 +197,7 @@ class Calibration:
         for definition, measure in (("velocity", "velocity"), ("difference", "change")):
             phi = [1.0] * self.steps
             for i in cached:
-                phi[i] = algorithm.step_coefficient(seen["error"][i], seen[measure][i])
+                phi[i] = max(LEAST_PHI, algorithm.step_coefficient(seen["error"][i], seen[measure][i]))
             plans[f"policy + time ({definition})"] = replace(policy, phi=tuple(phi), phi_definition=definition)
         errors = {name: self.evaluate(plan) for name, plan in plans.items()}
         better_time = min((name for name in plans if "time" in name), key=errors.get)

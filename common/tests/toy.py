@@ -1,6 +1,6 @@
 """A model small enough to solve on paper: dx/ds = A x, as a program with the functions of a model folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,13 @@ class Inputs:
     latents: torch.Tensor
     sigmas: torch.Tensor
 
+    @property
+    def times(self):
+        return self.sigmas[:-1]
+
+    def on(self, sigmas):
+        return replace(self, sigmas=sigmas)
+
 
 class Program:
     """prepare, denoise and open_site as in a model folder; `width` numbers a latent row, `rows` rows a prompt."""
@@ -57,14 +64,14 @@ class Program:
         return OutputSite()
 
     def denoise(self, pipe, inputs, plan=None, on_step=None):
+        inputs = inputs if plan is None else inputs.on(plan.grid(inputs.sigmas))
         x, s, site = inputs.latents, inputs.sigmas, OutputSite()
-        s = s if plan is None else plan.grid(s)
-        for i in range(len(s) - 1):
+        for i, t in enumerate(inputs.times):
             if plan is None or i not in plan.cached:
                 v = pipe.transformer(x)
                 r = site.residual(x, v)
             else:
-                v = site.reuse(x, s[i], r)
+                v = site.reuse(x, t, r)
                 v = rectify(v, plan.k[i], plan.b[i]) if plan.rectified else v
             steered = on_step(i, x, v) if on_step else None
             x = euler_step(x, v if steered is None else steered, s[i], s[i + 1])

@@ -29,7 +29,7 @@ def main():
     thresholds, speedups = (cli.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
     cli.check_speedups(speedups)
     pipe = cli.load(program, options)
-    settings = program.settings_of(pipe, options.steps, options.guidance, options.height, options.width)
+    settings = cli.checked_settings(program, pipe, options)
     for plan, path in cli.calibrate_plans(program, pipe, options, settings, thresholds, speedups, args.out):
         chosen = plan.provenance["calibration"]["chosen"]
         print(

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import ThresholdPlan, UserError, cli, scenes
+from ertacache import ThresholdPlan, UserError, cli
 from ertacache.algorithm import uniform_cached
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts, write_atomically
-from ertacache.metrics import Lpips, quality
+from ertacache.metrics import METRICS, Lpips, quality
 from ertacache.outputs import to_uint8
 from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
@@ -32,7 +32,7 @@ from ertacache.provenance import library_versions, machine
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("fewer-steps", "uniform", "ertacache", "ablation")
 COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "ssim", "lpips"]
-COLUMNS += ["prompt_accuracy"]
+COLUMNS += ["temporal_psnr", "prompt_accuracy"]
 
 
 class Evaluation:
@@ -76,8 +76,8 @@ class Evaluation:
         nfe = plan.nfe if plan else settings["steps"]
         accuracy = None
         if self.options.model == "demo":
-            accuracy = scenes.prompt_accuracy(self.prompts, [to_uint8(p) for p in pictures])
-        same = {"psnr": None, "ssim": None, "lpips": None}  # the uncached run has no distance to itself
+            accuracy = cli.world(self.program).prompt_accuracy(self.prompts, [to_uint8(p) for p in pictures])
+        same = dict.fromkeys(METRICS)  # the uncached run has no distance to itself
         return {
             "folder": self.program.FOLDER.name,
             "method": method,
@@ -120,7 +120,9 @@ def table(rows) -> str:
 
     def cell(row, name):
         value = row["settings"]["threshold"] if name == "threshold" else row[name]
-        digits = {"psnr": 2, "speedup_nfe": 2, "speedup_latency": 2, "prompt_accuracy": 3}.get(name, 4)
+        digits = {"psnr": 2, "temporal_psnr": 2, "speedup_nfe": 2, "speedup_latency": 2, "prompt_accuracy": 3}.get(
+            name, 4
+        )
         return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
     body = ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows]
@@ -150,8 +152,8 @@ def main():
     values = cli.parse_list(args.thresholds or args.speedups)
     cli.check_speedups(values if args.speedups else [])
     pipe = cli.load(program, options)
-    settings = program.settings_of(pipe, options.steps, options.guidance, options.height, options.width)
-    held_out = [s.caption() for s in scenes.sample_scenes(args.count, seed=100, held_out=True)]
+    settings = cli.checked_settings(program, pipe, options)
+    held_out = [s.caption() for s in cli.world(program).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
     calibration = cli.open_calibration(program, pipe, options, settings, work=ROOT / "runs")

@@ -1,6 +1,7 @@
 """The command line of a model folder's `generate.py`: which plan, which runs, what is written."""
 
 import argparse
+import inspect
 import math
 import re
 import statistics
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import outputs, scenes
+from ertacache import motion, outputs, scenes
 from ertacache.calibrate import Calibration, fingerprint
 from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts
-from ertacache.metrics import Lpips
+from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
 from ertacache.plan import Conditions, ThresholdPlan
 
@@ -29,10 +30,15 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--seed", type=int, default=1000, help="seed of the first prompt; the next one has seed + 1, and so on")
-    add("--steps", type=int, default=30, help="T, steps of the uncached run")
-    add("--guidance", type=float, default=3.5)
+    defaults = settings_parameters(program)
+    add("--steps", type=int, default=defaults["steps"], help="T, steps of the uncached run")
+    add("--guidance", type=float, default=defaults["guidance"])
     add("--height", type=int)
     add("--width", type=int)
+    if "frames" in defaults:
+        add("--frames", type=int, help="frames of the video")
+        add("--negative-prompt", default=defaults["negative_prompt"], help="what the unconditional branch is told")
+        add("--fps", type=int, default=8, help="frames a second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
     choice.add_argument("--plan", metavar="FILE", help="cache by this plan file")
@@ -47,6 +53,22 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
     add("--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory, slower")
     return parser.parse_args(arguments)
+
+
+def settings_parameters(program) -> dict:
+    """The settings that a model folder takes, with their defaults: steps, guidance, height, width, frames, …"""
+    parameters = inspect.signature(program.settings_of).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "pipe"}
+
+
+def checked_settings(program, pipe, args) -> dict:
+    """The settings that the arguments ask for, checked by the model folder."""
+    return program.settings_of(pipe, **{name: getattr(args, name) for name in settings_parameters(program)})
+
+
+def world(program):
+    """The grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
+    return motion if "frames" in settings_parameters(program) else scenes
 
 
 def parse_list(text: str) -> list[float]:
@@ -77,7 +99,7 @@ def generate(program, arguments: list[str] | None = None) -> None:
         raise UserError("nothing to do: give --threshold λ, --plan FILE or --baseline")
     out = ensure_writable(args.out)
     pipe = load(program, args)
-    settings = program.settings_of(pipe, args.steps, args.guidance, args.height, args.width)
+    settings = checked_settings(program, pipe, args)
     plan, plan_path = (None, None) if args.baseline else find_plan(program, pipe, args, settings)
 
     methods = {"ertacache": plan} if plan else {"baseline": None}
@@ -85,7 +107,7 @@ def generate(program, arguments: list[str] | None = None) -> None:
         methods = {"baseline": None, **methods}
     runs = run_interleaved(program, pipe, prompts, args, settings, methods)
     for method, run in runs.items():
-        outputs.save_pictures(out, run["pictures"], method)
+        outputs.save_results(out, run["pictures"], method, getattr(args, "fps", None))
     report(program, args, prompts, runs, plan, plan_path, out)
 
 
@@ -106,7 +128,7 @@ def _prompts(program, args) -> list[str]:
     default = "demo.txt" if args.model == "demo" else "examples.txt"
     prompts = args.prompt or read_prompts(args.prompts or program.FOLDER / "prompts" / default)
     if not all(p.strip() for p in prompts):
-        raise UserError("--prompt is empty: say what the picture should show")
+        raise UserError("--prompt is empty: say what should be seen")
     return prompts
 
 
@@ -207,14 +229,17 @@ def synchronize(pipe) -> None:
 
 def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     """metrics.json (schema 1 of common/docs/metrics.md), comparison.png, and a line for people."""
-    method = "ertacache" if plan else "baseline"
+    method, kind = (
+        "ertacache" if plan else "baseline",
+        "videos" if "frames" in settings_parameters(program) else "pictures",
+    )
     both = "baseline" in runs and "ertacache" in runs
     seconds = {"baseline": None, "cached": None}
     seconds |= {{"ertacache": "cached"}.get(name, name): run["seconds"] for name, run in runs.items()}
-    quality = {"psnr": None, "ssim": None, "lpips": None}
+    quality = dict.fromkeys(METRICS)
     if both:
         quality = measure(runs["baseline"]["pictures"], runs["ertacache"]["pictures"], Lpips())
-    quality["prompt_accuracy"] = _prompt_accuracy(args.model, prompts, runs)
+    quality["prompt_accuracy"] = _prompt_accuracy(world(program), args.model, prompts, runs)
     speedup = seconds["baseline"] / seconds["cached"] if both else None
     metrics = {
         "schema": 1,
@@ -230,27 +255,27 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     }
     outputs.save_metrics(out, metrics)
     if not both:
-        print(f"{len(prompts)} pictures in {out}/, {metrics['nfe']} model calls each")
+        print(f"{len(prompts)} {kind} in {out}/, {metrics['nfe']} steps with a model call each")
         return
     titles = (f"baseline, {args.steps} calls", f"ERTACache lambda={plan.threshold:g}, {plan.nfe} calls")
-    sheet = outputs.comparison(prompts, runs["baseline"]["pictures"], runs["ertacache"]["pictures"], titles)
+    sheet = outputs.comparison(prompts, *(runs[name]["pictures"] for name in ("baseline", "ertacache")), titles)
     outputs.save_png(out / "comparison.png", sheet)
     if quality["psnr"] is None:
         print("PSNR has no number: a cached picture equals the uncached one", file=sys.stderr)
     psnr = "equal" if quality["psnr"] is None else f"{quality['psnr']:.1f} dB"
     print(
-        f"{len(prompts)} pictures in {out}/: {plan.nfe} of {args.steps} model calls, {speedup:.2f}× faster denoising "
+        f"{len(prompts)} {kind} in {out}/: {plan.nfe} of {args.steps} steps computed, {speedup:.2f}× faster denoising "
         f"({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s), PSNR {psnr}, SSIM {quality['ssim']:.4f}"
     )
 
 
-def _prompt_accuracy(model, prompts, runs) -> dict:
+def _prompt_accuracy(oracle, model, prompts, runs) -> dict:
     accuracy = {"baseline": None, "cached": None}
     if model != "demo":
         return accuracy
     for name, run in runs.items():
         pictures = [outputs.to_uint8(p) for p in run["pictures"]]
-        accuracy[{"ertacache": "cached"}.get(name, name)] = scenes.prompt_accuracy(prompts, pictures)
+        accuracy[{"ertacache": "cached"}.get(name, name)] = oracle.prompt_accuracy(prompts, pictures)
     if all(value is None for value in accuracy.values()):
         print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
     return accuracy

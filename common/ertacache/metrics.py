@@ -1,8 +1,10 @@
-"""Distances between an uncached and a cached picture: thin faces over scikit-image and lpips, on float pictures."""
+"""Distances between uncached and cached pictures or videos: thin faces over scikit-image and lpips, on floats."""
 
 import sys
 
 import numpy as np
+
+METRICS = ("psnr", "ssim", "lpips", "temporal_psnr")
 
 
 def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
@@ -45,12 +47,27 @@ class Lpips:
             return float(self.network(*pair))
 
 
-def quality(references: np.ndarray, pictures: np.ndarray, lpips: Lpips) -> dict[str, float | None]:
-    """Means over pictures [N, H, W, 3]. A mean PSNR is None when a pair is equal, its PSNR has no number."""
-    pairs = list(zip(references, pictures, strict=True))
+def temporal_psnr(reference: np.ndarray, video: np.ndarray) -> float:
+    """Temporal consistency: mean PSNR in dB between the consecutive-frame differences of two videos [F, H, W, 3].
+
+    A difference f_{j+1} − f_j lies in [−1, 1]; both are halved, so that the data range is 1 as for pictures.
+    """
+    pairs = zip(np.diff(reference, axis=0) / 2, np.diff(video, axis=0) / 2, strict=True)
+    return float(np.mean([psnr(*pair) for pair in pairs]))
+
+
+def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips) -> dict[str, float | None]:
+    """Means over pictures [N, H, W, 3], or over the frames of videos [N, F, H, W, 3] and then over the videos.
+
+    A mean PSNR is None when a pair is equal, its PSNR has no number; temporal_psnr is None for pictures.
+    """
+    videos = references.ndim == 5
+    frames = (x.reshape(-1, *x.shape[-3:]) for x in (references, results))
+    pairs = list(zip(*frames, strict=True))
     values = {
         "psnr": [psnr(*pair) for pair in pairs],
         "ssim": [ssim(*pair) for pair in pairs],
         "lpips": [lpips(*pair) for pair in pairs],
+        "temporal_psnr": [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else [None],
     }
     return {name: None if None in v or not np.all(np.isfinite(v)) else float(np.mean(v)) for name, v in values.items()}

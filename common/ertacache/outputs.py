@@ -1,7 +1,8 @@
-"""What a run leaves in its output folder: pictures, the comparison, metrics.json."""
+"""What a run leaves in its output folder: pictures or videos, the comparison, metrics.json."""
 
 import io
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ DIFFERENCE_GAIN = 4  # the difference column shows |cached − baseline| × 4, s
 
 
 def to_uint8(picture: np.ndarray) -> np.ndarray:
-    """float [H, W, 3] in [0, 1] → uint8, rounded."""
+    """float in [0, 1], of any shape → uint8, rounded."""
     return np.clip(np.rint(np.asarray(picture, np.float32) * 255), 0, 255).astype(np.uint8)
 
 
@@ -23,17 +24,43 @@ def save_png(path: Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def save_pictures(folder: Path, pictures: np.ndarray, method: str) -> None:
-    """`000-METHOD.png`, `001-METHOD.png`, … for pictures [N, H, W, 3]."""
-    for number, picture in enumerate(pictures):
-        save_png(folder / f"{number:03d}-{method}.png", Image.fromarray(to_uint8(picture)))
+def save_mp4(path: Path, video: np.ndarray, fps: int) -> None:
+    """H.264 at nearly lossless quality; heights and widths must be even. video: float [F, H, W, 3] in [0, 1]."""
+    import imageio.v2 as imageio
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        imageio.mimwrite(part, to_uint8(video), fps=fps, quality=9, macro_block_size=2, ffmpeg_log_level="error")
+        part.replace(path)
+
+
+def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None) -> None:
+    """`000-METHOD.png`, `001-METHOD.png`, … for pictures [N, H, W, 3], or `.mp4` for videos [N, F, H, W, 3]."""
+    for number, result in enumerate(results):
+        name = folder / f"{number:03d}-{method}"
+        if result.ndim == 4:
+            save_mp4(name.with_suffix(".mp4"), result, fps)
+        else:
+            save_png(name.with_suffix(".png"), Image.fromarray(to_uint8(result)))
+
+
+def first_middle_last(videos: np.ndarray) -> np.ndarray:
+    """Three frames of each video side by side: [N, F, H, W, 3] → [N, H, 3W, 3]."""
+    frames = videos.shape[1]
+    return np.concatenate([videos[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
 
 
 def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, titles: tuple[str, str]) -> Image.Image:
-    """One row a prompt: baseline | cached | difference. Small pictures are enlarged by a whole factor."""
+    """One row a prompt: baseline | cached | difference; of videos the first, the middle and the last frame.
+
+    Small pictures are enlarged by a whole factor, columns wider than 1200 pixels are shrunk.
+    """
+    if baseline.ndim == 5:
+        baseline, cached = first_middle_last(baseline), first_middle_last(cached)
     difference = np.clip(DIFFERENCE_GAIN * np.abs(cached - baseline), 0, 1)
-    scale = max(1, round(256 / baseline.shape[1]))
-    height, width = baseline.shape[1] * scale, baseline.shape[2] * scale
+    height, width = baseline.shape[1:3]
+    scale = 1200 / width if width > 1200 else max(1, round(min(256 / height, 400 / width)))
+    height, width = round(height * scale), round(width * scale)
     gap, line = 8, 26
     font = ImageFont.load_default(size=14)
     sheet = Image.new("RGB", (3 * width + 4 * gap, line + len(prompts) * (height + line)), "white")
@@ -43,7 +70,8 @@ def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, tit
         x = gap + c * (width + gap)
         draw.text((x, 5), title, fill="black", font=font)
         for row, picture in enumerate(pictures):
-            tile = Image.fromarray(to_uint8(picture)).resize((width, height), Image.Resampling.NEAREST)
+            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+            tile = Image.fromarray(to_uint8(picture)).resize((width, height), how)
             sheet.paste(tile, (x, line + row * (height + line)))
     for row, prompt in enumerate(prompts):
         text = _shorten(prompt, 3 * width, draw, font)

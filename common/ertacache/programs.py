@@ -39,6 +39,23 @@ def check_size(name: str, value: int, multiple: int) -> None:
         )
 
 
+def check_frames(frames: int, multiple: int) -> None:
+    """A number of frames that the VAE can take: the first one alone, then groups of `multiple`."""
+    if frames < 1 or frames % multiple != 1:
+        lower = max((frames - 1) // multiple, 0) * multiple + 1
+        raise UserError(
+            f"--frames {frames}: must be a multiple of {multiple} plus 1 for this model, for example {lower} or "
+            f"{lower + multiple}"
+        )
+
+
+def check_scheduler(pipe, known: tuple[str, ...]) -> None:
+    """Refuse a scheduler whose step the loop does not take."""
+    found = type(pipe.scheduler).__name__
+    if found not in known:
+        raise UserError(f"the model's scheduler is {found}, this loop knows {' and '.join(known)}: load one of them")
+
+
 def check_model_directory(path: Path, expected_class: str) -> None:
     """Name what is missing from a local pipeline directory before hundreds of lines of loading code do."""
     again = f"download it again with `hf download REPO --local-dir {path}`"

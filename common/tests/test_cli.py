@@ -214,7 +214,7 @@ def test_run_sh_is_the_main_job(tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["prompts"] == 4 and metrics["nfe"] < 30 and metrics["quality"]["ssim"] > 0.9
     assert metrics["quality"]["prompt_accuracy"]["baseline"] == 1.0
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000 and "model calls" in done.stdout
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000 and "of 30 steps computed" in done.stdout
 
 
 def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):

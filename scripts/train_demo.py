@@ -1,378 +1,63 @@
-"""Train the small FLUX pipeline that ships in ERTACache4FLUX/demo, from nothing, on procedural scenes.
+"""Train the small pipeline that ships in a model folder's demo/, from nothing, on procedural scenes.
 
-    .venv/bin/python scripts/train_demo.py --out ERTACache4FLUX/demo --work runs/demo-flux
-    .venv/bin/python scripts/train_demo.py --measure
+    .venv/bin/python scripts/train_demo.py ERTACache4Wan2.1
+    .venv/bin/python scripts/train_demo.py ERTACache4FLUX --set transformer=2000 --out runs/quick
+    .venv/bin/python scripts/train_demo.py ERTACache4CogVideoX-2B --measure
 
-Stages, each resumed from its newest checkpoint under --work: tokenizers → VAE → text encoders → latents →
-transformer (flow matching, caption dropout) → guidance distillation → export → prompt accuracy. The components
-are those of `FluxPipeline`; only the sizes differ. Times on 2 CPU cores are in common/docs/results.md.
+The components are those of the real pipeline; only the sizes differ. The stages (tokenizer, VAE, text encoders,
+latents, transformer, …) are in scripts/demos/, one recipe a model; each is resumed from its newest checkpoint under
+--work. Times on 2 CPU cores are in common/docs/results.md.
 """
 
-import argparse
+import importlib
 import json
-from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tqdm import tqdm
-from training import Ema, run_stage, save_atomically
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from ertacache import scenes
+from ertacache import UserError
+from ertacache.errors import ArgumentParser, run_program
+from ertacache.programs import load_program
 
-SIZE = 64  # height and width of a picture, pixels
-TEXT_LENGTH = 16  # T5 and CLIP tokens; the longest caption of the grammar has 12 words
-WIDTH = 96  # of both text encoders
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-ATTRIBUTES = {
-    "size": list(scenes.SIZES),
-    "colour": list(scenes.COLOURS),
-    "shape": list(scenes.SHAPES),
-    "position": list(scenes.POSITIONS),
-    "texture": list(scenes.TEXTURES),
-    "ground": list(scenes.COLOURS),
-}
+RECIPES = {"ERTACache4FLUX": "flux", "ERTACache4Wan2.1": "wan", "ERTACache4CogVideoX-2B": "cogvideox"}
 
 
-# --- data --------------------------------------------------------------------------------------------------------
-
-
-def training_scenes() -> list[scenes.Scene]:
-    return [s for s in scenes.all_scenes() if not scenes.is_held_out(s)]
-
-
-def render_batch(pool, rng, count) -> torch.Tensor:
-    """Random training pictures in [-1, 1], [B, 3, H, W]."""
-    chosen = [pool[i] for i in rng.integers(len(pool), size=count)]
-    pictures = np.stack([scenes.render(s, rng, SIZE, SIZE) for s in chosen])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-# --- tokenizers and text encoders --------------------------------------------------------------------------------
-
-
-def build_tokenizers(work: Path):
-    """A sentencepiece unigram model for T5 and a byte-pair encoding for CLIP, trained on the caption grammar."""
-    import sentencepiece
-
-    folder = work / "tokenizers"
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    text = [scenes.loosen(s, rng).caption() for s in training_scenes()]
-    text += [" ".join(LETTERS), LETTERS] * 10  # so that any English prompt has pieces
-    if not (folder / "spiece.model").exists():
-        # The trainer proposes only pieces that recur in different words, so the words themselves are proposed here.
-        words = Counter(f"\u2581{word}" for line in text for word in line.split())
-        (folder / "seeds.tsv").write_text("".join(f"{w}\t{n}\n" for w, n in sorted(words.items())), "utf-8")
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text),
-            model_prefix=str(folder / "spiece"),
-            vocab_size=160,
-            seed_sentencepieces_file=str(folder / "seeds.tsv"),
-            character_coverage=1.0,
-            hard_vocab_limit=False,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            minloglevel=2,
-        )
-    t5 = T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=TEXT_LENGTH)
-    clip = CLIPTokenizer().train_new_from_iterator(text, vocab_size=600, show_progress=False)
-    clip.model_max_length = TEXT_LENGTH
-    return clip, t5
-
-
-def build_text_encoders(clip_tokenizer, t5_tokenizer):
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=WIDTH,
-            projection_dim=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_tokenizer),
-            d_model=WIDTH,
-            d_kv=WIDTH // 4,
-            d_ff=2 * WIDTH,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
-    return clip, t5
-
-
-def token_ids(tokenizer, captions) -> torch.Tensor:
-    options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(captions, **options).input_ids
-
-
-def train_text(work, tokenizers, encoders, steps, device):
-    """Teach both encoders what captions mean: from CLIP's pooled vector and from T5's mean, a linear head must
-    tell each attribute, or that it is left open. It stands in for the pretraining of the real encoders."""
-    clip, t5 = (e.to(device) for e in encoders)
-    classes = sum(len(v) + 1 for v in ATTRIBUTES.values())
-    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, classes) for _ in range(2)).to(device)
-    pool = training_scenes()
-    parts = {"clip": clip, "t5": t5, "heads": heads}
-    parameters = [p for part in parts.values() for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-
-    def loss_of(step):
-        rng = np.random.default_rng([1, step])
-        batch = [scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=128)]
-        captions = [s.caption() for s in batch]
-        pooled = clip(token_ids(tokenizers[0], captions).to(device)).pooler_output
-        mean = t5(token_ids(tokenizers[1], captions).to(device)).last_hidden_state.mean(1)
-        loss = 0.0
-        for logits in (heads[0](pooled), heads[1](mean)):
-            sizes = [len(v) + 1 for v in ATTRIBUTES.values()]
-            for (name, options), part in zip(ATTRIBUTES.items(), logits.split(sizes, dim=1), strict=True):
-                values = [getattr(s, name) for s in batch]
-                target = [len(options) if v is None else options.index(v) for v in values]
-                loss = loss + F.cross_entropy(part, torch.tensor(target, device=device))
-        return loss
-
-    run_stage("text", work, steps, parts, optimizer, loss_of, learning_rate=2e-3)
-
-
-# --- VAE ---------------------------------------------------------------------------------------------------------
-
-
-def build_vae():
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
-
-
-def train_vae(work, vae, steps, device):
-    vae.to(device, memory_format=torch.channels_last)
-    pool = training_scenes()
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
-
-    def loss_of(step):
-        pictures = render_batch(pool, np.random.default_rng([2, step]), 8).to(device)
-        posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
-        generator = torch.Generator().manual_seed(step)
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.mse_loss(decoded, pictures) + 0.1 * F.l1_loss(decoded, pictures) + 1e-5 * posterior.kl().mean() / 1024
-
-    run_stage("vae", work, steps, {"vae": vae}, optimizer, loss_of, learning_rate=2e-3, cooldown=0.5)
-
-
-@torch.no_grad()
-def build_latents(work, vae, count, device):
-    """Encode `count` pictures once. Latents are packed as FLUX packs them, and scaled to zero mean, unit variance."""
-    path = work / "latents.pt"
-    if not path.exists():
-        rng = np.random.default_rng(3)
-        pool = [s for s in training_scenes()]
-        order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])[:count]
-        captions, latents = [], []
-        for begin in tqdm(range(0, count, 64), desc="latents", mininterval=10, disable=None):
-            chosen = [pool[i] for i in order[begin : begin + 64]]
-            captions += [scenes.loosen(s, rng).caption() for s in chosen]
-            pictures = np.stack([scenes.render(s, rng, SIZE, SIZE) for s in chosen])
-            pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-            latents.append(vae.encode(pictures).latent_dist.mean.half().cpu())
-        latents = torch.cat(latents)
-        statistics = {"shift": latents.float().mean().item(), "scale": 1 / latents.float().std().item()}
-        save_atomically({"captions": captions, "latents": latents, **statistics}, path)
-    data = torch.load(path, weights_only=True)
-    vae.register_to_config(shift_factor=data["shift"], scaling_factor=data["scale"])
-    z = (data["latents"].float() - data["shift"]) * data["scale"]
-    b, c, h, w = z.shape
-    return data["captions"], FluxPipeline._pack_latents(z, b, c, h, w)  # [N, 64, 16]
-
-
-# --- transformer -------------------------------------------------------------------------------------------------
-
-
-def build_transformer():
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-
-
-@torch.no_grad()
-def embed(pipe, captions):
-    """T5 sequences [N, L, 96] and CLIP vectors [N, 96] as the pipeline computes them, through unique captions."""
-    unique = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-    parts = [
-        pipe.encode_prompt(list(unique)[i : i + 256], None, max_sequence_length=TEXT_LENGTH)[:2]
-        for i in range(0, len(unique), 256)
-    ]
-    sequences, pooled = (torch.cat(p) for p in zip(*parts, strict=True))
-    return sequences, pooled, torch.tensor([unique[c] for c in captions])
-
-
-def noise_levels(count, generator):
-    """Sigmas in (0, 1): mostly logit-normal around 0.55, a fifth uniform so that both ends are seen."""
-    sigma = torch.sigmoid(0.2 + torch.randn(count, generator=generator))
-    uniform = torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < 0.2, uniform, sigma)
-
-
-def train_transformer(work, pipe, data, steps, distil_steps, device, batch=32):
-    captions, latents = data
-    model, teacher = pipe.transformer.to(device), build_transformer().to(device).eval().requires_grad_(False)
-    sequences, pooled, index = embed(pipe, [*captions, ""])
-    empty = index[-1]
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, SIZE // 8, SIZE // 8, device, torch.float32)
-    text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
-
-    def velocity(network, x, sigma, which, guidance):
-        return network(
-            hidden_states=x,
-            timestep=sigma,
-            guidance=guidance,
-            pooled_projections=pooled[which].to(device),
-            encoder_hidden_states=sequences[which].to(device),
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
-
-    def draw(stage, step):
-        generator = torch.Generator().manual_seed(stage * 10_000_000 + step)
-        pick = torch.randint(len(latents), (batch,), generator=generator)
-        sigma = noise_levels(batch, generator)
-        clean = latents[pick].to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        level = sigma.to(device)[:, None, None]
-        return generator, index[pick], sigma.to(device), (1 - level) * clean + level * noise, noise - clean
-
-    def flow_matching(step):  # Eq. 3; one caption in ten is dropped
-        generator, which, sigma, x, target = draw(1, step)
-        which = torch.where(torch.rand(batch, generator=generator) < 0.1, empty, which)
-        return F.mse_loss(velocity(model, x, sigma, which, torch.ones(batch, device=device)), target)
-
-    def distillation(step):  # the guidance embedding learns v_u + g (v_c - v_u) of the undistilled teacher
-        generator, which, sigma, x, _ = draw(2, step)
-        g = (1 + 4 * torch.rand(batch, generator=generator)).to(device)
-        one = torch.ones(batch, device=device)
-        with torch.no_grad():
-            conditional = velocity(teacher, x, sigma, which, one)
-            unconditional = velocity(teacher, x, sigma, empty.expand(batch), one)
-        target = unconditional + g[:, None, None] * (conditional - unconditional)
-        return F.mse_loss(velocity(model, x, sigma, which, g), target)
-
-    for stage, count, loss_of, rate in (
-        ("transformer", steps, flow_matching, 1e-3),
-        ("distilled", distil_steps, distillation, 5e-4),
-    ):
-        if count == 0:
-            continue
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-        ema = Ema(model)
-        run_stage(stage, work, count, {"model": model}, optimizer, loss_of, learning_rate=rate, ema=ema)
-        model.load_state_dict(ema.state_dict())
-        teacher.load_state_dict(ema.state_dict())
-
-
-# --- assembly ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure_accuracy(pipe, count, guidance=3.5, steps=30):
-    """Prompt accuracy of the uncached pipeline on held-out captions: all attributes, and each one."""
-    asked = scenes.sample_scenes(count, seed=100, held_out=True)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = []
-    for begin in range(0, count, 20):
-        part = asked[begin : begin + 20]
-        output = pipe(
-            [s.caption() for s in part],
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=TEXT_LENGTH,
-            generator=[torch.Generator().manual_seed(begin + i) for i in range(len(part))],
-        )
-        pictures += [np.asarray(image) for image in output.images]
-    verdicts = [scenes.agreement(s, p) for s, p in zip(asked, pictures, strict=True)]
-    rows = {name: float(np.mean([v[name] for v in verdicts])) for name in ATTRIBUTES}
-    return {"all": float(np.mean([all(v.values()) for v in verdicts])), **rows}
+def parse_recipe(recipe_class, changes):
+    """The recipe with its numbers changed by NAME=VALUE words."""
+    names = [field.name for field in fields(recipe_class)]
+    values = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in names or not value.isdigit():
+            raise UserError(f"--set {change}: give NAME=NUMBER with a name of {', '.join(names)}")
+        values[name] = int(value)
+    return recipe_class(**values)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("ERTACache4FLUX/demo"), help="where the pipeline is saved")
-    parser.add_argument("--work", type=Path, default=Path("runs/demo-flux"), help="checkpoints")
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=15000, help="flow-matching steps of the transformer")
-    parser.add_argument("--distil-steps", type=int, default=1300)
-    parser.add_argument("--latents", type=int, default=27000, help="training pictures, encoded once")
-    parser.add_argument("--accuracy-prompts", type=int, default=200)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help=f"model folder: {', '.join(RECIPES)}")
+    parser.add_argument("--out", type=Path, help="where the pipeline is saved (default: demo/ of the model folder)")
+    parser.add_argument("--work", type=Path, help="checkpoints (default: runs/demo-MODEL)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="steps of a stage, and the like")
+    parser.add_argument("--accuracy-prompts", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--measure", action="store_true", help="only measure the prompt accuracy of the one in --out")
     args = parser.parse_args()
+    folder = args.folder.resolve()
+    if folder.name not in RECIPES:
+        raise UserError(f"{args.folder}: there is a recipe for {', '.join(RECIPES)}")
+    module = importlib.import_module(f"demos.{RECIPES[folder.name]}")
+    recipe, out = parse_recipe(module.Recipe, args.set), args.out or folder / "demo"
     if not args.measure:
-        train(args)
-    pipe = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    print(json.dumps(measure_accuracy(pipe, args.accuracy_prompts)))
-
-
-def train(args):
-    """All stages, from nothing or from their checkpoints, to a pipeline saved in `args.out`."""
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = build_tokenizers(args.work)
-    clip, t5 = build_text_encoders(clip_tokenizer, t5_tokenizer)
-    vae, transformer = build_vae(), build_transformer()
-    train_vae(args.work, vae, args.vae_steps, args.device)
-    train_text(args.work, (clip_tokenizer, t5_tokenizer), (clip, t5), args.text_steps, args.device)
-    data = build_latents(args.work, vae.eval(), args.latents, args.device)
-    # Dynamic shifting as in FLUX.1-dev: at the demo's 64 tokens mu is 1.15, the value of the real model at 1024².
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        shift=3.0,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=16,
-        max_image_seq_len=64,
-    )
-    pipe = FluxPipeline(scheduler, vae, clip.eval(), clip_tokenizer, t5.eval(), t5_tokenizer, transformer)
-    train_transformer(args.work, pipe, data, args.steps, args.distil_steps, args.device)
-    half = {name: part.half() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    FluxPipeline(**{**pipe.components, **half}).save_pretrained(args.out)
+        torch.manual_seed(0)
+        pipe = module.train(args.work or Path("runs") / f"demo-{RECIPES[folder.name]}", recipe, args.device)
+        half = {name: part.half() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        type(pipe)(**{**pipe.components, **half}).save_pretrained(out)
+    pipe = load_program(folder).load(str(out), args.device)
+    print(json.dumps(module.measure(pipe, args.accuracy_prompts)))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,7 +14,7 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def run_stage(name, work, steps, parts, optimizer, loss_of, every=250, learning_rate=1e-3, ema=None, cooldown=0.25):
+def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_rate=1e-3, ema=None, cooldown=0.25):
     """Train `parts` (name → module) for `steps`, resuming from `<work>/<name>.pt`.
 
     Learning rate: linear warm-up over 200 steps, constant, linear decay to zero over the last `cooldown` share.
@@ -53,6 +53,13 @@ def run_stage(name, work, steps, parts, optimizer, loss_of, every=250, learning_
         if (step + 1) % every == 0 or step + 1 == steps:
             save(step + 1)
             print(f"{time.strftime('%H:%M:%S')} {name} {step + 1}/{steps} loss {average:.5f}", flush=True)
+
+
+def noise_levels(count, generator):
+    """Sigmas in (0, 1): mostly logit-normal around 0.55, a fifth uniform so that both ends are seen."""
+    sigma = torch.sigmoid(0.2 + torch.randn(count, generator=generator))
+    uniform = torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.2, uniform, sigma)
 
 
 class Ema:

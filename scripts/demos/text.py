@@ -1,0 +1,96 @@
+"""Tokenizers and text encoders of the demos, taught what the captions of their grammar mean."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import T5TokenizerFast
+
+from training import run_stage
+
+TEXT_LENGTH = 16  # tokens of a caption; the longest caption of the grammars has 12 words
+WIDTH = 96  # of the text encoders
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+
+
+def caption_lines(captions: list[str]) -> list[str]:
+    """What tokenizers are trained on: the captions, and the letters, so that any English prompt has pieces."""
+    return captions + [" ".join(LETTERS), LETTERS] * 10
+
+
+def train_sentencepiece(folder: Path, captions: list[str]) -> T5TokenizerFast:
+    """A sentencepiece unigram model of the caption grammar, as a T5 tokenizer."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = caption_lines(captions)
+    if not (folder / "spiece.model").exists():
+        # The trainer proposes only pieces that recur in different words, so the words themselves are proposed here.
+        words = Counter(f"\u2581{word}" for line in lines for word in line.split())
+        (folder / "seeds.tsv").write_text("".join(f"{w}\t{n}\n" for w, n in sorted(words.items())), "utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(folder / "spiece"),
+            vocab_size=160,
+            seed_sentencepieces_file=str(folder / "seeds.tsv"),
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    return T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
+def t5_options(tokenizer) -> dict:
+    """Sizes of a demo's T5 or UMT5 encoder."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": WIDTH,
+        "d_kv": WIDTH // 4,
+        "d_ff": 2 * WIDTH,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def token_ids(tokenizer, captions) -> torch.Tensor:
+    options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(captions, **options).input_ids
+
+
+def train_text(work, encoders, attributes, sample, steps, device):
+    """Teach the encoders what captions mean: a linear head on each encoder's vector must tell each attribute, or that
+    it is left open. It stands in for the pretraining of the real encoders.
+
+    encoders: name → (module, function from captions to vectors [B, WIDTH]). attributes: name → its values.
+    sample(rng, count): that many scenes, some attributes None.
+    """
+    sizes = [len(values) + 1 for values in attributes.values()]
+    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, sum(sizes)) for _ in encoders).to(device)
+    parts = {name: module for name, (module, _) in encoders.items()} | {"heads": heads}
+    parameters = [p for part in parts.values() for p in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+
+    def loss_of(step):
+        batch = sample(np.random.default_rng([1, step]), 128)
+        captions = [s.caption() for s in batch]
+        loss = 0.0
+        for head, (_, vectors_of) in zip(heads, encoders.values(), strict=True):
+            for (name, options), part in zip(
+                attributes.items(), head(vectors_of(captions)).split(sizes, dim=1), strict=True
+            ):
+                values = [getattr(s, name) for s in batch]
+                target = [len(options) if v is None else options.index(v) for v in values]
+                loss = loss + F.cross_entropy(part, torch.tensor(target, device=device))
+        return loss
+
+    run_stage("text", work, steps, parts, optimizer, loss_of, learning_rate=2e-3)

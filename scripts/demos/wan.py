@@ -1,0 +1,94 @@
+"""The demo of ERTACache4Wan2.1: a small `WanPipeline`, flow matching, UniPC on shifted flow sigmas."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from demos import text, video
+from training import noise_levels
+
+
+@dataclass
+class Recipe:
+    """Steps of each stage; the defaults made the demo that ships."""
+
+    vae: int = 2400
+    text: int = 1200
+    latents: int = 6000
+    transformer: int = 16000
+    batch: int = 16
+
+
+def build(tokenizer):
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=video.CHANNELS,
+        dim_mult=[1, 1, 1],
+        temperal_downsample=[True, True],
+        num_res_blocks=1,
+        scale_factor_spatial=4,
+        latents_mean=[0.0] * video.CHANNELS,
+        latents_std=[1.0] * video.CHANNELS,
+    )
+    video.start_straight(vae, vae.quant_conv.bias)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 4, 4),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=video.CHANNELS,
+        out_channels=video.CHANNELS,
+        text_dim=text.WIDTH,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=6,
+        rope_max_seq_len=256,
+    )
+    return vae, UMT5EncoderModel(UMT5Config(**text.t5_options(tokenizer))), transformer
+
+
+def train(work: Path, recipe: Recipe, device) -> WanPipeline:
+    """All stages, from nothing or from their checkpoints."""
+    tokenizer = text.train_sentencepiece(work / "tokenizer", video.training_captions())
+    vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
+    # Sizes are from the real model's configuration for 480p, where flow_shift is 3.
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
+
+    def encode(names):
+        return pipe.encode_prompt(names, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
+
+    video.train_vae(work, vae, recipe.vae, ((4, 1), (1, 17), (2, 9), (1, 17)), device)
+    text.train_text(
+        work,
+        {"umt5": (text_encoder, lambda names: encode(names).mean(1))},
+        video.ATTRIBUTES,
+        video.sample_captioned,
+        recipe.text,
+        device,
+    )
+    names, latents = video.build_latents(work, vae.eval(), recipe.latents, device)
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+
+    def example(clean, noise, generator):  # flow matching: x = (1 − s) data + s noise, v = noise − data, time 1000 s
+        s = noise_levels(len(clean), generator)
+        level = s.view(-1, 1, 1, 1, 1)
+        return (1 - level) * clean + level * noise, 1000 * s, noise - clean
+
+    def predict(noisy, times, embeddings):
+        return transformer(noisy, times, embeddings, return_dict=False)[0]
+
+    text_encoder.eval()
+    video.train_denoiser(
+        work, transformer, (names, latents), encode, example, predict, recipe.transformer, device, recipe.batch
+    )
+    return pipe
+
+
+def measure(pipe, count):
+    return video.measure_accuracy(
+        pipe, count, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=text.TEXT_LENGTH, output_type="np"
+    )

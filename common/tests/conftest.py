@@ -1,4 +1,5 @@
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,59 @@ sys.path.insert(0, str(ROOT / "scripts"))
 torch.set_num_threads(2)
 
 
+class Room:
+    """A model folder, its shipped demo (float32 on the CPU), and how its stock pipeline is called."""
+
+    def __init__(self, name, prompts, guidance, **options):
+        from ertacache.programs import load_program
+
+        self.name, self.prompts, self.guidance, self.options = name, prompts, guidance, options
+        self.program = load_program(ROOT / name)
+        self.pipe = self.program.load("demo")
+
+    def stock(self, pipe, prompts, seeds, steps, output_type="latent", guidance=None, **options):
+        """What the stock pipeline returns: latents, or float32 pictures or videos."""
+        result = pipe(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=self.guidance if guidance is None else guidance,
+            max_sequence_length=16,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type=output_type,
+            **{**self.options, **options},
+        )
+        return result.images if hasattr(result, "images") else result.frames
+
+
+PICTURES = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
+VIDEOS = ["a red circle moving left slowly on a blue background", "a green cross moving up"]
+ROOMS = {
+    "flux": ("ERTACache4FLUX", PICTURES, 3.5, {"height": 64, "width": 64}),
+    "wan": ("ERTACache4Wan2.1", VIDEOS, 5.0, {"height": 64, "width": 64, "num_frames": 17}),
+    "cogvideox": ("ERTACache4CogVideoX-2B", VIDEOS, 6.0, {"height": 64, "width": 64, "num_frames": 17}),
+}
+
+
+@cache
+def open_room(key):
+    *arguments, options = ROOMS[key]
+    return Room(*arguments, **options)
+
+
+@pytest.fixture(scope="session", params=ROOMS)
+def room(request):
+    return open_room(request.param)
+
+
 @pytest.fixture(scope="session")
 def flux():
-    from ertacache.programs import load_program
-
-    return load_program(ROOT / "ERTACache4FLUX")
+    return open_room("flux").program
 
 
 @pytest.fixture(scope="session")
-def demo(flux):
-    """The trained demo that is shipped, float32 on the CPU."""
-    return flux.load("demo")
+def demo():
+    """The trained FLUX demo that is shipped, float32 on the CPU."""
+    return open_room("flux").pipe
 
 
 @pytest.fixture(scope="session")

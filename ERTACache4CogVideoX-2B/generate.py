@@ -1,0 +1,267 @@
+"""ERTACache for CogVideoX: text to video. `sh run.sh` runs it; README.md explains the flags.
+
+Shapes: B videos, latents [B, F', C, H', W'] with F' = (F − 1)/4 + 1, H' = H/8, W' = W/8; CogVideoX-2B at 720 × 480 and
+49 frames: F' = 13, C = 16, H' = 60, W' = 90.
+
+The model predicts v = dx/dθ, where θ is the angle of x = cos θ · data + sin θ · noise, and DDIM turns x by the angle
+between two steps: x' = cos(Δθ) x + sin(Δθ) v, that is x' = a x + b v with a ≠ 1. What is reused is the output (v − x,
+Eq. 5); the Δ that φ shrinks (Eq. 13–14) is Δθ. So `sigmas` here are θ / (π/2), 1 = noise … 0 = data.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ertacache.algorithm import rectify
+from ertacache.solvers import ddim_step, dpm_step, predicted_data
+
+FOLDER = Path(__file__).resolve().parent
+SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+
+
+@torch.no_grad()
+def denoise(pipe, inputs, plan=None, on_step=None):
+    """Algorithm 1. x: latents; v: guided v-prediction; t: timestep, 999 = noise … 0; i counts up.
+
+    plan=None is CogVideoXPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it
+    returns is used in place of v (this is how calibration watches and steers the same loop).
+    """
+    if plan is not None:
+        inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
+    x, step = inputs.latents, solver_on(pipe, inputs)  # x_0 ~ N(0, I)
+    with open_site(pipe, inputs, plan.site if plan else "output") as site:
+        for i, t in enumerate(inputs.times):
+            if plan is None or i not in plan.cached:  # i ∉ S
+                v = velocity(pipe, inputs, x, t)  # v_i = v_θ(x_i, s_i)
+                r = site.residual(x, v) if plan else None  # r̃ = v_i − x_i (Eq. 5)
+            else:
+                v = site.reuse(x, t, r)  # ṽ_i = x_i + r̃ (Eq. 6)
+                if plan.rectified:
+                    v = rectify(v, plan.k[i], plan.b[i])  # ṽ_i − σ(K_i ṽ_i + B_i) (Eq. 15)
+            if on_step is not None:
+                steered = on_step(i, x, v)
+                v = v if steered is None else steered
+            x = step(i, x, v).to(x.dtype)  # x_{i+1} = a x_i + b v_i by DDIM (Eq. 4), or DPM
+    return x
+
+
+def velocity(pipe, inputs, x, t):
+    """One model call for both guidance branches. x [B, F', C, H', W'], t a scalar time → v float32, same shape."""
+    both = twice(inputs, x)
+    with pipe.transformer.cache_context("cond_uncond"):
+        v = pipe.transformer(
+            hidden_states=both,
+            encoder_hidden_states=inputs.embeddings,
+            timestep=t.expand(both.shape[0]),
+            image_rotary_emb=inputs.rotary,
+            return_dict=False,
+        )[0]
+    return guided(inputs, v.float())
+
+
+def twice(inputs, x):
+    """x for the unconditional and for the conditional branch, [2B, …]; without guidance (g ≤ 1) x itself."""
+    return torch.cat([x, x]) if inputs.guidance > 1 else x
+
+
+def guided(inputs, v):
+    """Classifier-free guidance, v_u + g (v_c − v_u), of both branches [2B, …]."""
+    if inputs.guidance <= 1:
+        return v
+    uncond, cond = v.chunk(2)
+    return uncond + inputs.guidance * (cond - uncond)
+
+
+def solver_on(pipe, inputs):
+    """The scheduler's step from each noise level of the grid to the next: step(i, x, v) → x_{i+1}, float32."""
+    if type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler":
+        return lambda i, x, v: ddim_step(x, v, *inputs.alphas[i])
+
+    from diffusers.utils.torch_utils import randn_tensor
+
+    generators, history = [torch.Generator() for _ in inputs.noise_states], []
+    for generator, state in zip(generators, inputs.noise_states, strict=True):
+        generator.set_state(state)
+
+    def step(i, x, v):
+        alpha, alpha_next = inputs.alphas[i]
+        data = predicted_data(x, v, alpha)
+        first_order = not history or (inputs.last_is_data and i == len(inputs.times) - 1)
+        for _ in range(1 if first_order else 2):  # diffusers draws twice in a second-order step, and uses the second
+            noise = randn_tensor(x.shape, generators, x.device, x.dtype)
+        new = dpm_step(x, data, None if first_order else history[-1], alpha, alpha_next, noise)
+        history[:] = [(data, alpha)]
+        return new
+
+    return step
+
+
+def open_site(pipe, inputs, site):
+    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    from ertacache.sites import BlocksSite, OutputSite
+
+    if site == "output":
+        return OutputSite()
+    model, text = pipe.transformer, inputs.embeddings
+
+    def around(x, t, add):
+        both = twice(inputs, x)
+        hidden = add("cond_uncond", model.patch_embed(text, both))  # [2B, L, D]
+        time = model.time_proj(t.expand(both.shape[0])).to(both.dtype)
+        hidden = model.norm_out(model.norm_final(hidden), temb=model.time_embedding(time))
+        return guided(inputs, unpatchify(model.proj_out(hidden), both.shape, model.config.patch_size).float())
+
+    return BlocksSite(
+        model,
+        embed=model.patch_embed,
+        head=model.norm_final,
+        around=around,
+        tokens=lambda embedded: embedded[:, text.shape[1] :],  # text tokens come first and leave no output
+        branch_of=lambda kwargs: "cond_uncond",
+    )
+
+
+def unpatchify(tokens, shape, p):
+    """Tokens [B, L, C·p·p] of latents of this shape [B, F', C, H', W'] → the latents."""
+    from einops import rearrange
+
+    _, f, _, h, w = shape
+    return rearrange(tokens, "B (f h w) (C a b) -> B f C (h a) (w b)", f=f, h=h // p, w=w // p, a=p, b=p)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `denoise` starts from.
+
+    sigmas: angles θ / (π/2), float32 [T+1], falling to 0. times: the model's time at each step, [T]. alphas: ᾱ at both
+    ends of each step, float64 [T, 2]. angles: those of all timesteps −1 … 999 of the scheduler, float64.
+    embeddings: text [2B, L, D], the unconditional half first; [B, L, D] without guidance.
+    """
+
+    latents: torch.Tensor
+    sigmas: torch.Tensor
+    times: torch.Tensor
+    alphas: torch.Tensor
+    last_is_data: bool
+    angles: np.ndarray
+    embeddings: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    noise_states: list[torch.Tensor]
+    guidance: float
+
+    def on(self, sigmas):
+        """The same inputs on another grid of angles; times between two timesteps are interpolated in the angle."""
+        if torch.equal(sigmas, self.sigmas):
+            return self
+        angles = sigmas.double().cpu().numpy()
+        times = np.interp(angles[:-1], self.angles, np.arange(-1, len(self.angles) - 1))
+        alphas = torch.from_numpy(np.cos(angles * np.pi / 2) ** 2)
+        return replace(
+            self,
+            sigmas=sigmas,
+            times=torch.from_numpy(times).float().to(self.times.device),
+            alphas=torch.stack([alphas[:-1], alphas[1:]], dim=1),
+        )
+
+
+def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=None, negative_prompt=""):
+    """Checked settings, with the sizes that the model was trained at where none are given."""
+    from ertacache.errors import UserError
+    from ertacache.programs import check_frames, check_number, check_scheduler, check_size
+
+    check_scheduler(pipe, SCHEDULERS)
+    if pipe.scheduler.config.prediction_type != "v_prediction":
+        raise UserError(f"the scheduler's prediction_type is {pipe.scheduler.config.prediction_type}: not v_prediction")
+    config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    sizes = {
+        "height": config.sample_height * factor if height is None else height,
+        "width": config.sample_width * factor if width is None else width,
+        "frames": config.sample_frames if frames is None else frames,
+    }
+    check_number("steps", steps, minimum=3)
+    check_number("guidance", guidance, minimum=0)
+    for name in ("height", "width"):
+        check_size(name, sizes[name], multiple=max(8, factor * config.patch_size))
+    # The VAE decodes latent frames in pairs after the first one, and makes a wrong number of frames of any other.
+    check_frames(sizes["frames"], multiple=pipe.vae_scale_factor_temporal * pipe.vae.num_latent_frames_batch_size)
+    return {"steps": steps, "guidance": guidance, **sizes, "negative_prompt": negative_prompt}
+
+
+@torch.no_grad()
+def prepare(pipe, prompts, seeds, **settings):
+    """Embeddings, initial noise and grid, as CogVideoXPipeline makes them. The noise of a seed does not depend on B."""
+    settings = settings_of(pipe, **settings)
+    device, guidance, config = pipe._execution_device, float(settings["guidance"]), pipe.transformer.config
+    cond, uncond = pipe.encode_prompt(
+        list(prompts),
+        negative_prompt=settings["negative_prompt"],
+        do_classifier_free_guidance=guidance > 1,
+        max_sequence_length=config.max_text_seq_length,
+        device=device,
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sizes = [settings[name] for name in ("frames", "height", "width")]
+    latents = pipe.prepare_latents(len(prompts), config.in_channels, *sizes, cond.dtype, device, generators)
+    rotary = None
+    if config.use_rotary_positional_embeddings:
+        rotary = pipe._prepare_rotary_positional_embeddings(*sizes[1:], latents.shape[1], device)
+    return Inputs(
+        latents,
+        **native_grid(pipe.scheduler, settings["steps"], device),
+        embeddings=torch.cat([uncond, cond]) if guidance > 1 else cond,
+        rotary=rotary,
+        noise_states=[generator.get_state() for generator in generators],
+        guidance=guidance,
+    )
+
+
+def native_grid(scheduler, steps, device):
+    """The scheduler's own steps: each goes from t to t − 1000 // T, as diffusers' step does (for a T that does not
+    divide 1000 this is not the next t). Below 0 lies ᾱ = 1."""
+    scheduler.set_timesteps(steps, device=device)
+    table = torch.cat([scheduler.final_alpha_cumprod.double()[None], scheduler.alphas_cumprod.double()])  # t = −1 … 999
+    t = scheduler.timesteps.cpu()
+    t_next = (t - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
+    angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
+    return {
+        "times": scheduler.timesteps.clone(),
+        "sigmas": torch.from_numpy(angles[torch.cat([t, t_next[-1:]]) + 1]).float().to(device),
+        "alphas": torch.stack([table[t + 1], table[t_next + 1]], dim=1),
+        "last_is_data": bool(t_next[-1] < 0),
+        "angles": angles,
+    }
+
+
+@torch.no_grad()
+def decode(pipe, latents, inputs):
+    """Latents [B, F', C, H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
+    return pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="np")
+
+
+def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
+    """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
+    from diffusers import CogVideoXPipeline
+
+    from ertacache.errors import UserError
+    from ertacache.programs import load_pipeline
+
+    pipe = load_pipeline(CogVideoXPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
+    if pipe.transformer.config.patch_size_t is not None:
+        raise UserError(f"--model {model} is a CogVideoX 1.5: this folder runs CogVideoX-2B and -5B")
+    return pipe
+
+
+def main():
+    import sys
+
+    from ertacache.cli import generate
+
+    generate(sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    from ertacache.errors import run_program
+
+    run_program(main)

@@ -1,0 +1,24 @@
+#!/bin/sh
+# ERTACache for Wan2.1: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
+set -eu
+cd -- "$(dirname -- "$0")"
+MODEL=${MODEL:-demo}          # demo, a local directory, or Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+PROMPT=${PROMPT:-}            # one prompt; empty: those of PROMPTS
+PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: prompts/demo.txt, or prompts/examples.txt
+SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
+STEPS=${STEPS:-50}            # T, steps of the uncached run
+GUIDANCE=${GUIDANCE:-5}       # 1 or less: no guidance, one model call a step instead of two
+LAMBDA=${LAMBDA:-@LAMBDA@}        # λ: lower is finer, higher is faster; a new value is calibrated first
+SITE=${SITE:-output}          # where the residual is cached: output or blocks
+COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
+REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
+BATCH=${BATCH:-4}             # prompts a model call
+FPS=${FPS:-8}                 # frames a second of the .mp4 files; Wan2.1 makes 16
+OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
+OUT=${OUT:-sample}
+[ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
+[ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
+[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+sh ../scripts/setup.sh
+exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
+    --threshold "$LAMBDA" --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"

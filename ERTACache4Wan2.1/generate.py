@@ -77,11 +77,14 @@ def solver_on(pipe, inputs):
 
 def open_site(pipe, inputs, site):
     """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    from ertacache.errors import UserError
     from ertacache.sites import BlocksSite, OutputSite
 
     if site == "output":
         return OutputSite()
     model = pipe.transformer
+    if model.scale_shift_table.is_meta:
+        raise UserError("--offload sequential takes the model apart, --site blocks needs it whole: use --offload model")
 
     def around(x, t, add):
         embedded = model.patch_embedding(x.to(model.dtype))  # [B, D, F', h, w]

@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from ertacache import UserError
 from ertacache.errors import ArgumentParser, run_program
@@ -48,6 +49,7 @@ def main():
     folder = args.folder.resolve()
     if folder.name not in RECIPES:
         raise UserError(f"{args.folder}: there is a recipe for {', '.join(RECIPES)}")
+    logging.set_verbosity_error()  # before the recipe imports what warns on import
     module = importlib.import_module(f"demos.{RECIPES[folder.name]}")
     recipe, out = parse_recipe(module.Recipe, args.set), args.out or folder / "demo"
     if not args.measure:

@@ -255,9 +255,9 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     }
     outputs.save_metrics(out, metrics)
     if not both:
-        print(f"{len(prompts)} {kind} in {out}/, {metrics['nfe']} steps with a model call each")
+        print(f"{len(prompts)} {kind} in {out}/, {metrics['nfe']} steps computed for each")
         return
-    titles = (f"baseline, {args.steps} calls", f"ERTACache lambda={plan.threshold:g}, {plan.nfe} calls")
+    titles = (f"baseline, {args.steps} steps", f"ERTACache lambda={plan.threshold:g}, {plan.nfe} computed")
     sheet = outputs.comparison(prompts, *(runs[name]["pictures"] for name in ("baseline", "ertacache")), titles)
     outputs.save_png(out / "comparison.png", sheet)
     if quality["psnr"] is None:

@@ -86,7 +86,7 @@ class ThresholdPlan:
 
     @property
     def nfe(self) -> int:
-        """Number of function evaluations: model calls per image."""
+        """Number of function evaluations: computed steps; with guidance each one calls the model for both branches."""
         return self.steps - len(self.cached)
 
     @property

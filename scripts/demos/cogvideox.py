@@ -21,8 +21,8 @@ class Recipe:
 
     vae: int = 3000
     text: int = 1200
-    latents: int = 6000
-    transformer: int = 16000
+    latents: int = 4000
+    transformer: int = 11000
     batch: int = 16
 
 

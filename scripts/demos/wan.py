@@ -16,8 +16,8 @@ class Recipe:
 
     vae: int = 2400
     text: int = 1200
-    latents: int = 6000
-    transformer: int = 16000
+    latents: int = 4000
+    transformer: int = 11000
     batch: int = 16
 
 

@@ -55,11 +55,15 @@ def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_
             print(f"{time.strftime('%H:%M:%S')} {name} {step + 1}/{steps} loss {average:.5f}", flush=True)
 
 
-def noise_levels(count, generator):
-    """Sigmas in (0, 1): mostly logit-normal around 0.55, a fifth uniform so that both ends are seen."""
+def noise_levels(count, generator, shift=1.0):
+    """Sigmas in (0, 1): mostly logit-normal around 0.55, a fifth uniform so that both ends are seen.
+
+    shift > 1 moves them towards noise, s → shift s / (1 + (shift − 1) s), as samplers do.
+    """
     sigma = torch.sigmoid(0.2 + torch.randn(count, generator=generator))
     uniform = torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < 0.2, uniform, sigma)
+    sigma = torch.where(torch.rand(count, generator=generator) < 0.2, uniform, sigma)
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class Ema:

@@ -18,7 +18,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 0.18, "quickly": 0.46}  # way of the centre from the first frame to the last, picture heights
 RADIUS = 0.24
-BRIGHTNESS_JITTER = 0.05
+POSITION_JITTER, BRIGHTNESS_JITTER = 1 / 64, 0.05
 OPTIONAL = ("direction", "speed", "ground")
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
@@ -99,13 +99,11 @@ def render(
     ground, colour = (
         np.array(COLOURS[name]) * (1 + rng.uniform(-1, 1) * BRIGHTNESS_JITTER) for name in (scene.ground, scene.colour)
     )
-    way = SPEEDS[scene.speed] * (1 + rng.uniform(-0.1, 0.1))
-    along = np.array(DIRECTIONS[scene.direction])
-    # The middle of the way varies as far as the whole way stays in the picture, and a little to the side.
-    middle = along * rng.uniform(-1, 1) * (0.46 - RADIUS - way / 2) + along[::-1] * rng.uniform(-0.06, 0.06)
+    middle = rng.uniform(-1, 1, 2) * POSITION_JITTER
+    way = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
     video = []
-    for moment in np.linspace(-0.5, 0.5, frames):
-        cx, cy = middle + along * way * moment
+    for moment in np.linspace(-0.5, 0.5, frames):  # the way leads through the middle of the picture
+        cx, cy = middle + way * moment
         blank = np.broadcast_to(ground, (height, width, 3))
         video.append(_blend(blank, colour, _distance(scene.shape, x - cx, y - cy, RADIUS)))
     return np.clip(np.rint(video), 0, 255).astype(np.uint8)

@@ -21,7 +21,7 @@ class Recipe:
 
     vae: int = 3000
     text: int = 1200
-    latents: int = 4000
+    latents: int = 3200
     transformer: int = 11000
     batch: int = 16
 

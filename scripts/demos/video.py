@@ -133,7 +133,7 @@ def embed(encode, captions):
     return embeddings, torch.tensor([unique[c] for c in captions]), unique[""]
 
 
-def train_denoiser(work, model, data, encode, example, predict, steps, device, batch, learning_rate=1e-3):
+def train_denoiser(work, model, data, encode, example, predict, steps, device, batch, learning_rate=2e-3):
     """Train `model` on noisy latents with caption dropout, and leave its moving average in it.
 
     example(clean, noise, generator) → (noisy latents, model times [B], target): what the model is taught.

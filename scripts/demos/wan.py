@@ -16,7 +16,7 @@ class Recipe:
 
     vae: int = 2400
     text: int = 1200
-    latents: int = 4000
+    latents: int = 3200
     transformer: int = 11000
     batch: int = 16
 
@@ -74,7 +74,7 @@ def train(work: Path, recipe: Recipe, device) -> WanPipeline:
     latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
 
     def example(clean, noise, generator):  # flow matching: x = (1 − s) data + s noise, v = noise − data, time 1000 s
-        s = noise_levels(len(clean), generator)
+        s = noise_levels(len(clean), generator, shift=4.0)
         level = s.view(-1, 1, 1, 1, 1)
         return (1 - level) * clean + level * noise, 1000 * s, noise - clean
 

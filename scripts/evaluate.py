@@ -60,8 +60,10 @@ class Evaluation:
         cli.synchronize(self.pipe)
         return time.perf_counter() - start
 
-    def latency_ratio(self, settings, plan) -> float:
+    def latency_ratio(self, settings, plan) -> float | None:
         """median(uncached) / median(method) of the denoising loop, measured in turn on the first batch."""
+        if not self.repeats:
+            return None
         part = slice(0, self.options.batch_size)
         pairs = ((self.inputs(part, self.settings), None), (self.inputs(part, settings), plan))
         times = [[self.seconds(*pair) for pair in pairs] for _ in range(self.repeats + 1)][1:]
@@ -92,8 +94,8 @@ class Evaluation:
         }
 
 
-def rows_of(evaluation, calibration, methods, threshold):
-    """The rows of the asked methods at the NFE that one λ gives."""
+def rows_of(evaluation, calibration, methods, threshold, store=False):
+    """The rows of the asked methods at the NFE that one λ gives; store: keep a plan that is calibrated here."""
     options, steps = evaluation.options, evaluation.settings["steps"]
     name = cli.plan_name(options.model, steps, threshold, options.site)
     stored = evaluation.program.FOLDER / "cache" / name
@@ -106,6 +108,8 @@ def rows_of(evaluation, calibration, methods, threshold):
     else:
         plans, errors = calibration.candidates(threshold)
         chosen = calibration.choose(plans, errors)
+        if store:
+            chosen.save(stored)
     if "fewer-steps" in methods:
         yield evaluation.row("fewer-steps", settings={**evaluation.settings, "steps": chosen.nfe})
     for name in list(plans) if "ablation" in methods else [n for n in plans if n in methods]:
@@ -137,7 +141,8 @@ def main():
     parser.add_argument("--speedups", metavar="S,S,…", help="choose λ so that NFE is nearest to T/S")
     parser.add_argument("--count", type=int, default=64, help="held-out captions, when --prompts is not given")
     parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--latency-repeats", type=int, default=5)
+    parser.add_argument("--latency-repeats", type=int, default=5, help="alternating runs; 0 leaves the latency out")
+    parser.add_argument("--store", action="store_true", help="keep the plans that are calibrated here in cache/")
     args, rest = parser.parse_known_args()
     program = load_program(args.folder)
     options = cli.parse_arguments(program, rest)
@@ -161,7 +166,7 @@ def main():
     rows = [evaluation.row("none")]
     for value in values:
         threshold = value if args.thresholds else calibration.threshold_for(round(settings["steps"] / value))
-        for row in rows_of(evaluation, calibration, methods, threshold):
+        for row in rows_of(evaluation, calibration, methods, threshold, args.store):
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
     calibration.finish()

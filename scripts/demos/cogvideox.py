@@ -22,7 +22,7 @@ class Recipe:
     vae: int = 3000
     text: int = 1200
     latents: int = 3200
-    transformer: int = 11000
+    transformer: int = 9600
     batch: int = 16
 
 

@@ -45,9 +45,11 @@ def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None
 
 
 def first_middle_last(videos: np.ndarray) -> np.ndarray:
-    """Three frames of each video side by side: [N, F, H, W, 3] → [N, H, 3W, 3]."""
+    """Three frames of each video side by side, a white line between them: [N, F, H, W, 3] → [N, H, 3W + 2, 3]."""
     frames = videos.shape[1]
-    return np.concatenate([videos[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
+    first, middle, last = (videos[:, i] for i in (0, frames // 2, frames - 1))
+    line = np.ones_like(first[:, :, :1])
+    return np.concatenate([first, line, middle, line, last], axis=2)
 
 
 def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, titles: tuple[str, str]) -> Image.Image:

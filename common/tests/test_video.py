@@ -203,8 +203,8 @@ def test_temporal_psnr_sees_flicker_and_not_a_constant_error():
 def test_first_middle_last():
     videos = np.arange(2 * 5 * 4 * 6 * 3).reshape(2, 5, 4, 6, 3)
     strips = outputs.first_middle_last(videos)
-    assert strips.shape == (2, 4, 18, 3)
-    assert np.array_equal(strips[1, :, 6:12], videos[1, 2]) and np.array_equal(strips[0, :, 12:], videos[0, 4])
+    assert strips.shape == (2, 4, 20, 3)
+    assert np.array_equal(strips[1, :, 7:13], videos[1, 2]) and np.array_equal(strips[0, :, 14:], videos[0, 4])
 
 
 def test_mp4_keeps_the_colours_and_odd_files_do_not_remain(tmp_path):

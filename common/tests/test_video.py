@@ -34,7 +34,7 @@ def with_scheduler(room, scheduler):
 
 
 def same_as_stock(room, pipe, steps, guidance=None, **sizes):
-    settings = {name.removeprefix("num_"): value for name, value in sizes.items()}
+    settings = {name.removeprefix("num_"): value for name, value in {**room.options, **sizes}.items()}
     guidance = room.guidance if guidance is None else guidance
     prompts, seeds = (room.prompts, SEEDS) if steps < 10 else (room.prompts[:1], SEEDS[:1])
     inputs = room.program.prepare(pipe, prompts, seeds, steps=steps, guidance=guidance, **settings)

@@ -37,7 +37,8 @@ def same_as_stock(room, pipe, steps, guidance=None, **sizes):
     settings = {name.removeprefix("num_"): value for name, value in {**room.options, **sizes}.items()}
     guidance = room.guidance if guidance is None else guidance
     prompts, seeds = (room.prompts, SEEDS) if steps < 10 else (room.prompts[:1], SEEDS[:1])
-    inputs = room.program.prepare(pipe, prompts, seeds, steps=steps, guidance=guidance, **settings)
+    settings |= {"steps": steps, "guidance": guidance, "negative_prompt": ""}
+    inputs = room.program.prepare(pipe, prompts, seeds, **settings)
     pipe.set_progress_bar_config(disable=True)
     stock = room.stock(pipe, prompts, seeds, steps, guidance=guidance, **sizes)
     return torch.equal(room.program.denoise(pipe, inputs), stock)

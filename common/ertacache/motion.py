@@ -4,7 +4,6 @@ A moving scene is one coloured shape that crosses a plain ground, e.g. "a red cr
 background". The video demos are trained on them; shapes, colours and coordinates are those of `scenes`.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -12,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from ertacache.scenes import COLOURS, _blend, _coordinates, _distance, _with_article
+from ertacache.scenes import COLOURS, _blend, _coordinates, _distance, _with_article, is_held_out
 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -49,11 +48,6 @@ def all_scenes() -> list[MovingScene]:
     """Every fully described moving scene, 1,792 in all; ground and shape never share a colour."""
     scenes = (MovingScene(*values) for values in product(*ATTRIBUTES.values()))
     return [s for s in scenes if s.colour != s.ground]
-
-
-def is_held_out(scene: MovingScene) -> bool:
-    """One scene in ten is never trained or calibrated on; the choice depends on its caption alone."""
-    return int(hashlib.sha256(scene.caption().encode()).hexdigest(), 16) % 10 == 0
 
 
 def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[MovingScene]:

@@ -17,7 +17,8 @@ def save_atomically(state: dict, path: Path) -> None:
 def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_rate=1e-3, ema=None, cooldown=0.25):
     """Train `parts` (name → module) for `steps`, resuming from `<work>/<name>.pt`.
 
-    Learning rate: linear warm-up over 200 steps, constant, linear decay to zero over the last `cooldown` share.
+    Learning rate: linear warm-up over 200 steps, constant, linear decay to zero over the last `cooldown` share; a
+    parameter group may have a "share" of it.
     `loss_of(step)` draws its batch from a generator seeded by the step, so a resumed run sees the same batches.
     """
     path, start = work / f"{name}.pt", 0
@@ -41,10 +42,10 @@ def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_
     for step in bar:
         scale = min((step + 1) / 200, (steps - step) / max(cooldown * steps, 1), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
+            group["lr"] = learning_rate * scale * group.get("share", 1.0)
         loss = loss_of(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:

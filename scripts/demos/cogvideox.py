@@ -72,19 +72,11 @@ def train(work: Path, recipe: Recipe, device) -> CogVideoXPipeline:
     def encode(names):
         return pipe.encode_prompt(names, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
 
-    video.train_vae(work, vae, recipe.vae, ((4, 1), (2, 9), (2, 9)), device)
-    text.train_text(
-        work,
-        {"t5": (text_encoder, lambda names: encode(names).mean(1))},
-        video.ATTRIBUTES,
-        video.sample_captioned,
-        recipe.text,
-        device,
-    )
-    names, latents = video.build_latents(work, vae.eval(), recipe.latents, device)
-    vae.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
-    pipe.vae_scaling_factor_image = vae.config.scaling_factor
-    latents = latents.transpose(1, 2) * vae.config.scaling_factor  # frames first, as the transformer takes them
+    def normalise(latents):
+        vae.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
+        pipe.vae_scaling_factor_image = vae.config.scaling_factor
+        return latents.transpose(1, 2) * vae.config.scaling_factor  # frames first, as the transformer takes them
+
     alphas = scheduler.alphas_cumprod.float()
 
     def example(clean, noise, generator):  # v = √ᾱ noise − √(1 − ᾱ) data, at a uniform timestep
@@ -92,13 +84,12 @@ def train(work: Path, recipe: Recipe, device) -> CogVideoXPipeline:
         a, b = alphas[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
         return a * clean + b * noise, t, a * noise - b * clean
 
-    def predict(noisy, times, embeddings):
-        return transformer(noisy, embeddings, times, return_dict=False)[0]
+    def predict_with(captions):
+        embeddings_of = video.caption_table(encode, captions)
+        return lambda x, t, *rows: transformer(x, embeddings_of(*rows), t, return_dict=False)[0]
 
-    text_encoder.eval()
-    video.train_denoiser(
-        work, transformer, (names, latents), encode, example, predict, recipe.transformer, device, recipe.batch
-    )
+    clips = ((4, 1), (2, 9), (2, 9))
+    video.train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device)
     return pipe
 
 

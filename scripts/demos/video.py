@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from demos import text
 from ertacache import motion
 from training import Ema, run_stage, save_atomically
 
@@ -43,18 +44,23 @@ def to_model(videos: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def train_vae(work, vae, steps, clips, device):
-    """clips: (videos, frames) of the batches, in turn; the VAEs are causal, so that short pieces will do."""
+def train_vae(work, vae, steps, clips, device, decode=None, groups=None):
+    """clips: (videos, frames) of the batches, in turn; the VAEs are causal, so that short pieces will do.
+
+    decode(latents, frames): for a VAE that must be told the number of frames. groups: parameter groups.
+    """
+    decode = decode or (lambda z, frames: vae.decode(z).sample)
     vae.to(device)
     pool = training_scenes()
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or vae.parameters(), weight_decay=0.0)
 
     def loss_of(step):
-        videos = render_clips(pool, np.random.default_rng([2, step]), *clips[step % len(clips)]).to(device)
+        count, frames = clips[step % len(clips)]
+        videos = render_clips(pool, np.random.default_rng([2, step]), count, frames).to(device)
         posterior = vae.encode(videos).latent_dist
         generator = torch.Generator().manual_seed(step)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        decoded = decode(posterior.mean + posterior.std * noise, frames)
         variance = posterior.std.square()
         divergence = 0.5 * (posterior.mean.square() + variance - 1 - variance.log()).mean()  # from N(0, I)
         return F.mse_loss(decoded, videos) + 0.1 * F.l1_loss(decoded, videos) + 3e-5 * divergence
@@ -63,25 +69,25 @@ def train_vae(work, vae, steps, clips, device):
 
 
 @torch.no_grad()
-def start_straight(vae, log_variance_bias):
+def start_straight(vae, *log_variance_biases):
     """Initial weights with which a VAE passes colours through from the first step on: training is short here.
 
     Convolutions on the direct path copy channels at their centre (and newest frame); where channels multiply they
     carry both signs and a constant, so that normalisation and SiLU lose nothing; residual branches start at zero;
-    and the posterior starts narrow. log_variance_bias: the bias whose second half is the posterior's log-variance.
+    and the posteriors start narrow. log_variance_biases: those whose second half is a posterior's log-variance.
     """
     for name, conv in vae.named_modules():
         parts = name.split(".")
         if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(parts):
             continue
         if "conv2" in parts:
-            torch.nn.init.zeros_(conv.weight)
-            torch.nn.init.zeros_(conv.bias)
+            for parameter in conv.parameters():
+                torch.nn.init.zeros_(parameter)
             continue
         outputs, inputs, *kernel = conv.weight.shape
-        torch.nn.init.constant_(
-            conv.bias, 1.0 if "conv_y" in parts else 0.0
-        )  # CogVideoX's norms: x conv_y(z) + conv_b(z)
+        if conv.bias is not None:
+            constant = 1.0 if "conv_y" in parts else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
+            torch.nn.init.constant_(conv.bias, constant)
         conv.weight.mul_(0.2)
         if "conv_y" in parts:
             continue
@@ -89,18 +95,22 @@ def start_straight(vae, log_variance_bias):
         if len(kernel) == 3:
             centre[0] = kernel[0] - 1
         tap = conv.weight[(slice(None), slice(None), *centre)]
-        if outputs >= 2 * inputs and "time_conv" not in parts:
+        if outputs == 2 * inputs and "upsamplers" in parts:  # Open-Sora: two frames from neighbouring channels
+            tap[range(outputs), [k // 2 for k in range(outputs)]] += 1.0
+        elif outputs >= 2 * inputs and "time_conv" not in parts:
             for k in range(outputs):
                 channel = k % (2 * inputs + 1)
                 if channel == 2 * inputs:
-                    conv.bias[k] = 1.0
+                    if conv.bias is not None:
+                        conv.bias[k] = 1.0
                 else:
                     tap[k, channel % inputs] += 1.0 if channel < inputs else -1.0
         elif outputs >= inputs:
             tap[range(outputs), [k % inputs for k in range(outputs)]] += 1.0
         else:
             tap += torch.nn.init.orthogonal_(torch.empty(outputs, inputs))
-    log_variance_bias[len(log_variance_bias) // 2 :] = -6.0
+    for bias in log_variance_biases:
+        bias[len(bias) // 2 :] = -6.0
 
 
 @torch.no_grad()
@@ -122,39 +132,56 @@ def build_latents(work, vae, count, device):
 
 
 @torch.no_grad()
-def embed(encode, captions):
-    """Embeddings [M, L, WIDTH] of the different captions (the last one is the empty caption), and their index [N].
+def caption_table(encode, captions):
+    """A function (indices of captions [B], dropped [B] of bool) → their embeddings [B, L, WIDTH], "" where dropped.
 
-    encode(captions): embeddings as the pipeline computes them.
+    encode(captions): embeddings as the pipeline computes them; each different caption is encoded once.
     """
     unique = {c: i for i, c in enumerate(dict.fromkeys([*captions, ""]))}
     names = list(unique)
     embeddings = torch.cat([encode(names[i : i + 256]) for i in range(0, len(names), 256)])
-    return embeddings, torch.tensor([unique[c] for c in captions]), unique[""]
+    rows = torch.tensor([unique[c] for c in captions])
+    return lambda pick, dropped: embeddings[torch.where(dropped, unique[""], rows[pick])]
 
 
-def train_denoiser(work, model, data, encode, example, predict, steps, device, batch, learning_rate=2e-3):
+def train_denoiser(work, model, latents, example, predict, steps, device, batch, learning_rate=2e-3):
     """Train `model` on noisy latents with caption dropout, and leave its moving average in it.
 
     example(clean, noise, generator) → (noisy latents, model times [B], target): what the model is taught.
-    predict(noisy, times, embeddings): the model's output in the target's layout.
+    predict(noisy, times, pick, dropped): the model's output in the target's layout, for latents number `pick`.
     """
-    captions, latents = data
-    embeddings, index, empty = embed(encode, captions)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     ema = Ema(model)
 
     def loss_of(step):
         generator = torch.Generator().manual_seed(10_000_000 + step)
         pick = torch.randint(len(latents), (batch,), generator=generator)
-        which = torch.where(torch.rand(batch, generator=generator) < DROPPED, empty, index[pick])
+        dropped = torch.rand(batch, generator=generator) < DROPPED
         clean = latents[pick]
         noisy, times, target = example(clean, torch.randn(clean.shape, generator=generator), generator)
-        output = predict(noisy.to(device), times.to(device), embeddings[which].to(device))
+        output = predict(noisy.to(device), times.to(device), pick, dropped)
         return F.mse_loss(output, target.to(device))
 
     run_stage("transformer", work, steps, {"model": model}, optimizer, loss_of, learning_rate=learning_rate, ema=ema)
     model.load_state_dict(ema.state_dict())
+
+
+def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device):
+    """VAE, text encoder, latents, transformer: what the three video recipes have in common.
+
+    recipe: steps of each stage. encode(captions): embeddings [M, L, WIDTH]. normalise(latents): the latents as the
+    transformer sees them, and the VAE's configuration set accordingly. predict_with(captions) → predict, and
+    example: see train_denoiser.
+    """
+    train_vae(work, pipe.vae, recipe.vae, clips, device)
+    heard = {"t5": (pipe.text_encoder, lambda names: encode(names).mean(1))}
+    text.train_text(work, heard, ATTRIBUTES, sample_captioned, recipe.text, device)
+    captions, latents = build_latents(work, pipe.vae.eval(), recipe.latents, device)
+    latents = normalise(latents)
+    pipe.text_encoder.eval()
+    with torch.no_grad():
+        predict = predict_with(captions)
+    train_denoiser(work, pipe.transformer, latents, example, predict, recipe.transformer, device, recipe.batch)
 
 
 @torch.no_grad()

@@ -52,39 +52,29 @@ def train(work: Path, recipe: Recipe, device) -> WanPipeline:
     """All stages, from nothing or from their checkpoints."""
     tokenizer = text.train_sentencepiece(work / "tokenizer", video.training_captions())
     vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
-    # Sizes are from the real model's configuration for 480p, where flow_shift is 3.
+    # flow_shift is that of the real model at 480p.
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
 
     def encode(names):
         return pipe.encode_prompt(names, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
 
-    video.train_vae(work, vae, recipe.vae, ((4, 1), (1, 17), (2, 9), (1, 17)), device)
-    text.train_text(
-        work,
-        {"umt5": (text_encoder, lambda names: encode(names).mean(1))},
-        video.ATTRIBUTES,
-        video.sample_captioned,
-        recipe.text,
-        device,
-    )
-    names, latents = video.build_latents(work, vae.eval(), recipe.latents, device)
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    def normalise(latents):
+        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        return (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
 
     def example(clean, noise, generator):  # flow matching: x = (1 − s) data + s noise, v = noise − data, time 1000 s
         s = noise_levels(len(clean), generator, shift=4.0)
         level = s.view(-1, 1, 1, 1, 1)
         return (1 - level) * clean + level * noise, 1000 * s, noise - clean
 
-    def predict(noisy, times, embeddings):
-        return transformer(noisy, times, embeddings, return_dict=False)[0]
+    def predict_with(captions):
+        embeddings_of = video.caption_table(encode, captions)
+        return lambda x, t, *rows: transformer(x, t, embeddings_of(*rows), return_dict=False)[0]
 
-    text_encoder.eval()
-    video.train_denoiser(
-        work, transformer, (names, latents), encode, example, predict, recipe.transformer, device, recipe.batch
-    )
+    clips = ((4, 1), (1, 17), (2, 9), (1, 17))
+    video.train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device)
     return pipe
 
 

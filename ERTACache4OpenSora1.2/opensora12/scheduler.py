@@ -9,15 +9,21 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from ertacache.errors import UserError
+
 BASE_PIXELS = 512 * 512
 
 
 def timestep_shift(height: float, width: float, num_frames: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """r = √(height · width / 512²) · √(5 ⌊frames / 17⌋), the second factor 1 for a picture; height, width in pixels.
 
+    From 2 to 16 frames r would be 0, and is refused.
+
     dtype: in which the sizes are held and r is computed. Upstream's is bfloat16 with a bfloat16 model: 480 × 854 × 51
     has r = 4.84375 there and 4.84312 in float32.
     """
+    if 1 < num_frames < 17:
+        raise UserError(f"num_frames {num_frames}: there are no times for 2 to 16 frames, give 1 or at least 17")
     height, width, frames = torch.tensor([height, width, num_frames], dtype=torch.float64).to(dtype)
     latent_frames = torch.ones_like(frames) if num_frames == 1 else frames // 17 * 5
     return (height * width / BASE_PIXELS).sqrt() * latent_frames.sqrt()

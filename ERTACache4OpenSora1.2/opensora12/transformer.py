@@ -13,6 +13,7 @@ from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import nn
 
@@ -109,6 +110,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         sample = self.head(self.run_blocks(tokens, conditioning), conditioning, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    @apply_forward_hook
     def embed(self, hidden_states: torch.Tensor, height: float, width: float) -> torch.Tensor:
         """Latents [B, C_in, T, H, W], filled up with zeros to whole patches → tokens [B, T', S, C] with positions."""
         if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
@@ -123,6 +125,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         places = [coordinates(count, scale, base_size, x.device) for count in (rows, columns)]
         return x.flatten(3).permute(0, 2, 3, 1) + position_embedding(*places, self.config.hidden_size, x.dtype)
 
+    @apply_forward_hook
     def condition(
         self,
         timestep: torch.Tensor,
@@ -153,6 +156,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         modulation = torch.where(x_mask[:, :, None, None], modulation, self._modulation(data_time))
         return Conditioning(time, modulation, *text, x_mask, data_time)
 
+    @apply_forward_hook
     def run_blocks(self, tokens: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Tokens [B, T', S, C] → tokens, through spatial block 0, temporal block 0, spatial block 1, …"""
         rotary = self.rope(tokens.shape[1])
@@ -162,6 +166,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
             tokens = temporal(tokens, c.text, c.modulation, c.text_mask, rotary)
         return tokens
 
+    @apply_forward_hook
     def head(self, tokens: torch.Tensor, conditioning: Conditioning, size: tuple[int, int, int]) -> torch.Tensor:
         """Tokens [B, T', S, C] → float32 [B, C_out, T, H, W]; size: (T, H, W) of the latents."""
         x = self._modulate_out(tokens, conditioning.time)

@@ -1,0 +1,152 @@
+"""Caches on STDiT3: diffusers' own find its blocks, skip them and leave no trace; TeaCache decides as the original."""
+
+import copy
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from opensora import case_a, far, golden, transformer, vae
+from opensora12 import OpenSoraPipeline, RFlowScheduler
+from test_rooms import CallCounter
+
+STEPS = 6
+FIRST, OTHERS = (
+    "transformer_blocks.0.attn.to_qkv",
+    [
+        "temporal_transformer_blocks.0.attn.to_qkv",
+        "transformer_blocks.1.attn.to_qkv",
+        "temporal_transformer_blocks.1.attn.to_qkv",
+    ],
+)
+CROSS = "transformer_blocks.1.cross_attn.to_q"
+
+
+def pyramid(pipe):
+    """Both identifiers are given because the default spatial one, `blocks`, fits the temporal blocks as well."""
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        temporal_attention_block_skip_range=3,
+        cross_attention_block_skip_range=6,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        temporal_attention_timestep_skip_range=(-1, 1001),
+        cross_attention_timestep_skip_range=(-1, 1001),
+        spatial_attention_block_identifiers=("^transformer_blocks",),
+        temporal_attention_block_identifiers=("^temporal_transformer_blocks",),
+        current_timestep_callback=lambda: pipe.current_timestep or 500,
+    )
+
+
+# cache: (its config, and of six calls those that run the attention of the first block, the three others, the text's)
+CACHES = {
+    "first block": (lambda pipe: FirstBlockCacheConfig(threshold=2.0), (6, [1, 1, 1], 1)),
+    "mag": (
+        # Two steps kept, then at most two skipped in a row; a seventh step would begin anew.
+        lambda pipe: MagCacheConfig(
+            1.0, max_skip_steps=2, retention_ratio=0.3, num_inference_steps=7, mag_ratios=[1.0] * 7
+        ),
+        (3, [3, 3, 3], 3),
+    ),
+    "taylor": (  # Steps 0, 1 and 3.
+        lambda pipe: TaylorSeerCacheConfig(
+            cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+        ),
+        (3, [3, 3, 3], 3),
+    ),
+    "pyramid": (pyramid, (3, [2, 3, 2], 1)),
+}
+
+
+@pytest.fixture
+def pipe():
+    pipe = OpenSoraPipeline(None, None, vae(), copy.deepcopy(transformer()), RFlowScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def counted(model, run):
+    """What `run` returns, and how often it ran the watched modules."""
+    with ExitStack() as stack:
+        counters = {n: stack.enter_context(CallCounter(model.get_submodule(n))) for n in (FIRST, *OTHERS, CROSS)}
+        result = run()
+    return result, (counters[FIRST].count, [counters[n].count for n in OTHERS], counters[CROSS].count)
+
+
+@pytest.mark.parametrize(("config", "calls"), CACHES.values(), ids=CACHES)
+def test_equal_calls_are_skipped_and_change_nothing(pipe, config, calls):
+    """What a cache reuses is right for an equal call: it would not be with another first or last block."""
+    model = pipe.transformer
+    plain = model(**case_a()).sample
+
+    def run():
+        with model.cache_context("cond_uncond"):
+            return [model(**case_a()).sample for _ in range(STEPS)]
+
+    model.enable_cache(config(pipe))
+    outputs, found = counted(model, run)
+    model.disable_cache()
+    assert found == calls
+    assert all(far(out, plain) < 1e-4 for out in outputs)
+    assert torch.equal(model(**case_a()).sample, plain)
+
+
+@pytest.mark.parametrize(("config", "calls"), CACHES.values(), ids=CACHES)
+def test_a_sampling_loop_is_shorter_and_finite(pipe, config, calls):
+    g = golden("rflow_trajectory_n1")
+    pipe.set_timesteps(STEPS, num_frames=51, height=48, width=64)
+
+    def run():
+        return pipe.denoise(g["z0"], g["y"][:, 0], g["mask"], 48, 64)
+
+    plain = run()
+    pipe.transformer.enable_cache(config(pipe))
+    cached, found = counted(pipe.transformer, run)
+    pipe.maybe_free_model_hooks()  # as at the end of a call: the next video starts without memory
+    again = run()
+    pipe.transformer.disable_cache()
+    assert found == calls
+    assert torch.isfinite(cached).all() and not torch.equal(cached, plain)
+    assert torch.equal(again, cached) and torch.equal(run(), plain)
+
+
+# --- TeaCache by the four parts of the forward pass ----------------------------------------------------------------
+
+POLYNOMIAL = [2.17546007e02, -1.18329252e02, 2.68662585e01, -4.59364272e-02, 4.84426240e-02]
+
+
+def teacache(model, g, threshold):
+    """Latents [1, 4, T, H, W] after 30 guided steps, and the steps that were computed (source: ali-vilab/TeaCache)."""
+    scheduler, z = RFlowScheduler(), g["z0"]
+    scheduler.set_timesteps(30, height=480, width=854, num_frames=51)
+    text = torch.cat([g["y"][:, 0], model.y_embedding[None]])
+    block, previous, residual, total, computed = model.transformer_blocks[0], None, None, 0.0, []
+    for i, t in enumerate(scheduler.timesteps):
+        tokens = model.embed(torch.cat([z, z]), 480, 854)
+        c = model.condition(t.expand(2), text, g["mask"], 24)
+        shift, scale = (block.scale_shift_table + c.modulation).unsqueeze(3).unbind(2)[:2]
+        modulated = block.norm1(tokens) * (1 + scale) + shift
+        if previous is not None:
+            total += np.polyval(POLYNOMIAL, ((modulated - previous).abs().mean() / previous.abs().mean()).item())
+        if i in (0, 29) or total >= threshold:
+            total, computed = 0.0, [*computed, i]
+            residual = model.run_blocks(tokens, c) - tokens
+        previous = modulated
+        cond, null = model.head(tokens + residual, c, z.shape[2:])[:, :4].chunk(2)
+        z = scheduler.step(null + 7 * (cond - null), t, z).prev_sample
+    return z, computed
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.2])
+def test_teacache_skips_the_steps_of_the_original(threshold):
+    g, model = golden("teacache_tiny"), copy.deepcopy(transformer())
+    for name, factor in {
+        "proj_out.weight": 0.1,
+        "proj_out.bias": 0.1,
+        "time_modulation.weight": 0.2,
+        "patch_embed.weight": 0.3,
+    }.items():
+        model.get_parameter(name).mul_(factor)
+    z, computed = teacache(model, g, threshold)
+    assert computed == g[f"s30.th{threshold}.should_calc"].nonzero().flatten().tolist()
+    assert 2 < len(computed) < 30 and far(z, g[f"s30.th{threshold}.z_final"]) < 2e-3

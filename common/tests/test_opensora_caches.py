@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from opensora import case_a, far, golden, transformer, vae
-from opensora12 import OpenSoraPipeline, RFlowScheduler
 from test_rooms import CallCounter
+
+from opensora12 import OpenSoraPipeline, RFlowScheduler
 
 STEPS = 6
 FIRST, OTHERS = (

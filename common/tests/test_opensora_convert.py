@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from opensora import DATA, VAE_SIZES, case_a, random_pipeline, transformer, vae
-from opensora12 import AutoencoderOpenSora, STDiT3Transformer3DModel, convert, load_pipeline, load_transformer, load_vae
-from opensora12.convert import TRANSFORMER_NAMES, VAE_NAMES, back, rename
 from safetensors.torch import load_file, save_file
 
 from ertacache import UserError
+from opensora12 import AutoencoderOpenSora, STDiT3Transformer3DModel, convert, load_pipeline, load_transformer, load_vae
+from opensora12.convert import TRANSFORMER_NAMES, VAE_NAMES, back, rename
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from opensora import DATA, far, golden, random_pipeline, transformer
-from opensora12 import OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel, prompts
 
 from ertacache import UserError
+from opensora12 import OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel, prompts
 
 SIZES = {"height": 48, "width": 64, "num_frames": 17}
 PROMPTS = ["a red circle", "a red circle moving left, a red circle moving left"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
 from opensora import case_a, far, golden, transformer
-from opensora12 import STDiT3Transformer3DModel
-from opensora12.layers import RotaryEmbedding, coordinates, pack_text, position_embedding, rotate
 
 from ertacache import UserError
+from opensora12 import STDiT3Transformer3DModel
+from opensora12.layers import RotaryEmbedding, coordinates, pack_text, position_embedding, rotate
 
 # --- embeddings ----------------------------------------------------------------------------------------------------
 

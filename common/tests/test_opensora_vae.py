@@ -3,10 +3,10 @@
 import pytest
 import torch
 from opensora import far, golden, vae
-from opensora12 import AutoencoderOpenSora
-from opensora12.temporal import CausalConv3d
 
 from ertacache import UserError
+from opensora12 import AutoencoderOpenSora
+from opensora12.temporal import CausalConv3d
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 17])

@@ -65,14 +65,9 @@ class AutoencoderOpenSora(ModelMixin, ConfigMixin):
             latent_channels=spatial_latent_channels,
             norm_num_groups=spatial_norm_num_groups,
         )
-        self.temporal = TemporalAutoencoder(
-            spatial_latent_channels,
-            latent_channels,
-            temporal_block_out_channels,
-            temporal_downsample,
-            temporal_num_res_blocks,
-            temporal_norm_num_groups,
-        )
+        levels = (temporal_block_out_channels, temporal_downsample)
+        sizes = (*levels, temporal_num_res_blocks, temporal_norm_num_groups)
+        self.temporal = TemporalAutoencoder(spatial_latent_channels, latent_channels, *sizes)
 
     @property
     def spatial_factor(self) -> int:

@@ -123,10 +123,10 @@ def pack_text(text: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tens
     if keep is None:
         return text, None
     keep = keep.bool()
-    lengths = keep.sum(1)
-    if not lengths.all():
-        raise UserError(f"encoder_attention_mask keeps no token of row {int(lengths.argmin())}: keep its end token")
-    if (lengths == lengths[0]).all():
+    lengths = keep.sum(1).tolist()
+    if 0 in lengths:
+        raise UserError(f"encoder_attention_mask keeps no token of row {lengths.index(0)}: keep its end token")
+    if len(set(lengths)) == 1:
         return text[keep].unflatten(0, (len(text), -1)), None
     used = keep.any(0)
     return text[:, used], keep[:, None, None, used]

@@ -2,6 +2,10 @@
 
 Names are pairs of patterns, upstream's and ours; `*` stands for one part of a name, `**` for one or more, and what they
 stand for is kept. Both directions use the same pairs.
+
+    python -m opensora12.convert hpcai-tech/OpenSora-STDiT-v3 opensora-1.2
+
+writes a directory that `OpenSoraPipeline.from_pretrained` loads at once, about 25 GB.
 """
 
 import inspect
@@ -16,7 +20,8 @@ from diffusers.models.modeling_utils import load_state_dict
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ertacache.errors import UserError
+from ertacache.errors import ArgumentParser, UserError, run_program
+from ertacache.files import ensure_writable
 
 from .autoencoder import AutoencoderOpenSora
 from .layers import inverse_frequencies
@@ -40,7 +45,7 @@ def _nested(parents: Iterable[tuple[str, str]], children: Iterable[tuple[str, st
 
 TRANSFORMER_NAMES: Names = [
     ("rope.freqs", "rope.freqs"),
-    ("x_embedder.proj.*", "patch_embed.*"),
+    ("x_embedder.proj.*", "patch_embed.proj.*"),
     ("t_embedder.mlp.0.*", "time_embed.linear_1.*"),
     ("t_embedder.mlp.2.*", "time_embed.linear_2.*"),
     ("fps_embedder.mlp.0.*", "fps_embed.linear_1.*"),
@@ -159,14 +164,24 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
 ) -> OpenSoraPipeline:
     """The pipeline of three published checkpoints, each a hub id or a directory; `save_pretrained` writes it as one."""
+    transformer, vae = load_transformer(transformer, dtype), load_vae(vae, dtype)  # small, and refused first
     try:
         tokenizer = AutoTokenizer.from_pretrained(text_encoder)
         encoder = T5EncoderModel.from_pretrained(text_encoder, dtype=dtype)
     except Exception as error:  # hub, json, safetensors and sentencepiece raise their own types here
         raise UserError(f"cannot load the text encoder {text_encoder} ({_first_line(error)}): {REMEDY}") from error
-    return OpenSoraPipeline(
-        tokenizer, encoder, load_vae(vae, dtype), load_transformer(transformer, dtype), RFlowScheduler()
-    )
+    return OpenSoraPipeline(tokenizer, encoder, vae, transformer, RFlowScheduler())
+
+
+def load_published(model: str | Path, dtype: torch.dtype = torch.bfloat16) -> OpenSoraPipeline:
+    """The pipeline of a published transformer, with the published autoencoder and text encoder from the hub.
+
+    model: hub id or directory of the transformer, or a directory in which copies of the three repositories lie under
+    their own names (OpenSora-STDiT-v3, OpenSora-VAE-v1.2, t5-v1_1-xxl); what is not there comes from the hub.
+    """
+    copies = {hub_id: Path(model).expanduser() / hub_id.split("/")[1] for hub_id in (TRANSFORMER, VAE, TEXT_ENCODER)}
+    parts = [copy if copy.is_dir() else hub_id for hub_id, copy in copies.items()]
+    return load_pipeline(*parts if any(isinstance(part, Path) for part in parts) else (model,), dtype=dtype)
 
 
 def _read(path: str | Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -196,7 +211,11 @@ def _renamed(upstream: Weights, names: Names, complaint: str, wanted: str) -> di
     if strange:
         guesses = (kind for pattern, kind in CHECKPOINTS if any(re.match(pattern, name) for name in upstream))
         kind = next(guesses, "something else")
-        raise UserError(f"{complaint} but looks like {kind}, with {_some(strange)}: give {wanted} or a copy of it")
+        lacking = [
+            pattern for pattern, _ in names if not any(rename(name, [(pattern, "")]) is not None for name in ours)
+        ]
+        found = f"with {_some(strange)}" + (f" and without {_some(lacking)}" if lacking else "")
+        raise UserError(f"{complaint} but looks like {kind}, {found}: give {wanted} or a copy of it")
     return {ours[name]: tensor for name, tensor in upstream.items()}
 
 
@@ -220,3 +239,19 @@ def _model(model_class, sizes: dict, state: dict, names: Names, source: str | Pa
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Write Open-Sora 1.2 as a directory in diffusers' format.")
+    parser.add_argument(
+        "source", help="hub id or directory of the transformer, or a directory of all three checkpoints"
+    )
+    parser.add_argument("out", help="the directory to write")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    out = ensure_writable(args.out)
+    load_published(args.source, getattr(torch, args.dtype)).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    run_program(main)

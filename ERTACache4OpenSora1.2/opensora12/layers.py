@@ -4,6 +4,8 @@ Letters: B videos (with guidance: branches × videos), T latent frames, S tokens
 C channels, H heads of D = C / H channels.
 """
 
+from math import sqrt
+
 import torch
 import torch.nn.functional as F
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -42,6 +44,28 @@ def position_embedding(rows: torch.Tensor, columns: torch.Tensor, channels: int,
     shape = (len(rows), len(columns), channels // 2)
     parts = waves(columns)[None].expand(shape), waves(rows)[:, None].expand(shape)
     return torch.cat(parts, dim=-1).flatten(0, 1).to(dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Latents [B, C_in, T, H, W], filled up with zeros to whole patches → tokens [B, T', S, C] with their positions.
+
+    input_sq_size: pixels of the side that positions are scaled to.
+    """
+
+    def __init__(self, in_channels: int, channels: int, patch_size: tuple[int, int, int], input_sq_size: int):
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, channels, patch_size, patch_size)
+        self.input_sq_size = input_sq_size
+
+    def forward(self, latents: torch.Tensor, height: float, width: float) -> torch.Tensor:
+        """height, width: of the video, in pixels."""
+        sides = zip(latents.shape[2:], self.proj.kernel_size, strict=True)
+        fill = [n for size, patch in sides for n in (-size % patch, 0)][::-1]  # F.pad begins with the width
+        x = self.proj(F.pad(latents.to(self.proj.weight.dtype), fill))
+        _, channels, _, rows, columns = x.shape
+        scale, base_size = sqrt(height * width) / self.input_sq_size, round(sqrt(rows * columns))
+        places = [coordinates(count, scale, base_size, x.device) for count in (rows, columns)]
+        return x.flatten(3).permute(0, 2, 3, 1) + position_embedding(*places, channels, x.dtype)
 
 
 class RotaryEmbedding(nn.Module):

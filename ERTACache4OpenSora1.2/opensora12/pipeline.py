@@ -6,6 +6,7 @@ in float32, for sizes see `AutoencoderOpenSora`; text states [B, L, D], L = 300 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,10 @@ class OpenSoraPipelineOutput(BaseOutput):
 
 
 class OpenSoraPipeline(DiffusionPipeline):
-    """Tokenizer and T5 encoder → STDiT3 along a rectified flow → video autoencoder."""
+    """Tokenizer and T5 encoder → STDiT3 along a rectified flow → video autoencoder.
+
+    sample_height, sample_width, sample_frames: of a video when none are asked for, in pixels.
+    """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
@@ -44,8 +48,12 @@ class OpenSoraPipeline(DiffusionPipeline):
         vae: AutoencoderOpenSora,
         transformer: STDiT3Transformer3DModel,
         scheduler: RFlowScheduler,
+        sample_height: int = 480,
+        sample_width: int = 854,
+        sample_frames: int = 51,
     ):
         super().__init__()
+        self.register_to_config(sample_height=sample_height, sample_width=sample_width, sample_frames=sample_frames)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
@@ -62,15 +70,15 @@ class OpenSoraPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str],
-        height: int = 480,
-        width: int = 854,
-        num_frames: int = 51,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 7.0,
         aesthetic_score: float | None = 6.5,
         motion_score: float | None = None,
         camera_motion: str | None = None,
-        fps: float = 24,
+        fps: float | None = None,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "np",
@@ -79,17 +87,22 @@ class OpenSoraPipeline(DiffusionPipeline):
     ) -> OpenSoraPipelineOutput | tuple:
         """Videos of the prompts; a width of 854 gives 848, the whole patches of the autoencoder.
 
-        guidance_scale: g of v_null + g (v_cond − v_null); at most 1 is no guidance and half the work. fps: 24, and 120
-        for a single frame. generator: one, or one a prompt. latents: the noise to start from. output_type: np, pt or
-        latent. callback_on_step_end(pipe, i, t, {"latents": …}) may return a dict with other latents.
+        guidance_scale: g of v_null + g (v_cond − v_null); at most 1 is no guidance and half the work. fps: frames a
+        second that the model is told, by default 24, and 120 for a single frame. generator: one, or one a prompt.
+        latents: the noise to start from. output_type: np, pt or latent. callback_on_step_end(pipe, i, t, {"latents":
+        …}) may return a dict with other latents.
         """
+        height = self.config.sample_height if height is None else height
+        width = self.config.sample_width if width is None else width
+        num_frames = self.config.sample_frames if num_frames is None else num_frames
         prompts = [prompt] if isinstance(prompt, str) else prompt
         self.check_inputs(prompts, height, width, num_frames, num_inference_steps, generator, output_type)
         device, size = self._execution_device, (num_frames, height, width)
         self.set_timesteps(num_inference_steps, *size, device)
         latents = self.prepare_latents(len(prompts), *size, device, generator, latents)
         text, mask = self.encode_prompt(prompts, aesthetic_score, motion_score, camera_motion, device)
-        latents = self.denoise(latents, text, mask, height, width, fps, guidance_scale, callback_on_step_end)
+        conditioning = self.conditioning(text, mask, *size, fps, guided=guidance_scale > 1)
+        latents = self.denoise(latents, conditioning, guidance_scale, callback_on_step_end)
         frames = latents if output_type == "latent" else self.decode_latents(latents, num_frames, output_type)
         self.maybe_free_model_hooks()
         return OpenSoraPipelineOutput(frames=frames) if return_dict else (frames,)
@@ -141,22 +154,40 @@ class OpenSoraPipeline(DiffusionPipeline):
             size_dtype=self.transformer.dtype,
         )
 
+    def conditioning(
+        self,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        num_frames: int,
+        height: int,
+        width: int,
+        fps: float | None = None,
+        guided: bool = True,
+    ) -> dict[str, Any]:
+        """What the transformer is told besides latents and time: texts [cond; null] if guided, their mask, and sizes.
+
+        Null rows read as many tokens of the null text as their prompts have. Height, width and fps are rounded to the
+        dtype of the transformer, as upstream's are: in bfloat16 a width of 854 is 856.
+        """
+        if guided:
+            text = torch.cat([text, self.transformer.y_embedding.to(text).expand_as(text)])
+        numbers = [height, width, fps or (24 if num_frames > 1 else 120)]
+        height, width, fps = torch.tensor(numbers, dtype=self.transformer.dtype).tolist()
+        sizes = {"fps": fps, "height": height, "width": width}
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask, **sizes}
+
     def denoise(
         self,
         latents: torch.Tensor,
-        text: torch.Tensor,
-        mask: torch.Tensor,
-        height: int,
-        width: int,
-        fps: float = 24,
+        conditioning: dict[str, Any],
         guidance_scale: float = 7.0,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """Noise → latents of videos along the scheduler's grid, with the texts of `encode_prompt`."""
+        """Noise → latents of videos along the scheduler's grid, told the `conditioning`."""
         self.scheduler.set_begin_index()
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             self._current_timestep = t
-            v = self.velocity(latents, t, text, mask, height, width, fps, guidance_scale)
+            v = self.velocity(latents, t, conditioning, guidance_scale)
             latents = self.scheduler.step(v, t, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
@@ -164,38 +195,14 @@ class OpenSoraPipeline(DiffusionPipeline):
         return latents
 
     def velocity(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        text: torch.Tensor,
-        mask: torch.Tensor,
-        height: int,
-        width: int,
-        fps: float = 24,
-        guidance_scale: float = 7.0,
+        self, latents: torch.Tensor, t: torch.Tensor, conditioning: dict[str, Any], guidance_scale: float = 7.0
     ) -> torch.Tensor:
-        """Guided velocity of latents at time t, a scalar from 1000 to 0: one call with the batch [cond; null].
-
-        Null rows read as many tokens of the null text as their prompts have. Height, width and fps are rounded to the
-        dtype of the transformer, as upstream's are: in bfloat16 a width of 854 is 856.
-        """
-        guided = guidance_scale > 1
-        if guided:
-            null = self.transformer.y_embedding.to(text).expand_as(text)
-            latents, text = torch.cat([latents, latents]), torch.cat([text, null])
-        height, width, fps = torch.tensor([height, width, fps], dtype=self.transformer.dtype).tolist()
+        """Guided velocity of latents at time t, a scalar from 1000 to 0: one call with the batch [cond; null]."""
+        guided, channels = guidance_scale > 1, latents.shape[1]
+        latents = torch.cat([latents, latents]) if guided else latents
         with self.transformer.cache_context("cond_uncond" if guided else "cond"):
-            v = self.transformer(
-                hidden_states=latents,
-                timestep=t.expand(len(latents)),
-                encoder_hidden_states=text,
-                encoder_attention_mask=mask,
-                fps=fps,
-                height=height,
-                width=width,
-                return_dict=False,
-            )[0]
-        v = v[:, : latents.shape[1]]  # the other half is the sigma that training predicts besides
+            v = self.transformer(latents, t.expand(len(latents)), **conditioning, return_dict=False)[0]
+        v = v[:, :channels]  # the other half is the sigma that training predicts besides
         if not guided:
             return v
         cond, null = v.chunk(2)

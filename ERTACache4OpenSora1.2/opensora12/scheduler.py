@@ -11,11 +11,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ertacache.errors import UserError
 
-BASE_PIXELS = 512 * 512
 
-
-def timestep_shift(height: float, width: float, num_frames: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """r = √(height · width / 512²) · √(5 ⌊frames / 17⌋), the second factor 1 for a picture; height, width in pixels.
+def timestep_shift(
+    height: float, width: float, num_frames: int, dtype: torch.dtype = torch.float32, base_size: int = 512
+) -> torch.Tensor:
+    """r = √(height · width / base_size²) · √(5 ⌊frames / 17⌋), the second factor 1 for a picture; sizes in pixels.
 
     From 2 to 16 frames r would be 0, and is refused.
 
@@ -26,7 +26,7 @@ def timestep_shift(height: float, width: float, num_frames: int, dtype: torch.dt
         raise UserError(f"num_frames {num_frames}: there are no times for 2 to 16 frames, give 1 or at least 17")
     height, width, frames = torch.tensor([height, width, num_frames], dtype=torch.float64).to(dtype)
     latent_frames = torch.ones_like(frames) if num_frames == 1 else frames // 17 * 5
-    return (height * width / BASE_PIXELS).sqrt() * latent_frames.sqrt()
+    return (height * width / base_size**2).sqrt() * latent_frames.sqrt()
 
 
 def shift_sigmas(sigmas: torch.Tensor, shift: torch.Tensor | float) -> torch.Tensor:
@@ -37,12 +37,12 @@ def shift_sigmas(sigmas: torch.Tensor, shift: torch.Tensor | float) -> torch.Ten
 class RFlowScheduler(SchedulerMixin, ConfigMixin):
     """Euler steps of a rectified flow on a grid that depends on the size of the video.
 
-    num_train_timesteps: the time of pure noise. timesteps: float32 [N], from there down. sigmas: float32 [N + 1], the
-    shares of noise at these times and a final 0.
+    num_train_timesteps: the time of pure noise. base_size: side in pixels of the picture that r = 1 belongs to.
+    timesteps: float32 [N], from the noise down. sigmas: float32 [N + 1], the shares of noise at these times and a 0.
     """
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000):
+    def __init__(self, num_train_timesteps: int = 1000, base_size: int = 512):
         self.timesteps, self.sigmas = None, None
         self._step_index = None
 
@@ -57,7 +57,7 @@ class RFlowScheduler(SchedulerMixin, ConfigMixin):
         size_dtype: torch.dtype = torch.float32,
     ) -> None:
         """The grid for N steps on videos of this size, in pixels and frames; size_dtype: see `timestep_shift`."""
-        shift = timestep_shift(height, width, num_frames, size_dtype)
+        shift = timestep_shift(height, width, num_frames, size_dtype, self.config.base_size)
         end = self.config.num_train_timesteps
         base = torch.tensor([(1 - i / num_inference_steps) * end for i in range(num_inference_steps)])
         self.timesteps = (end * shift_sigmas(base / end, shift)).to(device)

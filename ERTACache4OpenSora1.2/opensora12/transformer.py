@@ -5,7 +5,7 @@ tokens a frame, C channels, L text tokens. Source: hpcaitech/Open-Sora v1.2.0; w
 """
 
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import nn
 
 from ertacache.errors import UserError
 
-from .layers import RotaryEmbedding, STDiT3Block, coordinates, pack_text, position_embedding
+from .layers import PatchEmbed, RotaryEmbedding, STDiT3Block, pack_text
 
 FREQUENCIES = 256  # of the sinusoids of time and frames per second
 
@@ -47,7 +47,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     block. caption_channels: of the text states. model_max_length: L. pred_sigma: the output has a second half of
     channels, which samplers drop. input_sq_size: pixels of the side that positions are scaled to.
 
-    `embed`, `condition`, `run_blocks` and `head` are the forward pass in four parts, for loops that skip some.
+    `patch_embed`, `condition`, `run_blocks` and `head` are the forward pass in four parts, for loops that skip some.
     diffusers' caches find the blocks by name: transformer_blocks[0] runs first, temporal_transformer_blocks[-1] last.
     """
 
@@ -70,7 +70,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     ):
         super().__init__()
         self.out_channels = in_channels * (2 if pred_sigma else 1)
-        self.patch_embed = nn.Conv3d(in_channels, hidden_size, patch_size, patch_size)
+        self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size, input_sq_size)
         self.sinusoid = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(FREQUENCIES, hidden_size)
         self.fps_embed = TimestepEmbedding(FREQUENCIES, hidden_size)
@@ -105,25 +105,10 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
 
         height, width: of the video, in pixels. For the other arguments see `condition`.
         """
-        tokens = self.embed(hidden_states, height, width)
+        tokens = self.patch_embed(self._check_latents(hidden_states), height, width)
         conditioning = self.condition(timestep, encoder_hidden_states, encoder_attention_mask, fps, x_mask)
         sample = self.head(self.run_blocks(tokens, conditioning), conditioning, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    @apply_forward_hook
-    def embed(self, hidden_states: torch.Tensor, height: float, width: float) -> torch.Tensor:
-        """Latents [B, C_in, T, H, W], filled up with zeros to whole patches → tokens [B, T', S, C] with positions."""
-        if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
-            wanted = f"[B, {self.config.in_channels}, T, H, W]"
-            raise UserError(f"hidden_states of shape {list(hidden_states.shape)}: give latents {wanted}")
-        sides = zip(hidden_states.shape[2:], self.config.patch_size, strict=True)
-        fill = [n for size, patch in sides for n in (-size % patch, 0)][::-1]  # F.pad begins with the width
-        x = self.patch_embed(F.pad(hidden_states.to(self.patch_embed.weight.dtype), fill))
-        *_, rows, columns = x.shape
-        scale = sqrt(height * width) / self.config.input_sq_size
-        base_size = round(sqrt(rows * columns))
-        places = [coordinates(count, scale, base_size, x.device) for count in (rows, columns)]
-        return x.flatten(3).permute(0, 2, 3, 1) + position_embedding(*places, self.config.hidden_size, x.dtype)
 
     @apply_forward_hook
     def condition(
@@ -142,7 +127,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         second, a number or [n]; 120 for a picture. x_mask: [B, T] bool, false for frames that are given as data.
         """
         text = self._check_text(encoder_hidden_states)
-        count, dtype, device = len(text), self.patch_embed.weight.dtype, text.device
+        count, dtype, device = len(text), self.patch_embed.proj.weight.dtype, text.device
         fps = torch.as_tensor(fps, device=device).reshape(-1)
         fps = self._embed(self.fps_embed, fps.repeat(count // len(fps)))
         time = (self._embed(self.time_embed, timestep) + fps).unsqueeze(1)  # [B, 1, C]
@@ -181,7 +166,7 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
 
     def _embed(self, embedder: TimestepEmbedding, numbers: torch.Tensor) -> torch.Tensor:
         """[B] → [B, C]; the numbers are rounded to the weights' dtype, the sinusoids are made in float32."""
-        dtype = self.patch_embed.weight.dtype
+        dtype = self.patch_embed.proj.weight.dtype
         return embedder(self.sinusoid(numbers.to(dtype)).to(dtype))
 
     def _modulation(self, time: torch.Tensor) -> torch.Tensor:
@@ -190,6 +175,12 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     def _modulate_out(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         shift, scale = (self.scale_shift_table + time.unsqueeze(2)).unsqueeze(3).unbind(2)  # [B, 1, 1, C] each
         return self.norm_out(x) * (1 + scale) + shift
+
+    def _check_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            wanted = f"[B, {self.config.in_channels}, T, H, W]"
+            raise UserError(f"hidden_states of shape {list(latents.shape)}: give latents {wanted}")
+        return latents
 
     def _check_text(self, text: torch.Tensor) -> torch.Tensor:
         if text.ndim != 3 or text.shape[2] != self.config.caption_channels:

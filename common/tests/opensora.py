@@ -1,14 +1,10 @@
 """Open-Sora 1.2 at tiny size: golden tensors of data/opensora12, the models they belong to, and a random pipeline."""
 
-import sys
 from functools import cache
 from pathlib import Path
 
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(ROOT / "ERTACache4OpenSora1.2"))
 
 from opensora12 import OpenSoraPipeline, RFlowScheduler, load_transformer, load_vae
 

@@ -98,7 +98,7 @@ def test_a_sampling_loop_is_shorter_and_finite(pipe, config, calls):
     pipe.set_timesteps(STEPS, num_frames=51, height=48, width=64)
 
     def run():
-        return pipe.denoise(g["z0"], g["y"][:, 0], g["mask"], 48, 64)
+        return pipe.denoise(g["z0"], pipe.conditioning(g["y"][:, 0], g["mask"], 51, 48, 64))
 
     plain = run()
     pipe.transformer.enable_cache(config(pipe))
@@ -123,7 +123,7 @@ def teacache(model, g, threshold):
     text = torch.cat([g["y"][:, 0], model.y_embedding[None]])
     block, previous, residual, total, computed = model.transformer_blocks[0], None, None, 0.0, []
     for i, t in enumerate(scheduler.timesteps):
-        tokens = model.embed(torch.cat([z, z]), 480, 854)
+        tokens = model.patch_embed(torch.cat([z, z]), 480, 854)
         c = model.condition(t.expand(2), text, g["mask"], 24)
         shift, scale = (block.scale_shift_table + c.modulation).unsqueeze(3).unbind(2)[:2]
         modulated = block.norm1(tokens) * (1 + scale) + shift
@@ -145,7 +145,7 @@ def test_teacache_skips_the_steps_of_the_original(threshold):
         "proj_out.weight": 0.1,
         "proj_out.bias": 0.1,
         "time_modulation.weight": 0.2,
-        "patch_embed.weight": 0.3,
+        "patch_embed.proj.weight": 0.3,
     }.items():
         model.get_parameter(name).mul_(factor)
     z, computed = teacache(model, g, threshold)

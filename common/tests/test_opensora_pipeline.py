@@ -47,7 +47,7 @@ def test_ten_guided_steps(pipe):
     def watch(pipe, i, t, tensors):
         seen.append(tensors["latents"])
 
-    z = pipe.denoise(g["z0"], g["y"][:, 0], g["mask"], 48, 64, 24, 7.0, watch)
+    z = pipe.denoise(g["z0"], pipe.conditioning(g["y"][:, 0], g["mask"], 51, 48, 64), 7.0, watch)
     assert far(torch.stack(seen[:-1]), g["z_before_step"][1:]) < 2e-3
     assert far(z, g["z_final"]) < 2e-3
 
@@ -138,10 +138,9 @@ def test_in_bfloat16_sizes_are_rounded_as_upstreams_are(pipe):
     for p, last in ((pipe, 143.105), (rounded, 143.121)):
         p.set_timesteps(30, num_frames=51, height=480, width=854)
         assert p.scheduler.timesteps[-1].item() == pytest.approx(last, abs=6e-4)
-        text, mask = p.encode_prompt(["a red circle"])
-        handle = p.transformer.register_forward_pre_hook(lambda m, a, k: widths.append(k["width"]), with_kwargs=True)
-        p.velocity(torch.zeros(1, 4, 1, 2, 2), torch.tensor(500.0), text, mask, height=480, width=854)
-        handle.remove()
+        conditioning = p.conditioning(*p.encode_prompt(["a red circle"]), 51, 480, 854)
+        assert p.velocity(torch.zeros(1, 4, 1, 2, 2), torch.tensor(500.0), conditioning).isfinite().all()
+        widths.append(conditioning["width"])
     assert widths == [854, 856]
 
 

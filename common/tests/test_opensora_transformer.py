@@ -67,7 +67,7 @@ def test_time_embedding_and_rms_norm():
 def test_two_texts_of_different_length_with_every_intermediate_result():
     g, model, seen = golden("stdit3_tiny_forward"), transformer(), {}
     names = {
-        "x_embedder": "patch_embed",
+        "x_embedder": "patch_embed.proj",
         "t_embedder": "time_embed",
         "fps_embedder": "fps_embed",
         "t_block": "time_modulation",
@@ -129,7 +129,7 @@ def test_the_forward_pass_is_its_four_parts():
     conditioning = model.condition(
         *(a[n] for n in ("timestep", "encoder_hidden_states", "encoder_attention_mask", "fps"))
     )
-    tokens = model.embed(a["hidden_states"], a["height"], a["width"])
+    tokens = model.patch_embed(a["hidden_states"], a["height"], a["width"])
     assert tokens.shape == (2, 3, 12, 64)
     out = model.head(model.run_blocks(tokens, conditioning), conditioning, (3, 6, 8))
     assert torch.equal(out, model(**a).sample) and out.dtype == torch.float32

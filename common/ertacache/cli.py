@@ -22,6 +22,16 @@ from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
 from ertacache.plan import Conditions, ThresholdPlan
 
+SETTINGS = {  # what a model folder may let one choose, with the type and help of its flag
+    "steps": (int, "T, steps of the uncached run"),
+    "guidance": (float, "scale of the guidance"),
+    "height": (int, "in pixels"),
+    "width": (int, "in pixels"),
+    "frames": (int, "frames of the video"),
+    "negative_prompt": (str, "what the unconditional branch is told"),
+    "aesthetic_score": (float, "what is said of the video's beauty behind the prompt, from 4 to 7"),
+}
+
 
 def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=program.__doc__.splitlines()[0])
@@ -30,14 +40,10 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--seed", type=int, default=1000, help="seed of the first prompt; the next one has seed + 1, and so on")
-    defaults = settings_parameters(program)
-    add("--steps", type=int, default=defaults["steps"], help="T, steps of the uncached run")
-    add("--guidance", type=float, default=defaults["guidance"])
-    add("--height", type=int)
-    add("--width", type=int)
-    if "frames" in defaults:
-        add("--frames", type=int, help="frames of the video")
-        add("--negative-prompt", default=defaults["negative_prompt"], help="what the unconditional branch is told")
+    for name, default in settings_parameters(program).items():
+        kind, text = SETTINGS[name]
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
+    if makes_videos(program):
         add("--fps", type=int, default=8, help="frames a second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
@@ -66,9 +72,13 @@ def checked_settings(program, pipe, args) -> dict:
     return program.settings_of(pipe, **{name: getattr(args, name) for name in settings_parameters(program)})
 
 
+def makes_videos(program) -> bool:
+    return "frames" in settings_parameters(program)
+
+
 def world(program):
     """The grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
-    return motion if "frames" in settings_parameters(program) else scenes
+    return motion if makes_videos(program) else scenes
 
 
 def parse_list(text: str) -> list[float]:
@@ -229,10 +239,7 @@ def synchronize(pipe) -> None:
 
 def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     """metrics.json (schema 1 of common/docs/metrics.md), comparison.png, and a line for people."""
-    method, kind = (
-        "ertacache" if plan else "baseline",
-        "videos" if "frames" in settings_parameters(program) else "pictures",
-    )
+    method, kind = "ertacache" if plan else "baseline", "videos" if makes_videos(program) else "pictures"
     both = "baseline" in runs and "ertacache" in runs
     seconds = {"baseline": None, "cached": None}
     seconds |= {{"ertacache": "cached"}.get(name, name): run["seconds"] for name, run in runs.items()}

@@ -88,8 +88,11 @@ def _check_weights(component: Path, again: str) -> None:
         raise UserError(f"{name} is missing, the model is only partly downloaded: {again}")
 
 
-def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload: str = "none"):
-    """A pipeline from a local directory or the hub, on its device. Every failure is one clear line."""
+def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload: str = "none", read=None):
+    """A pipeline from a local directory or the hub, on its device. Every failure is one clear line.
+
+    read(model, dtype): loads what is not in diffusers' format, in place of from_pretrained.
+    """
     import torch
     from diffusers.utils import logging
 
@@ -102,11 +105,15 @@ def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload
         raise UserError(f"--offload {offload} moves parts of the model to a GPU in turn: it needs --device cuda")
     path = Path(model).expanduser()
     if path.is_dir():
-        check_model_directory(path, pipeline_class.__name__)
+        if read is None:
+            check_model_directory(path, pipeline_class.__name__)
     elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise UserError(f"--model {model}: no such directory, and no hub id of the form OWNER/NAME; try --model demo")
     try:
-        pipe = pipeline_class.from_pretrained(str(path) if path.is_dir() else str(model), dtype=dtype)
+        read = read or pipeline_class.from_pretrained
+        pipe = read(str(path) if path.is_dir() else str(model), dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # hub, json, safetensors and torch all raise their own types here
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
         remedy = "the files are damaged, download them again" if path.is_dir() else "check the id, network and hf login"

@@ -126,7 +126,8 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         with n < B it is repeated, so that null texts after n prompts take the lengths of those prompts. fps: frames a
         second, a number or [n]; 120 for a picture. x_mask: [B, T] bool, false for frames that are given as data.
         """
-        text = self._check_text(encoder_hidden_states)
+        text = encoder_hidden_states
+        self._check_text(text, encoder_attention_mask)
         count, dtype, device = len(text), self.patch_embed.proj.weight.dtype, text.device
         fps = torch.as_tensor(fps, device=device).reshape(-1)
         fps = self._embed(self.fps_embed, fps.repeat(count // len(fps)))
@@ -182,8 +183,10 @@ class STDiT3Transformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
             raise UserError(f"hidden_states of shape {list(latents.shape)}: give latents {wanted}")
         return latents
 
-    def _check_text(self, text: torch.Tensor) -> torch.Tensor:
-        if text.ndim != 3 or text.shape[2] != self.config.caption_channels:
-            wanted = f"[B, L, {self.config.caption_channels}]"
-            raise UserError(f"encoder_hidden_states of shape {list(text.shape)}: give text states {wanted}")
-        return text
+    def _check_text(self, text: torch.Tensor, mask: torch.Tensor | None) -> None:
+        length, channels = self.config.model_max_length, self.config.caption_channels
+        if text.ndim != 3 or text.shape[1:] != (length, channels):
+            raise UserError(f"encoder_hidden_states of shape {list(text.shape)}: give states [B, {length}, {channels}]")
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != length or len(text) % len(mask)):
+            wanted = f"[n, {length}] with n dividing {len(text)}"
+            raise UserError(f"encoder_attention_mask of shape {list(mask.shape)}: give the tokenizer's mask, {wanted}")

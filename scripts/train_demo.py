@@ -21,7 +21,12 @@ from ertacache import UserError
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.programs import load_program
 
-RECIPES = {"ERTACache4FLUX": "flux", "ERTACache4Wan2.1": "wan", "ERTACache4CogVideoX-2B": "cogvideox"}
+RECIPES = {
+    "ERTACache4FLUX": "flux",
+    "ERTACache4Wan2.1": "wan",
+    "ERTACache4CogVideoX-2B": "cogvideox",
+    "ERTACache4OpenSora1.2": "opensora",
+}
 
 
 def parse_recipe(recipe_class, changes):
@@ -55,8 +60,10 @@ def main():
     if not args.measure:
         torch.manual_seed(0)
         pipe = module.train(args.work or Path("runs") / f"demo-{RECIPES[folder.name]}", recipe, args.device)
-        half = {name: part.half() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        type(pipe)(**{**pipe.components, **half}).save_pretrained(out)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.half()
+        pipe.save_pretrained(out)
     pipe = load_program(folder).load(str(out), args.device)
     print(json.dumps(module.measure(pipe, args.accuracy_prompts)))
 

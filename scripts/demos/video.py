@@ -166,14 +166,14 @@ def train_denoiser(work, model, latents, example, predict, steps, device, batch,
     model.load_state_dict(ema.state_dict())
 
 
-def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device):
+def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device, **vae_options):
     """VAE, text encoder, latents, transformer: what the three video recipes have in common.
 
     recipe: steps of each stage. encode(captions): embeddings [M, L, WIDTH]. normalise(latents): the latents as the
     transformer sees them, and the VAE's configuration set accordingly. predict_with(captions) → predict, and
-    example: see train_denoiser.
+    example: see train_denoiser. vae_options: see train_vae.
     """
-    train_vae(work, pipe.vae, recipe.vae, clips, device)
+    train_vae(work, pipe.vae, recipe.vae, clips, device, **vae_options)
     heard = {"t5": (pipe.text_encoder, lambda names: encode(names).mean(1))}
     text.train_text(work, heard, ATTRIBUTES, sample_captioned, recipe.text, device)
     captions, latents = build_latents(work, pipe.vae.eval(), recipe.latents, device)

@@ -1,0 +1,170 @@
+"""ERTACache for Open-Sora 1.2: text to video. `sh run.sh` runs it; README.md explains the flags.
+
+Shapes: B videos of F frames, latents [B, C, F', H', W'] with H' = ⌊H/8⌋, W' = ⌊W/8⌋ and F' = 5 for 17 frames; the
+paper's 480 × 854 and 51 frames: C = 4, F' = 15, H' = 60, W' = 106.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ertacache.algorithm import euler_step, rectify
+
+FOLDER = Path(__file__).resolve().parent
+SCHEDULERS = ("RFlowScheduler",)
+
+
+@torch.no_grad()
+def denoise(pipe, inputs, plan=None, on_step=None):
+    """Algorithm 1. x: latents; v: guided velocity, data − noise; t: time, 1000 = noise … 0 = data; i counts up.
+
+    plan=None is OpenSoraPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it returns
+    is used in place of v (this is how calibration watches and steers the same loop).
+    """
+    if plan is not None:
+        inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
+    x, s = inputs.latents, inputs.sigmas  # x_0 ~ N(0, I)
+    with open_site(pipe, inputs, plan.site if plan else "output") as site:
+        for i, t in enumerate(inputs.times):
+            if plan is None or i not in plan.cached:  # i ∉ S
+                v = velocity(pipe, inputs, x, t)  # v_i = v_θ(x_i, s_i)
+                r = site.residual(x, v) if plan else None  # r̃ = v_i − x_i (Eq. 5)
+            else:
+                v = site.reuse(x, t, r)  # ṽ_i = x_i + r̃ (Eq. 6)
+                if plan.rectified:
+                    v = rectify(v, plan.k[i], plan.b[i])  # ṽ_i − σ(K_i ṽ_i + B_i) (Eq. 15)
+            if on_step is not None:
+                steered = on_step(i, x, v)
+                v = v if steered is None else steered
+            x = euler_step(x, -v, s[i], s[i + 1])  # x_{i+1} = x_i + (s_i − s_{i+1}) v_i: v points to the data (Eq. 4)
+    return x
+
+
+def velocity(pipe, inputs, x, t):
+    """One model call with both guidance branches in its batch, [cond; null]. x [B, C, F', H', W'], t a scalar → v."""
+    with pipe.transformer.cache_context(inputs.branches):
+        v = pipe.transformer(*inputs.batch(x, t), **inputs.conditioning, return_dict=False)[0]
+    return inputs.guided(v)
+
+
+def open_site(pipe, inputs, site):
+    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    from ertacache.errors import UserError
+    from ertacache.sites import BlocksSite, OutputSite
+
+    if site == "output":
+        return OutputSite()
+    model, c = pipe.transformer, inputs.conditioning
+    if model.scale_shift_table.is_meta:
+        raise UserError("--offload sequential takes the model apart, --site blocks needs it whole: use --offload model")
+
+    def around(x, t, add):
+        z, times = inputs.batch(x, t)
+        hidden = add(inputs.branches, model.patch_embed(z, c["height"], c["width"]))  # [2B, F', S, D]
+        told = model.condition(times, c["encoder_hidden_states"], c["encoder_attention_mask"], c["fps"])
+        return inputs.guided(model.head(hidden, told, x.shape[2:]))
+
+    return BlocksSite(
+        model, embed=model.patch_embed, head=model.norm_out, around=around, branch_of=lambda kwargs: inputs.branches
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `denoise` starts from. sigmas: float32 [T+1], falling to 0. times: the model's time at each step, [T].
+
+    conditioning: the model's other arguments, texts [cond; null] among them.
+    """
+
+    latents: torch.Tensor
+    sigmas: torch.Tensor
+    times: torch.Tensor
+    conditioning: dict[str, Any]
+    guidance: float
+    frames: int
+
+    @property
+    def branches(self):
+        return "cond_uncond" if self.guidance > 1 else "cond"
+
+    def batch(self, x, t):
+        """Latents and times of one model call: once without guidance, else once a branch."""
+        x = torch.cat([x, x]) if self.guidance > 1 else x
+        return x, t.expand(len(x))
+
+    def guided(self, v):
+        """Classifier-free guidance, v_null + g (v_cond − v_null), of the velocity's half of the model's channels."""
+        v = v[:, : self.latents.shape[1]]
+        if self.guidance <= 1:
+            return v
+        cond, null = v.chunk(2)
+        return null + self.guidance * (cond - null)
+
+    def on(self, sigmas):
+        """The same inputs on another grid; times are sigmas × 1000."""
+        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
+
+
+def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):
+    """Checked settings, with the pipeline's own sizes (Open-Sora 1.2: 480 × 854, 51 frames) where none are given."""
+    from ertacache.errors import UserError
+    from ertacache.programs import check_number, check_scheduler
+
+    check_scheduler(pipe, SCHEDULERS)
+    sizes = {"height": height, "width": width, "frames": frames}
+    sizes = {name: pipe.config[f"sample_{name}"] if value is None else value for name, value in sizes.items()}
+    check_number("steps", steps, minimum=3)
+    check_number("guidance", guidance, minimum=0)
+    for name in ("height", "width"):
+        check_number(name, sizes[name], minimum=pipe.vae.spatial_factor)
+    if sizes["frames"] != 1 and sizes["frames"] < 17:
+        raise UserError(f"--frames {sizes['frames']}: give 1 for a picture, or at least 17 (published: 51)")
+    return {"steps": steps, "guidance": guidance, **sizes, "aesthetic_score": aesthetic_score}
+
+
+@torch.no_grad()
+def prepare(pipe, prompts, seeds, **settings):
+    """Text states, initial noise and grid, as OpenSoraPipeline makes them. The noise of a seed does not depend on B."""
+    settings = settings_of(pipe, **settings)
+    device, guidance = pipe._execution_device, float(settings["guidance"])
+    size = [settings[name] for name in ("frames", "height", "width")]
+    text, mask = pipe.encode_prompt(list(prompts), settings["aesthetic_score"], device=device)
+    conditioning = pipe.conditioning(text, mask, *size, guided=guidance > 1)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = pipe.prepare_latents(len(prompts), *size, device, generators)
+    pipe.set_timesteps(settings["steps"], *size, device)
+    sigmas, times = pipe.scheduler.sigmas.clone(), pipe.scheduler.timesteps.clone()
+    return Inputs(latents, sigmas, times, conditioning, guidance, size[0])
+
+
+@torch.no_grad()
+def decode(pipe, latents, inputs):
+    """Latents [B, C, F', H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
+    return pipe.decode_latents(latents, inputs.frames)
+
+
+def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
+    """The pipeline of "demo", of a directory in diffusers' format, or of the weights that Open-Sora published."""
+    from ertacache.programs import load_pipeline
+    from opensora12 import OpenSoraPipeline
+    from opensora12.convert import load_published
+
+    path = FOLDER / "demo" if model == "demo" else Path(model).expanduser()
+    published = load_published if not (path / "model_index.json").is_file() else None
+    return load_pipeline(OpenSoraPipeline, path if path.is_dir() else model, device, dtype, offload, published)
+
+
+def main():
+    import sys
+
+    from ertacache.cli import generate
+
+    generate(sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    from ertacache.errors import run_program
+
+    run_program(main)

@@ -1,0 +1,24 @@
+#!/bin/sh
+# ERTACache for Open-Sora 1.2: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
+set -eu
+cd -- "$(dirname -- "$0")"
+MODEL=${MODEL:-demo}          # demo, a local directory, or hpcai-tech/OpenSora-STDiT-v3
+PROMPT=${PROMPT:-}            # one prompt; empty: those of PROMPTS
+PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: prompts/demo.txt, or prompts/examples.txt
+SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
+STEPS=${STEPS:-30}            # T, steps of the uncached run
+GUIDANCE=${GUIDANCE:-7}       # 1 or less: no guidance, half the work a step
+LAMBDA=${LAMBDA:-0.06}        # λ: lower is finer, higher is faster; a new value is calibrated first
+SITE=${SITE:-output}          # where the residual is cached: output or blocks
+COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
+REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
+BATCH=${BATCH:-4}             # prompts a model call
+FPS=${FPS:-8}                 # frames a second of the .mp4 files; Open-Sora makes 24
+OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
+OUT=${OUT:-sample}
+[ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
+[ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
+[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+sh ../scripts/setup.sh
+exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
+    --threshold "$LAMBDA" --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"

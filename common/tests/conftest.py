@@ -1,3 +1,4 @@
+import inspect
 import sys
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,12 @@ class Room:
 
     def stock(self, pipe, prompts, seeds, steps, output_type="latent", guidance=None, **options):
         """What the stock pipeline returns: latents, or float32 pictures or videos."""
+        if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+            options["max_sequence_length"] = 16
         result = pipe(
             prompts,
             num_inference_steps=steps,
             guidance_scale=self.guidance if guidance is None else guidance,
-            max_sequence_length=16,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type=output_type,
             **{**self.options, **options},
@@ -40,6 +42,7 @@ ROOMS = {
     "flux": ("ERTACache4FLUX", PICTURES, 3.5, {"height": 64, "width": 64}),
     "wan": ("ERTACache4Wan2.1", VIDEOS, 5.0, {"height": 64, "width": 64, "num_frames": 17}),
     "cogvideox": ("ERTACache4CogVideoX-2B", VIDEOS, 6.0, {"height": 64, "width": 64, "num_frames": 17}),
+    "opensora": ("ERTACache4OpenSora1.2", VIDEOS, 7.0, {"height": 64, "width": 64, "num_frames": 17}),
 }
 
 

@@ -11,6 +11,7 @@ SHORT = {
     "ERTACache4FLUX": ["latents=64", "distilled=2"],
     "ERTACache4Wan2.1": ["latents=8", "batch=2"],
     "ERTACache4CogVideoX-2B": ["latents=8", "batch=2"],
+    "ERTACache4OpenSora1.2": ["latents=8", "batch=2"],
 }
 
 

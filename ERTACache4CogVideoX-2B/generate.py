@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ertacache.algorithm import rectify
+from ertacache.algorithm import follow, rectify
 from ertacache.solvers import ddim_step, dpm_step, predicted_data
 
 FOLDER = Path(__file__).resolve().parent
@@ -28,6 +28,8 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     plan=None is CogVideoXPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it
     returns is used in place of v (this is how calibration watches and steers the same loop).
     """
+    if plan is not None and plan.kind == "budget":
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     x, step = inputs.latents, solver_on(pipe, inputs)  # x_0 ~ N(0, I)
@@ -96,6 +98,16 @@ def solver_on(pipe, inputs):
         return new
 
     return step
+
+
+def first_order(pipe, inputs, i, k):
+    """(a, w) of x_k = a x_i + w v_i, the turn over the steps i … k−1 by DDIM alone: what budget plans improve on."""
+    if type(pipe.scheduler).__name__ != "CogVideoXDDIMScheduler":
+        from ertacache.errors import UserError
+
+        raise UserError("the DPM scheduler draws noise in each step, a budget plan cannot: use --threshold, or DDIM")
+    turn = (inputs.sigmas[k] - inputs.sigmas[i]).item() * np.pi / 2
+    return float(np.cos(turn)), float(np.sin(turn))
 
 
 def open_site(pipe, inputs, site):

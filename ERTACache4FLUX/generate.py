@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ertacache.algorithm import euler_step, rectify
+from ertacache.algorithm import euler_step, follow, rectify
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
@@ -22,6 +22,8 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     plan=None is FluxPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it returns
     is used in place of v (this is how calibration watches and steers the same loop).
     """
+    if plan is not None and plan.kind == "budget":
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     x, s = inputs.latents, inputs.sigmas  # x_0 ~ N(0, I)
@@ -50,6 +52,11 @@ def velocity(pipe, inputs, x, t):
 def one_each(x, t):
     """The time 1000 … 0, once a picture [B], rounded to the model's dtype as FluxPipeline does."""
     return t.expand(x.shape[0]).to(x.dtype)
+
+
+def first_order(pipe, inputs, i, k):
+    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
 
 
 def open_site(pipe, inputs, site):

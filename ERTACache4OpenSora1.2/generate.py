@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ertacache.algorithm import euler_step, rectify
+from ertacache.algorithm import euler_step, follow, rectify
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("RFlowScheduler",)
@@ -23,6 +23,8 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     plan=None is OpenSoraPipeline's own loop, bit for bit. on_step(i, x, v) sees each step; a velocity that it returns
     is used in place of v (this is how calibration watches and steers the same loop).
     """
+    if plan is not None and plan.kind == "budget":
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     x, s = inputs.latents, inputs.sigmas  # x_0 ~ N(0, I)
@@ -47,6 +49,11 @@ def velocity(pipe, inputs, x, t):
     with pipe.transformer.cache_context(inputs.branches):
         v = pipe.transformer(*inputs.batch(x, t), **inputs.conditioning, return_dict=False)[0]
     return inputs.guided(v)
+
+
+def first_order(pipe, inputs, i, k):
+    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    return 1.0, (inputs.sigmas[i] - inputs.sigmas[k]).item()
 
 
 def open_site(pipe, inputs, site):

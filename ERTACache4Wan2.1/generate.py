@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ertacache.algorithm import rectify
+from ertacache.algorithm import follow, rectify
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -23,6 +23,8 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     used in place of v (this is how calibration watches and steers the same loop). The solver is given ṽ on cached
     steps, as it would be given v: a multistep solver keeps both in its history.
     """
+    if plan is not None and plan.kind == "budget":
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     x, solver = inputs.latents, solver_on(pipe, inputs)  # x_0 ~ N(0, I)
@@ -73,6 +75,11 @@ def solver_on(pipe, inputs):
     solver.sigmas, solver.timesteps = inputs.sigmas, inputs.times
     solver.set_begin_index(0)
     return solver
+
+
+def first_order(pipe, inputs, i, k):
+    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
 
 
 def open_site(pipe, inputs, site):

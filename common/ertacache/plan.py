@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ertacache.files import write_atomically
 
 FORMAT, VERSION = "ertacache-plan", 1
 SITES = ("output", "blocks")
-ARRAYS = ("phi", "k", "b", "native_sigmas", "sigmas")
+KINDS = ("threshold", "budget")
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,78 @@ def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     return [key for key in mine if key in other and mine[key] != other[key]]
 
 
+class Plan:
+    """What both kinds of plan share: files, checksum, and the refusal of runs that a plan was not made for.
+
+    A subclass is a frozen dataclass with `conditions`, `provenance`, and a field for every name in FIELDS (JSON) and
+    ARRAYS (float64, in the safetensors file).
+    """
+
+    kind: ClassVar[str]
+    FIELDS: ClassVar[tuple[str, ...]]
+    ARRAYS: ClassVar[tuple[str, ...]]
+    DERIVED: ClassVar[tuple[str, ...]] = ()  # written for people and not read
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps of the uncached run."""
+        return self.conditions.steps
+
+    def check(self, run: Conditions, remedy: str) -> None:
+        """Refuse a run that the plan was not made for; warn once when only settings differ.
+
+        remedy: the command that makes the right plan, for the message of the PlanError.
+        """
+        made = self.conditions
+        if made.steps != run.steps:
+            raise PlanError(f"the plan is for {made.steps} steps, the run has {run.steps}: {remedy}")
+        for what in ("model", "scheduler"):
+            mine, other = getattr(made, what), getattr(run, what)
+            keys = _differences(mine, other)
+            if keys:
+                pairs = ", ".join(f"{key} {mine[key]} ≠ {other[key]}" for key in keys[:3])
+                raise PlanError(f"the plan is for another {what} than this pipeline's ({pairs}): {remedy}")
+        keys = _differences(made.settings, run.settings)
+        if keys:
+            pairs = ", ".join(f"{key} {made.settings[key]}, now {run.settings[key]}" for key in keys)
+            warnings.warn(f"the plan was calibrated at {pairs}; quality may be lower. {remedy}", stacklevel=2)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `path` (….json) and the arrays beside it. Returns the path of the JSON file."""
+        path = _json_path(path)
+        tensors = save({name: np.array(getattr(self, name), np.float64) for name in self.ARRAYS})
+        fields = {"format": FORMAT, "version": VERSION, "kind": self.kind, "steps": self.steps}
+        fields |= {name: getattr(self, name) for name in (*self.DERIVED, *self.FIELDS)}
+        fields |= {name: getattr(self.conditions, name) for name in ("model", "scheduler", "settings")}
+        fields = json.loads(json.dumps({**fields, "provenance": self.provenance}))
+        fields["checksum"] = _checksum(fields, tensors)
+        write_atomically(path.with_suffix(".safetensors"), tensors)
+        write_atomically(path, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan, of this kind (`Plan.load`: of any); a damaged, edited or newer file is a PlanError."""
+        path = _json_path(path)
+        fields, arrays = _read(path)
+        kinds = {kind.kind: kind for kind in Plan.__subclasses__()}
+        found = kinds.get(fields["kind"])
+        if found is None or not issubclass(found, cls):
+            raise PlanError(f"{path} is a {fields['kind']} plan, a {cls.kind} plan is needed")
+        conditions = Conditions(fields["steps"], fields["model"], fields["scheduler"], fields["settings"])
+        values = {name: _tuples(fields[name]) for name in found.FIELDS}
+        values |= {name: _tuples(arrays[name].tolist()) for name in found.ARRAYS}
+        return found(conditions, provenance=fields["provenance"], **values)
+
+
 @dataclass(frozen=True)
-class ThresholdPlan:
+class ThresholdPlan(Plan):
     """The paper's plan for one λ: which steps are cached, on which grid, and how their velocity is rectified."""
+
+    kind = "threshold"
+    FIELDS = ("threshold", "cached", "site", "phi_definition", "rectified")
+    ARRAYS = ("phi", "k", "b", "native_sigmas")
+    DERIVED = ("nfe",)
 
     conditions: Conditions
     threshold: float  # λ > 0 of Eq. 12
@@ -78,11 +147,6 @@ class ThresholdPlan:
         problem = self._problem()
         if problem:
             raise PlanError(f"not a valid plan: {problem}")
-
-    @property
-    def steps(self) -> int:
-        """T, the number of steps of the uncached run."""
-        return self.conditions.steps
 
     @property
     def nfe(self) -> int:
@@ -120,77 +184,83 @@ class ThresholdPlan:
             return "native_sigmas must fall from noise to data"
         return None
 
-    def check(self, run: Conditions, remedy: str) -> None:
-        """Refuse a run that the plan was not made for; warn once when only settings differ.
 
-        remedy: the command that makes the right plan, for the message of the PlanError.
-        """
-        made = self.conditions
-        if made.steps != run.steps:
-            raise PlanError(f"the plan is for {made.steps} steps, the run has {run.steps}: {remedy}")
-        for what in ("model", "scheduler"):
-            mine, other = getattr(made, what), getattr(run, what)
-            keys = _differences(mine, other)
-            if keys:
-                pairs = ", ".join(f"{key} {mine[key]} ≠ {other[key]}" for key in keys[:3])
-                raise PlanError(f"the plan is for another {what} than this pipeline's ({pairs}): {remedy}")
-        keys = _differences(made.settings, run.settings)
-        if keys:
-            pairs = ", ".join(f"{key} {made.settings[key]}, now {run.settings[key]}" for key in keys)
-            warnings.warn(f"the plan was calibrated at {pairs}; quality may be lower. {remedy}", stacklevel=2)
+@dataclass(frozen=True)
+class BudgetPlan(Plan):
+    """Exactly N model calls: the computed steps, and the jump from each of them to the next (planner.py)."""
 
-    def save(self, path: str | Path) -> Path:
-        """Write `path` (….json) and the arrays beside it. Returns the path of the JSON file."""
-        path = _json_path(path)
-        arrays = {name: np.array(getattr(self, name), np.float64) for name in ARRAYS}
-        tensors = save(arrays)
-        fields = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": "threshold",
-            "threshold": self.threshold,
-            "steps": self.steps,
-            "nfe": self.nfe,
-            "cached": list(self.cached),
-            "site": self.site,
-            "phi_definition": self.phi_definition,
-            "rectified": self.rectified,
-            "model": self.conditions.model,
-            "scheduler": self.conditions.scheduler,
-            "settings": self.conditions.settings,
-            "provenance": self.provenance,
-        }
-        fields["checksum"] = _checksum(fields, tensors)
-        write_atomically(path.with_suffix(".safetensors"), tensors)
-        write_atomically(path, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
-        return path
+    kind = "budget"
+    FIELDS = ("computed", "predicted_error", "held_out_error")
+    ARRAYS = ("weights", "scale", "native_sigmas")
+    DERIVED = ("nfe", "anchors")
 
-    @classmethod
-    def load(cls, path: str | Path) -> "ThresholdPlan":
-        """Read a plan; a missing, truncated, edited or newer file is a PlanError that names it."""
-        path = _json_path(path)
-        again = f"copy it again or calibrate anew (delete {path} first)"
-        try:
-            tensors = path.with_suffix(".safetensors").read_bytes()
-            fields = json.loads(path.read_text("utf-8"))
-            arrays = load(tensors)
-        except FileNotFoundError as error:
-            raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error
-        except OSError as error:
-            raise PlanError(f"cannot read plan {path} ({error.strerror})") from error
-        except Exception as error:  # json and safetensors raise their own types for damaged input
-            raise PlanError(f"plan {path} is truncated or damaged: {again}") from error
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise PlanError(f"{path} is not an ERTACache plan")
-        if fields.get("version") != VERSION or fields.get("kind") != "threshold":
-            found = f"{fields.get('kind')} plan of format version {fields.get('version')}"
-            raise PlanError(f"{path} is a {found}; this release reads threshold plans of version {VERSION}: upgrade")
-        if fields.pop("checksum", None) != _checksum(fields, tensors):
-            raise PlanError(f"plan {path} was edited or damaged (its checksum does not match): {again}")
-        conditions = Conditions(fields["steps"], fields["model"], fields["scheduler"], fields["settings"])
-        values = {name: tuple(arrays[name].tolist()) for name in ARRAYS if name != "sigmas"}
-        names = ("threshold", "site", "phi_definition", "rectified", "provenance")
-        return cls(conditions, cached=tuple(fields["cached"]), **values, **{n: fields[n] for n in names})
+    conditions: Conditions
+    computed: tuple[int, ...]  # 0 = c_1 < … < c_N < T
+    weights: tuple[tuple[float, ...], ...]  # [N, H], of the newest outputs, newest first; 0 where there are fewer
+    native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
+    scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
+    predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
+    held_out_error: float | None = None  # the same on calibration prompts that were left out of the fit
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.scale:
+            object.__setattr__(self, "scale", (1.0,) * len(self.computed))
+        problem = self._problem()
+        if problem:
+            raise PlanError(f"not a valid plan: {problem}")
+
+    @property
+    def nfe(self) -> int:
+        """N, the number of computed steps; with guidance each one calls the model for both branches."""
+        return len(self.computed)
+
+    @property
+    def anchors(self) -> int:
+        """H, the number of outputs that a jump combines, and that a run keeps."""
+        return len(self.weights[0])
+
+    def _problem(self) -> str | None:
+        computed, steps = list(self.computed), self.steps
+        if not computed or computed[0] != 0 or computed != sorted(set(computed)) or computed[-1] >= steps:
+            return f"computed steps {computed}, must ascend from 0 within 0 … {steps - 1}"
+        lengths = {len(row) for row in self.weights}
+        if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
+            return f"weights and scale must hold a row for each of the {len(computed)} computed steps"
+        if not (np.all(np.isfinite(self.weights)) and np.all(np.isfinite(self.scale))):
+            return "weights and scale must be finite"
+        if len(self.native_sigmas) != steps + 1:
+            return f"native_sigmas must hold {steps + 1} numbers"
+        return None
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The checked fields and arrays of a plan's two files."""
+    again = f"copy it again or calibrate anew (delete {path} first)"
+    try:
+        tensors = path.with_suffix(".safetensors").read_bytes()
+        fields = json.loads(path.read_text("utf-8"))
+        arrays = load(tensors)
+    except FileNotFoundError as error:
+        raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error
+    except OSError as error:
+        raise PlanError(f"cannot read plan {path} ({error.strerror})") from error
+    except Exception as error:  # json and safetensors raise their own types for damaged input
+        raise PlanError(f"plan {path} is truncated or damaged: {again}") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise PlanError(f"{path} is not an ERTACache plan")
+    if fields.get("version") != VERSION or fields.get("kind") not in KINDS:
+        found = f"{fields.get('kind')} plan of format version {fields.get('version')}"
+        raise PlanError(
+            f"{path} is a {found}; this release reads {' and '.join(KINDS)} plans of version {VERSION}: upgrade"
+        )
+    if fields.pop("checksum", None) != _checksum(fields, tensors):
+        raise PlanError(f"plan {path} was edited or damaged (its checksum does not match): {again}")
+    return fields, arrays
 
 
 def _json_path(path: str | Path) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ertacache.algorithm import euler_step, rectify
+from ertacache.algorithm import euler_step, follow, rectify
 from ertacache.sites import OutputSite
 
 
@@ -63,7 +63,15 @@ class Program:
     def open_site(self, pipe, inputs, site):
         return OutputSite()
 
+    def velocity(self, pipe, inputs, x, t):
+        return pipe.transformer(x)
+
+    def first_order(self, pipe, inputs, i, k):
+        return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
+
     def denoise(self, pipe, inputs, plan=None, on_step=None):
+        if plan is not None and plan.kind == "budget":
+            return follow(lambda x, t: self.velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
         inputs = inputs if plan is None else inputs.on(plan.grid(inputs.sigmas))
         x, s, site = inputs.latents, inputs.sigmas, OutputSite()
         for i, t in enumerate(inputs.times):

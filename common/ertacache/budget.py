@@ -1,0 +1,221 @@
+"""The calibration of budget plans: weights for the schedules of planner.py, on the plan's own trajectory.
+
+Calibration runs the uncached model once over the prompts (T calls each), which gives the Gram matrix and the latents to
+aim at. A replay then walks all prompts through a schedule together (N calls each): at every computed step the weights
+of the next jump are fitted, by least squares over all prompts, from where the plan has led to where the reference is.
+Errors of early jumps are thus partly repaired by later ones.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import save as save_tensors
+
+from ertacache import planner
+from ertacache.algorithm import jump
+from ertacache.calibrate import Calibration
+from ertacache.errors import UserError
+from ertacache.files import write_atomically
+from ertacache.gram import Gram
+from ertacache.ledger import digest
+from ertacache.plan import BudgetPlan
+from ertacache.planner import Schedule
+
+ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A schedule with its fitted weights, and the mean squared error of the final latents that it leads to."""
+
+    schedule: Schedule
+    weights: np.ndarray  # [N, H]
+    scale: np.ndarray  # [N]
+    error: float  # on the prompts of the fit
+    held_out: float | None  # on those that were left out
+
+
+class BudgetCalibration(Calibration):
+    """Reference pass, candidate schedules, on-policy weights, for one program, pipeline and set of prompts.
+
+    A quarter of the prompts (none of fewer than four) is held out of the fit and measures the plan. Arguments as
+    for `Calibration`, without a site.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, site="output", **options)
+        self.fitted = len(self.prompts) - len(self.prompts) // 4
+        first = self.inputs(0)
+        self.scaled = self.program.first_order(self.pipe, first, 0, 1)[0] != 1.0
+        needed = 10 * (max(ANCHORS) + self.scaled)
+        if self.fitted * first.latents[0].numel() < needed:
+            found = f"{self.fitted} calibration prompts of {first.latents[0].numel()} numbers each"
+            raise UserError(f"{found} are too few to fit the weights: give more prompts, or larger latents")
+
+    # --- the reference -----------------------------------------------------------------------------------------------
+
+    def reference(self) -> Gram:
+        """The uncached run of every prompt, T calls each; afterwards its latents are on disk."""
+        self.expect("reference", self.steps)
+        sums = self.ledger.run("reference", len(self.starts), self.reference_batch)
+        return Gram(sums["matrix"], int(sums["elements"]), int(sums["prompts"]))
+
+    def reference_batch(self, batch: int):
+        latents, velocities = [], []
+
+        def on_step(i, x, v):
+            self.require_finite_rows(v, batch, i)
+            latents.append(x.float().cpu())
+            velocities.append(v.float().cpu())
+            self.bar.update()
+
+        final = self.program.denoise(self.pipe, self.inputs(batch), None, on_step)
+        latents.append(final.float().cpu())
+        named = {str(i): x.contiguous() for i, x in enumerate(latents)}
+        write_atomically(self.trajectory_path(batch), save_tensors(named))
+        part = self.fit_rows(batch)
+        gram = Gram.of([x[part] for x in latents], [v[part] for v in velocities])
+        return {"matrix": gram.matrix, "elements": gram.elements, "prompts": gram.prompts}
+
+    def trajectory_path(self, batch: int):
+        return self.work / f"trajectory-{batch:04d}.safetensors"
+
+    def wanted(self, batch: int, i: int) -> torch.Tensor:
+        """The reference's latents x_i of a batch."""
+        with safe_open(self.trajectory_path(batch), "pt") as file:
+            return file.get_tensor(str(i))
+
+    def fit_rows(self, batch: int) -> slice:
+        """The prompts of a batch that the weights are fitted on."""
+        return slice(0, max(0, min(self.batch_size, self.fitted - self.starts[batch])))
+
+    def require_finite_rows(self, v: torch.Tensor, batch: int, step: int) -> None:
+        finite = v.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            prompt = self.prompts[self.starts[batch] + finite.index(False)]
+            raise UserError(f"the model gave a non-finite value at step {step} of {prompt!r}: try --dtype float32")
+
+    # --- replays -----------------------------------------------------------------------------------------------------
+
+    def replay(self, schedule: Schedule, anchors: int) -> Replay:
+        """Walk all prompts through a schedule and fit its weights on the way: N calls a prompt. Kept on disk."""
+        path = self.work / f"replay-{digest([schedule, anchors])[:16]}.safetensors"
+        if not path.exists():
+            write_atomically(path, save_arrays(self.walk(schedule, anchors)))
+        found = load_file(path)
+        held_out = float(found["held_out"])
+        held_out = None if np.isnan(held_out) else held_out
+        return Replay(schedule, found["weights"], found["scale"], float(found["error"]), held_out)
+
+    @torch.no_grad()
+    def walk(self, schedule: Schedule, anchors: int) -> dict[str, np.ndarray]:
+        runs = [_Run(self.inputs(batch)) for batch in range(len(self.starts))]
+        self.bar.total += len(schedule) * len(runs)
+        weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
+        for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.steps], strict=True)):
+            equations = 0.0
+            for batch, run in enumerate(runs):
+                v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
+                self.require_finite_rows(v, batch, i)
+                run.history = [v, *run.history][:anchors]
+                part = self.fit_rows(batch)
+                regressors = [*run.history, *([run.x] if self.scaled else [])]
+                change = self.wanted(batch, target).to(run.x.device) - run.x.float()
+                equations = equations + _products([z[part] for z in (*regressors, change)])
+                self.bar.update()
+            count = min(k + 1, anchors)
+            own_scale, own_weight = self.program.first_order(self.pipe, runs[0].inputs, i, target)
+            prior = np.array([own_weight, *[0.0] * (count - 1), *([own_scale - 1] if self.scaled else [])])
+            solved = planner.solve_weights(equations[:-1, :-1], equations[:-1, -1], prior)
+            weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if self.scaled else 1.0
+            for run in runs:
+                run.x = jump(run.x, run.history, weights[k], scale[k])
+        error, held_out = self.errors_of(runs)
+        return {"weights": weights, "scale": scale, "error": np.array(error), "held_out": np.array(held_out)}
+
+    def errors_of(self, runs) -> tuple[float, float]:
+        """Mean squared errors of final latents on the fitted and on the held-out prompts (nan where there are none)."""
+        squares = []
+        for batch, run in enumerate(runs):
+            difference = run.x.double().cpu() - self.wanted(batch, self.steps)
+            squares += difference.square().flatten(1).mean(1).tolist()
+        held_out = squares[self.fitted :]
+        return float(np.mean(squares[: self.fitted])), float(np.mean(held_out)) if held_out else float("nan")
+
+    # --- plans -------------------------------------------------------------------------------------------------------
+
+    def plans(self, budgets: list[int], search: int = 0) -> dict[int, BudgetPlan]:
+        """A plan for each budget. search: how many more replays a local search may spend on each."""
+        for budget in budgets:
+            if not 2 <= budget <= self.steps:
+                raise UserError(f"--budget {budget}: give a number of computed steps from 2 to {self.steps}")
+        gram = self.reference()
+        candidates = planner.candidate_schedules(gram, budgets, self.scaled)
+        return {budget: self.plan(gram, candidates[budget], search) for budget in budgets}
+
+    def plan(self, gram: Gram, candidates: dict[str, Schedule], search: int = 0) -> BudgetPlan:
+        """The best of the candidate schedules by replay, then the best number of anchors, then local search."""
+        budget = len(next(iter(candidates.values())))
+        self.bar.set_description(f"calibrate N={budget}")
+        tried = {name: self.replay(schedule, ANCHORS[0]) for name, schedule in candidates.items()}
+        name = min(tried, key=lambda n: tried[n].error)
+        for anchors in ANCHORS[1:]:
+            tried[f"{name}, H = {anchors}"] = self.replay(tried[name].schedule, anchors)
+        name = min(tried, key=lambda n: tried[n].error)
+        best = self.search(tried[name], search)
+        errors = {n: replayed.error for n, replayed in tried.items()} | {"after local search": best.error}
+        bound = planner.projection_bound(gram, best.schedule, self.scaled)
+        return BudgetPlan(
+            conditions=self.conditions,
+            computed=best.schedule,
+            weights=tuple(map(tuple, best.weights.tolist())),
+            scale=tuple(best.scale.tolist()),
+            native_sigmas=tuple(self.inputs(0).sigmas.tolist()),
+            predicted_error=best.error,
+            held_out_error=best.held_out,
+            provenance=self.budget_provenance(name, errors, bound),
+        )
+
+    def search(self, best: Replay, evaluations: int) -> Replay:
+        """Move one computed step by one place as long as that lowers the error on the calibration prompts."""
+        anchors, tried = best.weights.shape[1], {best.schedule}
+        while True:
+            options = [s for s in planner.neighbours(best.schedule, self.steps) if s not in tried]
+            for schedule in options[:evaluations]:
+                evaluations -= 1
+                tried.add(schedule)
+                found = self.replay(schedule, anchors)
+                if found.error < best.error:
+                    best = found
+                    break
+            else:
+                return best
+
+    def budget_provenance(self, chosen: str, errors: dict[str, float], bound: float):
+        found = self.provenance(chosen, errors)
+        found.pop("site")
+        found["prompts"]["fitted"] = self.fitted
+        found["calibration"]["projection_bound"] = bound
+        return found
+
+
+class _Run:
+    """A batch on its way through a plan."""
+
+    def __init__(self, inputs):
+        self.inputs, self.x, self.history = inputs, inputs.latents, []
+
+
+def _products(tensors: list[torch.Tensor]) -> np.ndarray:
+    """All scalar products of tensors of one shape, in float64: [R, R]."""
+    rows = torch.stack([z.reshape(-1).double() for z in tensors])
+    return (rows @ rows.T).cpu().numpy()
+
+
+def budget_of(steps: int, speedup: float) -> int:
+    """The number of computed steps for a speed-up of T/N, at least 2."""
+    return max(2, min(steps, round(steps / speedup)))

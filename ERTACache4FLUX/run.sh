@@ -9,15 +9,19 @@ SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
 STEPS=${STEPS:-30}            # T, steps of the uncached run
 GUIDANCE=${GUIDANCE:-3.5}
 LAMBDA=${LAMBDA:-0.11}        # λ: lower is finer, higher is faster; a new value is calibrated first
+SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, where they matter most
+BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
 BATCH=${BATCH:-4}             # prompts a model call
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
 OUT=${OUT:-sample}
+[ -n "$BUDGET$SPEEDUP" ] || set -- --threshold "$LAMBDA" "$@"
+set -- ${BUDGET:+--budget "$BUDGET"} ${SPEEDUP:+--speedup "$SPEEDUP"} "$@"
 [ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
 [ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
 exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
-    --threshold "$LAMBDA" --site "$SITE" --batch-size "$BATCH" --offload "$OFFLOAD" --out "$OUT" "$@"
+    --site "$SITE" --batch-size "$BATCH" --offload "$OFFLOAD" --out "$OUT" "$@"

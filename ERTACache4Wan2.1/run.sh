@@ -9,6 +9,8 @@ SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
 STEPS=${STEPS:-50}            # T, steps of the uncached run
 GUIDANCE=${GUIDANCE:-5}       # 1 or less: no guidance, one model call a step instead of two
 LAMBDA=${LAMBDA:-0.06}        # λ: lower is finer, higher is faster; a new value is calibrated first
+SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, where they matter most
+BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
@@ -16,9 +18,11 @@ BATCH=${BATCH:-4}             # prompts a model call
 FPS=${FPS:-8}                 # frames a second of the .mp4 files; Wan2.1 makes 16
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
 OUT=${OUT:-sample}
+[ -n "$BUDGET$SPEEDUP" ] || set -- --threshold "$LAMBDA" "$@"
+set -- ${BUDGET:+--budget "$BUDGET"} ${SPEEDUP:+--speedup "$SPEEDUP"} "$@"
 [ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
 [ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
 exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
-    --threshold "$LAMBDA" --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"
+    --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"

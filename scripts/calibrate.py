@@ -1,16 +1,18 @@
-"""Calibrate plans for a list of λ and store them in a model folder's cache/.
+"""Calibrate plans, for speed-ups or for values of λ, and store them in a model folder's cache/.
 
+    .venv/bin/python scripts/calibrate.py ERTACache4FLUX --speedups 1.5,2,3,5
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --thresholds 0.05,0.1,0.2
-    .venv/bin/python scripts/calibrate.py ERTACache4FLUX --speedups 1.5,2,3
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --thresholds 0.6
 
-A run that was killed goes on from its last finished batch when the same command is given again. It makes
-about 8·T + 7·NFE model calls a prompt and λ; the passes that do not depend on λ are shared.
+A run that was killed goes on from its last finished batch (or replay) when the same command is given again. A
+threshold plan takes about 8·T + 7·NFE model calls a prompt, some of them shared by all λ. Budget plans take T calls a
+prompt once, and then up to 5·N for each budget, because five schedules are tried.
 """
 
 from pathlib import Path
 
-from ertacache import UserError, cli
+from ertacache import UserError, cli, store
+from ertacache.budget import budget_of
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.programs import load_program
 
@@ -18,8 +20,8 @@ from ertacache.programs import load_program
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
-    parser.add_argument("--thresholds", metavar="λ,λ,…", default="")
-    parser.add_argument("--speedups", metavar="S,S,…", default="", help="the λ whose T/NFE is nearest")
+    parser.add_argument("--thresholds", metavar="λ,λ,…", default="", help="threshold plans, the paper's")
+    parser.add_argument("--speedups", metavar="S,S,…", default="", help="budget plans: exactly T/S computed steps")
     parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")
     args, rest = parser.parse_known_args()
     program = load_program(args.folder)
@@ -27,14 +29,16 @@ def main():
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     thresholds, speedups = (cli.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
-    cli.check_speedups(speedups)
+    store.check_speedups(speedups)
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
-    for plan, path in cli.calibrate_plans(program, pipe, options, settings, thresholds, speedups, args.out):
-        chosen = plan.provenance["calibration"]["chosen"]
-        print(
-            f"λ={plan.threshold:g}: {plan.nfe} of {plan.steps} calls ({plan.steps / plan.nfe:.2f}×), {chosen} → {path}"
-        )
+    found = store.calibrate_plans(program, pipe, options, settings, thresholds, args.out) if thresholds else []
+    if speedups:
+        budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
+        found += store.calibrate_budgets(program, pipe, options, settings, budgets, args.out)
+    for plan, path in found:
+        calls = f"{plan.nfe} of {plan.steps} calls ({plan.steps / plan.nfe:.2f}×)"
+        print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import ThresholdPlan, UserError, cli
+from ertacache import ThresholdPlan, UserError, cli, store
 from ertacache.algorithm import uniform_cached
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts, write_atomically
@@ -97,7 +97,7 @@ class Evaluation:
 def rows_of(evaluation, calibration, methods, threshold, store=False):
     """The rows of the asked methods at the NFE that one λ gives; store: keep a plan that is calibrated here."""
     options, steps = evaluation.options, evaluation.settings["steps"]
-    name = cli.plan_name(options.model, steps, threshold, options.site)
+    name = store.plan_name(options.model, steps, threshold, options.site)
     stored = evaluation.program.FOLDER / "cache" / name
     if "ablation" not in methods and stored.exists():
         plans, chosen = {}, ThresholdPlan.load(stored)
@@ -155,13 +155,13 @@ def main():
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
     values = cli.parse_list(args.thresholds or args.speedups)
-    cli.check_speedups(values if args.speedups else [])
+    store.check_speedups(values if args.speedups else [])
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
     held_out = [s.caption() for s in cli.world(program).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
-    calibration = cli.open_calibration(program, pipe, options, settings, work=ROOT / "runs")
+    calibration = store.open_calibration(program, pipe, options, settings, work=ROOT / "runs", site=options.site)
     evaluation = Evaluation(program, pipe, prompts, seeds, settings, options, args.latency_repeats)
     rows = [evaluation.row("none")]
     for value in values:

@@ -1,13 +1,10 @@
-"""The command line of a model folder's `generate.py`: which plan, which runs, what is written."""
+"""The command line of a model folder's `generate.py`: which runs, and what is written."""
 
 import argparse
 import inspect
-import math
-import re
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +12,13 @@ import torch
 from tqdm import tqdm
 
 from ertacache import motion, outputs, scenes
-from ertacache.calibrate import Calibration, fingerprint
 from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts
 from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
-from ertacache.plan import Conditions, ThresholdPlan
+from ertacache.store import find_plan
 
+METHODS = {"threshold": "ertacache", "budget": "budget"}  # what a kind of plan is called in files and tables
 SETTINGS = {  # what a model folder may let one choose, with the type and help of its flag
     "steps": (int, "T, steps of the uncached run"),
     "guidance": (float, "scale of the guidance"),
@@ -47,13 +44,22 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
         add("--fps", type=int, default=8, help="frames a second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
+    choice.add_argument("--speedup", type=float, metavar="S", help="compute exactly T/S steps, where they matter most")
+    choice.add_argument("--budget", type=int, metavar="N", help="compute exactly N steps, where they matter most")
     choice.add_argument("--plan", metavar="FILE", help="cache by this plan file")
     choice.add_argument("--baseline", action="store_true", help="the uncached run only")
     add("--site", choices=("output", "blocks"), default="output", help="where the residual is cached")
     add("--compare", action="store_true", help="also run uncached, and compare")
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
     add("--batch-size", type=int, default=4, help="prompts a model call")
-    add("--calibration-prompts", metavar="FILE", help="prompts for a λ that has no stored plan")
+    add("--calibration-prompts", metavar="FILE", help="prompts for a plan that is not stored yet")
+    add(
+        "--search",
+        type=int,
+        default=0,
+        metavar="EVALS",
+        help="replays that calibration may spend to better a budget plan",
+    )
     add("--out", default="sample", help="output folder (default: sample)")
     add("--device", help="cuda or cpu (default: cuda when there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
@@ -92,12 +98,6 @@ def parse_list(text: str) -> list[float]:
     return values
 
 
-def check_speedups(values: list[float]) -> None:
-    for value in values:
-        if not (math.isfinite(value) and value >= 1):
-            raise UserError(f"--speedups {value:g}: a speed-up is a number of at least 1")
-
-
 def generate(program, arguments: list[str] | None = None) -> None:
     """Run a model folder's command line. program: its `generate.py` as a module."""
     args = parse_arguments(program, arguments)
@@ -105,14 +105,14 @@ def generate(program, arguments: list[str] | None = None) -> None:
     for name in ("repeats", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a whole number of at least 1")
-    if args.threshold is None and not args.plan and not args.baseline:
-        raise UserError("nothing to do: give --threshold λ, --plan FILE or --baseline")
+    if not (args.plan or args.baseline) and (args.threshold, args.budget, args.speedup) == (None, None, None):
+        raise UserError("nothing to do: give --threshold λ, --speedup S, --budget N, --plan FILE or --baseline")
     out = ensure_writable(args.out)
     pipe = load(program, args)
     settings = checked_settings(program, pipe, args)
     plan, plan_path = (None, None) if args.baseline else find_plan(program, pipe, args, settings)
 
-    methods = {"ertacache": plan} if plan else {"baseline": None}
+    methods = {METHODS[plan.kind]: plan} if plan else {"baseline": None}
     if args.compare and plan:
         methods = {"baseline": None, **methods}
     runs = run_interleaved(program, pipe, prompts, args, settings, methods)
@@ -140,63 +140,6 @@ def _prompts(program, args) -> list[str]:
     if not all(p.strip() for p in prompts):
         raise UserError("--prompt is empty: say what should be seen")
     return prompts
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------
-
-
-def plan_name(model: str, steps: int, threshold: float, site: str) -> str:
-    """File name in `cache/`: MODEL-STEPS-λ.json, with "-blocks" for that site."""
-    short = re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-") or "model"
-    return f"{short}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
-
-
-def find_plan(program, pipe, args, settings):
-    """The plan to run with, and its path: a file that is named, one stored for λ, or one calibrated now."""
-    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-    recorded = {k: v for k, v in settings.items() if k != "steps"} | {"dtype": dtype}
-    run = Conditions.of(pipe, settings["steps"], recorded)
-    if args.plan:
-        path, remedy = Path(args.plan), "make one with --threshold instead of --plan"
-    else:
-        if not (math.isfinite(args.threshold) and args.threshold > 0):
-            raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
-        path = program.FOLDER / "cache" / plan_name(args.model, settings["steps"], args.threshold, args.site)
-        remedy = f"delete {path} to calibrate it anew under these conditions"
-        if not path.exists():
-            print(f"no stored plan for λ = {args.threshold:g}: calibrating one (once)", file=sys.stderr)
-            return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
-    plan = ThresholdPlan.load(path)
-    plan.check(run, remedy)
-    made_for, found = plan.provenance.get("weights"), fingerprint(pipe.transformer)
-    if made_for != found and "offloaded" not in (made_for, found):
-        warnings.warn(f"the plan was calibrated on other weights ({made_for}, now {found}): {remedy}", stacklevel=2)
-    return plan, path
-
-
-def open_calibration(program, pipe, args, settings, work: Path) -> Calibration:
-    """A calibration on the prompts that the arguments name, or on the folder's own; its ledger lies in `work`."""
-    default = "calibration-demo.txt" if args.model == "demo" else "calibration.txt"
-    prompts = read_prompts(args.calibration_prompts or program.FOLDER / "prompts" / default)
-    options = {"settings": settings, "site": args.site, "batch_size": args.batch_size, "model_id": args.model}
-    return Calibration(program, pipe, prompts, range(len(prompts)), work=ensure_writable(work), **options)
-
-
-def calibrate_plans(program, pipe, args, settings, thresholds=(), speedups=(), folder=None):
-    """Calibrate a plan for each λ, and for the λ nearest to each speed-up T/NFE: (plan, path) pairs.
-
-    Stored in `folder`, by default the program's `cache/`.
-    """
-    folder = ensure_writable(folder or program.FOLDER / "cache")
-    calibration = open_calibration(program, pipe, args, settings, folder)
-    found = []
-    wanted = [calibration.threshold_for(round(settings["steps"] / speedup)) for speedup in speedups]
-    for threshold in [*thresholds, *wanted]:
-        plan = calibration.plan(threshold)
-        path = folder / plan_name(args.model, plan.steps, plan.threshold, plan.site)
-        found.append((plan, plan.save(path)))
-    calibration.finish()
-    return found
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
@@ -239,13 +182,13 @@ def synchronize(pipe) -> None:
 
 def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     """metrics.json (schema 1 of common/docs/metrics.md), comparison.png, and a line for people."""
-    method, kind = "ertacache" if plan else "baseline", "videos" if makes_videos(program) else "pictures"
-    both = "baseline" in runs and "ertacache" in runs
+    method, kind = METHODS[plan.kind] if plan else "baseline", "videos" if makes_videos(program) else "pictures"
+    both = len(runs) == 2
     seconds = {"baseline": None, "cached": None}
-    seconds |= {{"ertacache": "cached"}.get(name, name): run["seconds"] for name, run in runs.items()}
+    seconds |= {_role(name): run["seconds"] for name, run in runs.items()}
     quality = dict.fromkeys(METRICS)
     if both:
-        quality = measure(runs["baseline"]["pictures"], runs["ertacache"]["pictures"], Lpips())
+        quality = measure(runs["baseline"]["pictures"], runs[method]["pictures"], Lpips())
     quality["prompt_accuracy"] = _prompt_accuracy(world(program), args.model, prompts, runs)
     speedup = seconds["baseline"] / seconds["cached"] if both else None
     metrics = {
@@ -264,8 +207,8 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     if not both:
         print(f"{len(prompts)} {kind} in {out}/, {metrics['nfe']} steps computed for each")
         return
-    titles = (f"baseline, {args.steps} steps", f"ERTACache lambda={plan.threshold:g}, {plan.nfe} computed")
-    sheet = outputs.comparison(prompts, *(runs[name]["pictures"] for name in ("baseline", "ertacache")), titles)
+    titles = (f"baseline, {args.steps} steps", f"ERTACache {plan.title}, {plan.nfe} computed")
+    sheet = outputs.comparison(prompts, *(runs[name]["pictures"] for name in ("baseline", method)), titles)
     outputs.save_png(out / "comparison.png", sheet)
     if quality["psnr"] is None:
         print("PSNR has no number: a cached picture equals the uncached one", file=sys.stderr)
@@ -282,10 +225,14 @@ def _prompt_accuracy(oracle, model, prompts, runs) -> dict:
         return accuracy
     for name, run in runs.items():
         pictures = [outputs.to_uint8(p) for p in run["pictures"]]
-        accuracy[{"ertacache": "cached"}.get(name, name)] = oracle.prompt_accuracy(prompts, pictures)
+        accuracy[_role(name)] = oracle.prompt_accuracy(prompts, pictures)
     if all(value is None for value in accuracy.values()):
         print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
     return accuracy
+
+
+def _role(method: str) -> str:
+    return "baseline" if method == "baseline" else "cached"
 
 
 def _relative(path: Path, folder: Path) -> str:

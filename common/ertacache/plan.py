@@ -149,6 +149,11 @@ class ThresholdPlan(Plan):
             raise PlanError(f"not a valid plan: {problem}")
 
     @property
+    def title(self) -> str:
+        """What sets this plan apart, for captions."""
+        return f"lambda={self.threshold:g}"
+
+    @property
     def nfe(self) -> int:
         """Number of function evaluations: computed steps; with guidance each one calls the model for both branches."""
         return self.steps - len(self.cached)
@@ -209,6 +214,11 @@ class BudgetPlan(Plan):
         problem = self._problem()
         if problem:
             raise PlanError(f"not a valid plan: {problem}")
+
+    @property
+    def title(self) -> str:
+        """What sets this plan apart, for captions."""
+        return f"{self.steps / self.nfe:.2g}x"
 
     @property
     def nfe(self) -> int:

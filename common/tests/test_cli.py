@@ -74,6 +74,20 @@ def test_a_new_threshold_is_calibrated_stored_and_used_again(program, tmp_path, 
     assert json.loads((out / "metrics.json").read_text())["latency_s"]["baseline"] is None
 
 
+def test_a_speedup_spends_exactly_its_calls(program, tmp_path):
+    (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
+    arguments = [*PROMPT, "--steps", 8, "--calibration-prompts", tmp_path / "few.txt", "--out", tmp_path / "out"]
+    run(program, *arguments, "--speedup", 2, "--compare")
+    assert (tmp_path / "room" / "cache" / "demo-8-budget-4.json").exists()
+    names = ["000-baseline.png", "000-budget.png", "comparison.png", "metrics.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["method"], metrics["nfe"], metrics["plan"]) == ("budget", 4, "cache/demo-8-budget-4.json")
+    assert metrics["quality"]["psnr"] > 25
+    run(program, *arguments, "--budget", 4)
+    assert [p.name for p in (tmp_path / "room" / "cache").glob("*.json")] == ["demo-8-budget-4.json"]
+
+
 def test_running_twice_gives_identical_pictures(program, tmp_path):
     for name in ("a", "b"):
         run(program, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)
@@ -100,7 +114,12 @@ BASELINE = ["--baseline", "--steps", 4]
         (["--prompts", "EMPTY", *BASELINE], "no prompts in"),
         (["--prompts", "/no/such/file", *BASELINE], "cannot read prompts from /no/such/file"),
         ([*PROMPT, "--prompts", "EMPTY", *BASELINE], "exclude each other"),
-        (PROMPT, "--threshold λ, --plan FILE or --baseline"),
+        (PROMPT, "--threshold λ, --speedup S, --budget N, --plan FILE or --baseline"),
+        ([*PROMPT, "--budget", 1], "--budget 1: give a number of computed steps from 2 to 30"),
+        ([*PROMPT, "--budget", 31], "--budget 31: give a number of computed steps from 2 to 30"),
+        ([*PROMPT, "--speedup", 0.5], "--speedup 0.5: a speed-up is a number of at least 1"),
+        ([*PROMPT, "--speedup", "inf"], "--speedup inf: a speed-up is a number of at least 1"),
+        ([*PROMPT, "--speedup", 2, "--threshold", 0.1], "not allowed with argument --speedup"),
         ([*PROMPT, "--threshold", 0], "--threshold 0.0"),
         ([*PROMPT, "--threshold", -0.1], "--threshold -0.1"),
         ([*PROMPT, "--threshold", "nan"], "--threshold nan"),

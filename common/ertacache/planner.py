@@ -145,3 +145,40 @@ def neighbours(schedule: Schedule, steps: int) -> list[Schedule]:
             if moved not in schedule and 0 < moved < steps:
                 found.append((*schedule[:place], moved, *schedule[place + 1 :]))
     return found
+
+
+# --- weights that need no replay, to compare with ------------------------------------------------------------------
+
+
+def offline_weights(gram: Gram, schedule: Schedule, anchors: int) -> np.ndarray:
+    """[N, H]: each jump fitted by least squares on the reference trajectory instead of the plan's own."""
+    weights = np.zeros((len(schedule), anchors))
+    for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
+        rows = gram.v(np.array(schedule[max(0, k + 1 - anchors) : k + 1][::-1]))
+        normal = gram.matrix[np.ix_(rows, rows)]
+        moment = gram.matrix[rows, target] - gram.matrix[rows, i]
+        weights[k, : len(rows)] = np.linalg.solve(_with_ridge(normal), moment)
+    return weights
+
+
+def predictor_weights(gram: Gram, sigmas: np.ndarray, schedule: Schedule, anchors: int) -> np.ndarray:
+    """[N, H]: every skipped output predicted from the anchors by least squares on the reference, then Euler steps.
+
+    That is per-step linear prediction, the form that learned predictors of this field take, written as jumps.
+    """
+    weights, interval = np.zeros((len(schedule), anchors)), np.diff(np.asarray(sigmas, np.float64))
+    for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
+        rows = gram.v(np.array(schedule[max(0, k + 1 - anchors) : k + 1][::-1]))
+        skipped = gram.v(np.arange(i, target))
+        predict = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), gram.matrix[np.ix_(rows, skipped)])
+        weights[k, : len(rows)] = predict @ interval[i:target]
+    return weights
+
+
+def adams_bashforth_weights(sigmas: np.ndarray) -> np.ndarray:
+    """[N, 2]: the second-order Adams–Bashforth method on a grid of any intervals, Euler in the first step."""
+    h = np.diff(np.asarray(sigmas, np.float64))
+    weights = np.zeros((len(h), 2))
+    weights[0, 0] = h[0]
+    weights[1:, 0], weights[1:, 1] = h[1:] * (1 + h[1:] / (2 * h[:-1])), -(h[1:] ** 2) / (2 * h[:-1])
+    return weights

@@ -9,11 +9,14 @@ import torch
 from ertacache import UserError
 from ertacache.gram import Gram
 from ertacache.planner import (
+    adams_bashforth_weights,
     best_schedules,
     candidate_schedules,
     euler_weights,
     jump_costs,
     neighbours,
+    offline_weights,
+    predictor_weights,
     projection_bound,
     solve_weights,
 )
@@ -156,3 +159,24 @@ def test_the_bound_is_the_projection_on_all_outputs():
     wanted = residual([latents[0]] * 6 + [latents[6]], velocities, (0, 3, 5), 6) / gram.elements
     assert projection_bound(gram, (0, 3, 5)) == pytest.approx(wanted, rel=1e-6)
     assert projection_bound(gram, tuple(range(6))) < 1e-12
+
+
+def test_adams_bashforth_is_exact_for_linear_outputs():
+    """∫ s ds from 1 to 0 on an uneven grid, from the second step on."""
+    sigmas = np.array([1.0, 0.8, 0.35, 0.1, 0.0])
+    weights = adams_bashforth_weights(sigmas)
+    for k in range(1, 4):
+        jump = weights[k, 0] * sigmas[k] + weights[k, 1] * sigmas[k - 1]
+        assert jump == pytest.approx((sigmas[k + 1] ** 2 - sigmas[k] ** 2) / 2, abs=1e-12)
+    assert np.allclose(weights.sum(1), np.diff(sigmas))
+
+
+def test_weights_without_a_replay_are_least_squares_on_the_reference():
+    latents, velocities = trajectory(8)
+    gram, schedule = Gram.of(latents, velocities), (0, 2, 5)
+    weights = offline_weights(gram, schedule, 2)
+    found = latents[8] - latents[5] - weights[2, 0] * velocities[5] - weights[2, 1] * velocities[2]
+    assert found.square().sum().item() == pytest.approx(residual(latents, velocities, (5, 2), 8), rel=1e-3)
+    sigmas = np.linspace(1, 0, 9)
+    every = predictor_weights(gram, sigmas, tuple(range(8)), 2)
+    assert np.allclose(every, euler_weights(sigmas, tuple(range(8)), 2), atol=1e-4)  # but for the ridge

@@ -196,13 +196,14 @@ class BudgetPlan(Plan):
 
     kind = "budget"
     FIELDS = ("computed", "predicted_error", "held_out_error")
-    ARRAYS = ("weights", "scale", "native_sigmas")
+    ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
     DERIVED = ("nfe", "anchors")
 
     conditions: Conditions
     computed: tuple[int, ...]  # 0 = c_1 < … < c_N < T
     weights: tuple[tuple[float, ...], ...]  # [N, H], of the newest outputs, newest first; 0 where there are fewer
     native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
+    sigmas: tuple[float, ...] = ()  # a grid of its own that `computed` counts on, falling; () for the run's native grid
     scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
     predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
     held_out_error: float | None = None  # the same on calibration prompts that were left out of the fit
@@ -231,17 +232,23 @@ class BudgetPlan(Plan):
         return len(self.weights[0])
 
     def _problem(self) -> str | None:
-        computed, steps = list(self.computed), self.steps
-        if not computed or computed[0] != 0 or computed != sorted(set(computed)) or computed[-1] >= steps:
-            return f"computed steps {computed}, must ascend from 0 within 0 … {steps - 1}"
+        if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
+            return "sigmas must be empty, or fall"
+        computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
+        if not computed or computed[0] != 0 or computed != sorted(set(computed)) or computed[-1] >= end:
+            return f"computed steps {computed}, must ascend from 0 within 0 … {end - 1}"
         lengths = {len(row) for row in self.weights}
         if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
             return f"weights and scale must hold a row for each of the {len(computed)} computed steps"
         if not (np.all(np.isfinite(self.weights)) and np.all(np.isfinite(self.scale))):
             return "weights and scale must be finite"
-        if len(self.native_sigmas) != steps + 1:
-            return f"native_sigmas must hold {steps + 1} numbers"
+        if len(self.native_sigmas) != self.steps + 1:
+            return f"native_sigmas must hold {self.steps + 1} numbers"
         return None
+
+    def grid(self, native: torch.Tensor) -> torch.Tensor:
+        """The grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
+        return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
 
 
 def _tuples(value):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import Pipe, Program
 
-from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan, UserError
+from ertacache import BudgetPlan, Conditions, Plan, PlanError, ThresholdPlan, UserError
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.gram import Gram
 from ertacache.planner import euler_weights
@@ -92,6 +92,17 @@ def test_a_second_calibration_goes_on_where_the_first_was_killed(tmp_path):
     (tmp_path / "fresh").mkdir()
     fresh = calibration(tmp_path / "fresh")
     assert fresh.plans([4])[4] == plan and calls < fresh.pipe.transformer.calls
+
+
+def test_a_plan_may_bring_a_grid_of_its_own():
+    """Ten Euler steps on a grid of the plan's own are ten Euler steps on that grid, whatever the run's."""
+    program, grid = Program(), tuple(np.linspace(1, 0, 11).astype(np.float32).tolist())
+    native = tuple(np.linspace(1, 0, STEPS + 1).astype(np.float32).tolist())
+    weights = tuple(map(tuple, euler_weights(np.array(grid), tuple(range(10)), 1).tolist()))
+    plan = BudgetPlan(Conditions(STEPS, {}, {}, {}), tuple(range(10)), weights, native, sigmas=grid)
+    found, _, calls = run(plan)
+    wanted = program.denoise(Pipe(A), program.prepare(Pipe(A), ["p"] * 2, (50, 51), steps=10))
+    assert calls == 10 and torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_local_search_never_makes_it_worse(tmp_path):
@@ -180,6 +191,8 @@ def test_a_non_finite_output_names_prompt_and_step(tmp_path):
         ({"weights": ((float("nan"),),) * 4}, "must be finite"),
         ({"scale": (1.0,)}, "a row for each"),
         ({"native_sigmas": (1.0, 0.0)}, "native_sigmas must hold"),
+        ({"sigmas": (1.0, 0.5, 0.5, 0.2, 0.1, 0.0)}, "sigmas must be empty, or fall"),
+        ({"sigmas": (1.0, 0.5, 0.0)}, "must ascend from 0 within 0 … 1"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_not_built(tmp_path, changes, words):

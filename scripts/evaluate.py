@@ -1,6 +1,7 @@
 """Measure caching methods against the uncached run: quality on held-out prompts, NFE, and interleaved latency.
 
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,ablation --speedups 2 --json ablation.json
+    .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,least-squares,budget --speedups 2,3,5
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.02,0.05,0.1,0.2 --site blocks
 
 Every number is measured by the run that prints it: quality against the uncached run with the same seeds, latency of
@@ -20,17 +21,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import ThresholdPlan, UserError, cli, store
+from ertacache import BudgetPlan, ThresholdPlan, UserError, cli
 from ertacache.algorithm import uniform_cached
+from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts, write_atomically
 from ertacache.metrics import METRICS, Lpips, quality
 from ertacache.outputs import to_uint8
+from ertacache.planner import adams_bashforth_weights, offline_weights, predictor_weights
 from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
+from ertacache.store import budget_name, check_speedups, open_calibration, plan_name
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("fewer-steps", "uniform", "ertacache", "ablation")
+THRESHOLD_METHODS = {"fewer-steps", "uniform", "ertacache", "ablation"}
+BUDGET_METHODS = {"fewer-steps-ab2", "least-squares", "budget", "budget-ablation"}
+METHODS = (*sorted(THRESHOLD_METHODS), *sorted(BUDGET_METHODS))
 COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "ssim", "lpips"]
 COLUMNS += ["temporal_psnr", "prompt_accuracy"]
 
@@ -83,7 +89,7 @@ class Evaluation:
         return {
             "folder": self.program.FOLDER.name,
             "method": method,
-            "settings": {"threshold": threshold, "site": plan.site if plan else None, **settings},
+            "settings": {"threshold": threshold, "site": getattr(plan, "site", None), **settings},
             "steps": settings["steps"],
             "nfe": nfe,
             "speedup_nfe": self.settings["steps"] / nfe,
@@ -94,10 +100,10 @@ class Evaluation:
         }
 
 
-def rows_of(evaluation, calibration, methods, threshold, store=False):
+def threshold_rows(evaluation, calibration, methods, threshold, store=False):
     """The rows of the asked methods at the NFE that one λ gives; store: keep a plan that is calibrated here."""
     options, steps = evaluation.options, evaluation.settings["steps"]
-    name = store.plan_name(options.model, steps, threshold, options.site)
+    name = plan_name(options.model, steps, threshold, options.site)
     stored = evaluation.program.FOLDER / "cache" / name
     if "ablation" not in methods and stored.exists():
         plans, chosen = {}, ThresholdPlan.load(stored)
@@ -110,13 +116,59 @@ def rows_of(evaluation, calibration, methods, threshold, store=False):
         chosen = calibration.choose(plans, errors)
         if store:
             chosen.save(stored)
-    if "fewer-steps" in methods:
+    if "fewer-steps" in methods and not BUDGET_METHODS & set(methods):
         yield evaluation.row("fewer-steps", settings={**evaluation.settings, "steps": chosen.nfe})
     for name in list(plans) if "ablation" in methods else [n for n in plans if n in methods]:
         yield evaluation.row(name, plans[name], threshold=threshold)
     if "ertacache" in methods:
         best = chosen.provenance["calibration"]["chosen"]
         yield evaluation.row(f"ertacache ({best})", chosen, threshold=threshold)
+
+
+def budget_rows(evaluation, calibration, methods, budget, store=False):
+    """The rows of the asked methods with exactly `budget` computed steps."""
+    options, settings = evaluation.options, evaluation.settings
+    steps, gram = settings["steps"], calibration.reference()
+    stored = evaluation.program.FOLDER / "cache" / budget_name(options.model, steps, budget)
+    plan = BudgetPlan.load(stored) if stored.exists() else calibration.plans([budget], options.search)[budget]
+    plan.check(calibration.conditions, remedy=f"delete {stored}")
+    if store:
+        plan.save(stored)
+    uniform = tuple(i for i in range(steps) if i not in uniform_cached(steps, budget))
+
+    def weighted(schedule, weights, scale=()):
+        return replace(plan, computed=schedule, weights=as_tuples(weights), scale=tuple(scale))
+
+    def solver_jumps(schedule):
+        pairs = [calibration.first_jump(i, k) for i, k in zip(schedule, [*schedule[1:], steps], strict=True)]
+        return weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
+
+    def replayed(schedule):
+        found = calibration.replay(schedule, plan.anchors)
+        return weighted(schedule, found.weights, found.scale)
+
+    if "fewer-steps" in methods:
+        yield evaluation.row("fewer-steps", settings={**settings, "steps": budget})
+    if "fewer-steps-ab2" in methods:
+        sigmas = np.linspace(1, 0, budget + 1)
+        weights = adams_bashforth_weights(sigmas) * calibration.derivative
+        ab2 = replace(weighted(tuple(range(budget)), weights), sigmas=tuple(sigmas.tolist()))
+        yield evaluation.row("fewer-steps-ab2", ab2)
+    if "least-squares" in methods:
+        solver = [calibration.first_jump(i, i + 1) for i in range(steps)]
+        yield evaluation.row("least-squares", weighted(uniform, *predictor_weights(gram, solver, uniform, anchors=3)))
+    if "budget-ablation" in methods:
+        yield evaluation.row("uniform, solver's jumps", solver_jumps(uniform))
+        yield evaluation.row("uniform, fitted on the plan's trajectory", replayed(uniform))
+        yield evaluation.row("planned, solver's jumps", solver_jumps(plan.computed))
+        weights = offline_weights(gram, plan.computed, plan.anchors, calibration.scaled)
+        yield evaluation.row("planned, fitted on the reference", weighted(plan.computed, *weights))
+    if "budget" in methods:
+        yield evaluation.row(f"budget (H = {plan.anchors})", plan)
+
+
+def as_tuples(weights) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(w) for w in row) for row in weights)
 
 
 def table(rows) -> str:
@@ -152,24 +204,38 @@ def main():
         raise UserError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
     if bool(args.thresholds) == bool(args.speedups):
         raise UserError("give either --thresholds λ,λ,… or --speedups S,S,…")
+    if args.thresholds and BUDGET_METHODS & set(methods):
+        raise UserError(f"--thresholds has no meaning for {', '.join(BUDGET_METHODS & set(methods))}: give --speedups")
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
     values = cli.parse_list(args.thresholds or args.speedups)
-    store.check_speedups(values if args.speedups else [])
+    check_speedups(values if args.speedups else [])
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
     held_out = [s.caption() for s in cli.world(program).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
-    calibration = store.open_calibration(program, pipe, options, settings, work=ROOT / "runs", site=options.site)
+    common = (program, pipe, options, settings, ROOT / "runs")
     evaluation = Evaluation(program, pipe, prompts, seeds, settings, options, args.latency_repeats)
     rows = [evaluation.row("none")]
-    for value in values:
-        threshold = value if args.thresholds else calibration.threshold_for(round(settings["steps"] / value))
-        for row in rows_of(evaluation, calibration, methods, threshold, args.store):
+
+    def add(found):
+        for row in found:
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    calibration.finish()
+
+    budgeted = BUDGET_METHODS & set(methods)
+    if budgeted:
+        calibration = open_calibration(*common, kind=BudgetCalibration)
+        for speedup in values:
+            add(budget_rows(evaluation, calibration, methods, budget_of(settings["steps"], speedup), args.store))
+        calibration.finish()
+    if {"uniform", "ertacache", "ablation"} & set(methods) or not budgeted:
+        calibration = open_calibration(*common, site=options.site)
+        for value in values:
+            threshold = value if args.thresholds else calibration.threshold_for(round(settings["steps"] / value))
+            add(threshold_rows(evaluation, calibration, methods, threshold, args.store))
+        calibration.finish()
     print(table(rows))
     print(f"\n{len(prompts)} prompts, {machine()}, {library_versions()}")
     if args.json:

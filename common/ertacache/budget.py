@@ -49,8 +49,8 @@ class BudgetCalibration(Calibration):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, site="output", **options)
         self.fitted = len(self.prompts) - len(self.prompts) // 4
-        first = self.inputs(0)
-        self.scaled = self.program.first_order(self.pipe, first, 0, 1)[0] != 1.0
+        self.first = first = self.inputs(0)
+        self.scaled = self.first_jump(0, 1)[0] != 1.0
         needed = 10 * (max(ANCHORS) + self.scaled)
         if self.fitted * first.latents[0].numel() < needed:
             found = f"{self.fitted} calibration prompts of {first.latents[0].numel()} numbers each"
@@ -99,6 +99,16 @@ class BudgetCalibration(Calibration):
             prompt = self.prompts[self.starts[batch] + finite.index(False)]
             raise UserError(f"the model gave a non-finite value at step {step} of {prompt!r}: try --dtype float32")
 
+    def first_jump(self, i: int, k: int) -> tuple[float, float]:
+        """(a, w) of the solver's own first-order jump x_k = a x_i + w v_i."""
+        return self.program.first_order(self.pipe, self.first, i, k)
+
+    @property
+    def derivative(self) -> float:
+        """dx/ds = this times v: Euler's w over the interval, or for a rotation (a ≠ 1) its angle."""
+        sigmas, (a, w) = self.first.sigmas, self.first_jump(0, 1)
+        return (np.arctan2(w, a) if self.scaled else w) / (sigmas[1] - sigmas[0]).item()
+
     # --- replays -----------------------------------------------------------------------------------------------------
 
     def replay(self, schedule: Schedule, anchors: int) -> Replay:
@@ -128,7 +138,7 @@ class BudgetCalibration(Calibration):
                 equations = equations + _products([z[part] for z in (*regressors, change)])
                 self.bar.update()
             count = min(k + 1, anchors)
-            own_scale, own_weight = self.program.first_order(self.pipe, runs[0].inputs, i, target)
+            own_scale, own_weight = self.first_jump(i, target)
             prior = np.array([own_weight, *[0.0] * (count - 1), *([own_scale - 1] if self.scaled else [])])
             solved = planner.solve_weights(equations[:-1, :-1], equations[:-1, -1], prior)
             weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if self.scaled else 1.0
@@ -174,7 +184,7 @@ class BudgetCalibration(Calibration):
             computed=best.schedule,
             weights=tuple(map(tuple, best.weights.tolist())),
             scale=tuple(best.scale.tolist()),
-            native_sigmas=tuple(self.inputs(0).sigmas.tolist()),
+            native_sigmas=tuple(self.first.sigmas.tolist()),
             predicted_error=best.error,
             held_out_error=best.held_out,
             provenance=self.budget_provenance(name, errors, bound),

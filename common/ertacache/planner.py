@@ -150,29 +150,35 @@ def neighbours(schedule: Schedule, steps: int) -> list[Schedule]:
 # --- weights that need no replay, to compare with ------------------------------------------------------------------
 
 
-def offline_weights(gram: Gram, schedule: Schedule, anchors: int) -> np.ndarray:
-    """[N, H]: each jump fitted by least squares on the reference trajectory instead of the plan's own."""
-    weights = np.zeros((len(schedule), anchors))
+def offline_weights(
+    gram: Gram, schedule: Schedule, anchors: int, scaled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [N, H] and scales [N] of jumps fitted on the reference trajectory instead of the plan's own."""
+    weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
     for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
-        rows = gram.v(np.array(schedule[max(0, k + 1 - anchors) : k + 1][::-1]))
-        normal = gram.matrix[np.ix_(rows, rows)]
+        rows = [gram.v(c) for c in schedule[max(0, k + 1 - anchors) : k + 1][::-1]]
+        count, rows = len(rows), rows + [i] * scaled
         moment = gram.matrix[rows, target] - gram.matrix[rows, i]
-        weights[k, : len(rows)] = np.linalg.solve(_with_ridge(normal), moment)
-    return weights
+        solved = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), moment)
+        weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if scaled else 1.0
+    return weights, scale
 
 
-def predictor_weights(gram: Gram, sigmas: np.ndarray, schedule: Schedule, anchors: int) -> np.ndarray:
-    """[N, H]: every skipped output predicted from the anchors by least squares on the reference, then Euler steps.
+def predictor_weights(gram: Gram, steps: list[tuple[float, float]], schedule: Schedule, anchors: int):
+    """Weights [N, H] and scales [N] of linear prediction: every skipped output is predicted from the anchors by least
+    squares on the reference, and the solver makes all its T steps x_{i+1} = a x_i + w v_i, given as pairs (a, w).
 
-    That is per-step linear prediction, the form that learned predictors of this field take, written as jumps.
+    That is the form that learned linear predictors of this field take, written as jumps.
     """
-    weights, interval = np.zeros((len(schedule), anchors)), np.diff(np.asarray(sigmas, np.float64))
+    weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
     for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
         rows = gram.v(np.array(schedule[max(0, k + 1 - anchors) : k + 1][::-1]))
-        skipped = gram.v(np.arange(i, target))
-        predict = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), gram.matrix[np.ix_(rows, skipped)])
-        weights[k, : len(rows)] = predict @ interval[i:target]
-    return weights
+        between = gram.matrix[np.ix_(rows, gram.v(np.arange(i, target)))]
+        predict = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), between)  # [anchors, skipped]
+        for place, (a, w) in enumerate(steps[i:target]):
+            weights[k], scale[k] = a * weights[k], a * scale[k]
+            weights[k, : len(rows)] += w * predict[:, place]
+    return weights, scale
 
 
 def adams_bashforth_weights(sigmas: np.ndarray) -> np.ndarray:

@@ -174,9 +174,17 @@ def test_adams_bashforth_is_exact_for_linear_outputs():
 def test_weights_without_a_replay_are_least_squares_on_the_reference():
     latents, velocities = trajectory(8)
     gram, schedule = Gram.of(latents, velocities), (0, 2, 5)
-    weights = offline_weights(gram, schedule, 2)
+    weights, _ = offline_weights(gram, schedule, 2)
     found = latents[8] - latents[5] - weights[2, 0] * velocities[5] - weights[2, 1] * velocities[2]
     assert found.square().sum().item() == pytest.approx(residual(latents, velocities, (5, 2), 8), rel=1e-3)
     sigmas = np.linspace(1, 0, 9)
-    every = predictor_weights(gram, sigmas, tuple(range(8)), 2)
+    every, _ = predictor_weights(gram, [(1.0, -1 / 8)] * 8, tuple(range(8)), 2)
     assert np.allclose(every, euler_weights(sigmas, tuple(range(8)), 2), atol=1e-4)  # but for the ridge
+
+
+def test_prediction_follows_the_solvers_own_steps():
+    """With x' = a x + w v and the same output at every step, a jump over n steps is a^n x + w (1 + a + … ) v."""
+    v = torch.ones(1, 5, dtype=torch.float64)
+    gram = Gram.of([v * i for i in range(5)], [v] * 4)
+    weights, scale = predictor_weights(gram, [(0.5, 0.3)] * 4, (0, 1), 1)
+    assert scale == pytest.approx([0.5, 0.125]) and weights[:, 0] == pytest.approx([0.3, 0.3 * 1.75], rel=1e-5)

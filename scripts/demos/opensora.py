@@ -43,8 +43,10 @@ def build(tokenizer):
     start_straight(vae)
     transformer = STDiT3Transformer3DModel(
         in_channels=video.CHANNELS,
-        patch_size=(1, 4, 4),
-        hidden_size=128,
+        # All five latent frames in a token: positions in time are only relative, and at this size a model with one
+        # frame a token moved shapes along the right axis, but in a direction of its own choice.
+        patch_size=(5, 2, 2),
+        hidden_size=144,
         depth=3,
         num_heads=4,
         caption_channels=text.WIDTH,

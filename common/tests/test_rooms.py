@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOMS, ROOT
+from conftest import FOLDERS, ROOT
 
 from ertacache import cli
 from ertacache.calibrate import fingerprint
@@ -213,7 +213,7 @@ def test_the_demo_shows_what_the_prompt_says(room):
     assert world.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
 
 
-@pytest.mark.parametrize("folder", [room[0] for room in ROOMS.values()])
+@pytest.mark.parametrize("folder", FOLDERS)
 class TestTheProgramAsText:
     def test_importing_it_does_no_work(self, folder):
         code = f"import sys; sys.path[:0] = [{str(ROOT / 'common')!r}, {str(ROOT / folder)!r}]; import generate; "
@@ -241,5 +241,5 @@ def test_the_four_loops_read_alike():
         lines = [line.split("#")[0].rstrip() for line in body.splitlines()]
         return [line for line in lines if not line.strip().startswith(("x = ", "x, "))]
 
-    first, *others = (loop(folder) for folder, *_ in ROOMS.values())
+    first, *others = (loop(folder) for folder in FOLDERS)
     assert len(first) >= 12 and all(other == first for other in others)

@@ -8,7 +8,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import open_room
+from conftest import ROOMS, open_room
 from diffusers import (
     CogVideoXDPMScheduler,
     DDIMScheduler,
@@ -24,7 +24,7 @@ from ertacache.errors import run_program
 SEEDS = [3, 4]
 
 
-@pytest.fixture(scope="module", params=["wan", "cogvideox", "opensora"])
+@pytest.fixture(scope="module", params=[key for key in ROOMS if key != "flux"])
 def room(request):
     return open_room(request.param)
 
@@ -166,13 +166,6 @@ def test_sizes_between_multiples_are_refused(key, setting, value):
     room = open_room(key)
     with pytest.raises(UserError, match=f"--{setting} {value}: must be a multiple of"):
         room.program.settings_of(room.pipe, **{setting: value})
-
-
-def test_open_sora_takes_any_frames_from_17_on_but_no_others():
-    room = open_room("opensora")
-    assert room.program.settings_of(room.pipe, frames=18)["frames"] == 18
-    with pytest.raises(UserError, match=r"--frames 16: give 1 for a picture, or at least 17"):
-        room.program.settings_of(room.pipe, frames=16)
 
 
 def test_cogvideox_refuses_frames_that_its_vae_would_decode_to_another_number():

@@ -46,8 +46,6 @@ ROOMS = {
 }
 
 FOLDERS = [room[0] for room in ROOMS.values()]
-# The demo of Open-Sora is still in training; test_opensora_room.py has its loop on a random pipeline.
-ROOMS = {key: room for key, room in ROOMS.items() if (ROOT / room[0] / "demo").is_dir()}
 
 
 @cache

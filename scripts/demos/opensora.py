@@ -21,7 +21,7 @@ class Recipe:
     vae: int = 2400
     text: int = 1200
     latents: int = 3200
-    transformer: int = 10000
+    transformer: int = 7500
     batch: int = 16
 
 

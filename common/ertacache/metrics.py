@@ -16,6 +16,17 @@ def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
     return float(peak_signal_noise_ratio(reference, picture, data_range=1.0))
 
 
+def latent_psnr(references: np.ndarray, results: np.ndarray) -> float | None:
+    """Mean PSNR in dB of latents [N, …], with each reference's largest minus least value as the data range.
+
+    None when a pair is equal.
+    """
+    axes = tuple(range(1, references.ndim))
+    error = np.square(np.subtract(references, results, dtype=np.float64)).mean(axes)
+    ranges = references.max(axes).astype(np.float64) - references.min(axes)
+    return None if np.any(error == 0) else float(np.mean(10 * np.log10(ranges**2 / error)))
+
+
 def ssim(reference: np.ndarray, picture: np.ndarray) -> float:
     """Structural similarity in [−1, 1] of float pictures [H, W, 3] in [0, 1], with the window of Wang et al. 2004."""
     from skimage.metrics import structural_similarity

@@ -1,0 +1,121 @@
+"""Held-out measurements of one pipeline: quality against the uncached run, and interleaved latency."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ertacache import cli
+from ertacache.exact import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
+from ertacache.metrics import METRICS, Lpips, latent_psnr, quality
+from ertacache.outputs import to_uint8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made of all prompts: pictures float [N, H, W, 3] or videos [N, F, H, W, 3], and latents [N, …]."""
+
+    pictures: np.ndarray
+    latents: np.ndarray
+
+    def distances(self, reference: "Outcome", lpips: Lpips) -> dict[str, float | None]:
+        """Of this outcome to a reference: the METRICS of the pictures, and the PSNR of the latents."""
+        latents = latent_psnr(reference.latents, self.latents)
+        return {**quality(reference.pictures, self.pictures, lpips), "latent_psnr": latents}
+
+
+class Evaluation:
+    """One program, pipeline and set of held-out prompts; the uncached run is made once.
+
+    settings: keyword arguments of the folder's `prepare`. options: the command line. repeats: timed runs, 0 for none.
+    With options.target "exact" the distance to the finely integrated solution is measured too.
+    """
+
+    def __init__(self, program, pipe, prompts, seeds, settings, options, repeats):
+        self.program, self.pipe, self.prompts, self.seeds = program, pipe, prompts, seeds
+        self.settings, self.options, self.repeats, self.lpips = settings, options, repeats, Lpips()
+        self.reference = self.outcome(settings)
+
+    def inputs(self, part, settings, shift=None):
+        inputs = self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **settings)
+        return inputs if shift is None else inputs.on(shifted_grid(inputs.sigmas, settings["steps"], shift))
+
+    def outcome(self, settings, plan=None, shift=None) -> Outcome:
+        return self.gather(
+            lambda part: self.inputs(part, settings, shift),
+            lambda inputs: self.program.denoise(self.pipe, inputs, plan),
+        )
+
+    def gather(self, inputs_of, denoise) -> Outcome:
+        pictures, latents, size = [], [], self.options.batch_size
+        for begin in tqdm(range(0, len(self.prompts), size), desc="prompts", leave=False, disable=None):
+            inputs = inputs_of(slice(begin, begin + size))
+            final = denoise(inputs)
+            pictures.append(self.program.decode(self.pipe, final.to(inputs.latents.dtype), inputs))
+            latents.append(final.float().cpu().numpy())
+        return Outcome(np.concatenate(pictures), np.concatenate(latents))
+
+    @cached_property
+    def solution(self) -> Outcome | None:
+        """The exact solution, integrated until it has settled on the first batch."""
+        if self.options.target != "exact":
+            return None
+        first = self.inputs(slice(0, self.options.batch_size), self.settings)
+        grid = candidate_grid(first.sigmas, 2 * self.settings["steps"])
+        rate = rate_of(self.program, self.pipe, first)
+        substeps = settled_substeps(self.program, self.pipe, first, grid, rate)
+        return self.gather(
+            lambda part: self.inputs(part, self.settings),
+            lambda inputs: integrate(self.program, self.pipe, inputs, grid, rate, substeps),
+        )
+
+    def seconds(self, inputs, plan) -> float:
+        start = time.perf_counter()
+        self.program.denoise(self.pipe, inputs, plan)
+        cli.synchronize(self.pipe)
+        return time.perf_counter() - start
+
+    def latency_ratio(self, settings, plan, shift) -> float | None:
+        """median(uncached) / median(method) of the denoising loop, measured in turn on the first batch."""
+        if not self.repeats:
+            return None
+        part = slice(0, self.options.batch_size)
+        pairs = ((self.inputs(part, self.settings), None), (self.inputs(part, settings, shift), plan))
+        times = [[self.seconds(*pair) for pair in pairs] for _ in range(self.repeats + 1)][1:]
+        return statistics.median(t[0] for t in times) / statistics.median(t[1] for t in times)
+
+    def row(self, method, plan=None, settings=None, threshold=None, shift=None) -> dict:
+        """What a plan, or the model's own solver at other settings or on a shifted grid, costs and reaches."""
+        settings = settings or self.settings
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        found = self.reference if method == "none" else self.outcome(settings, plan, shift)
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+        nfe = plan.nfe if plan else settings["steps"]
+        accuracy = None
+        if self.options.model == "demo":
+            accuracy = cli.world(self.program).prompt_accuracy(self.prompts, [to_uint8(p) for p in found.pictures])
+        to_uncached = dict.fromkeys((*METRICS, "latent_psnr"))  # the uncached run has no distance to itself
+        to_exact = {}
+        if method != "none":
+            to_uncached = found.distances(self.reference, self.lpips)
+        if self.solution is not None:
+            distances = found.distances(self.solution, self.lpips)
+            to_exact = {f"exact_{name}": distances[name] for name in ("psnr", "ssim", "latent_psnr")}
+        return {
+            "folder": self.program.FOLDER.name,
+            "method": method,
+            "settings": {"threshold": threshold, "site": getattr(plan, "site", None), "shift": shift, **settings},
+            "steps": settings["steps"],
+            "nfe": nfe,
+            "speedup_nfe": self.settings["steps"] / nfe,
+            "speedup_latency": self.latency_ratio(settings, plan, shift) if method != "none" else 1.0,
+            **to_uncached,
+            **to_exact,
+            "prompt_accuracy": accuracy,
+            "peak_memory_mib": memory,
+        }

@@ -25,7 +25,7 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     if plan is not None and plan.kind == "budget":
-        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs, plan, on_step)
     x, s = inputs.latents, inputs.sigmas  # x_0 ~ N(0, I)
     with open_site(pipe, inputs, plan.site if plan else "output") as site:
         for i, t in enumerate(inputs.times):

@@ -26,7 +26,7 @@ def denoise(pipe, inputs, plan=None, on_step=None):
     if plan is not None:
         inputs = inputs.on(plan.grid(inputs.sigmas))  # s_0 … s_T, with φ (Eq. 13–14)
     if plan is not None and plan.kind == "budget":
-        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
+        return follow(lambda x, t: velocity(pipe, inputs, x, t), inputs, plan, on_step)
     x, solver = inputs.latents, solver_on(pipe, inputs)  # x_0 ~ N(0, I)
     with open_site(pipe, inputs, plan.site if plan else "output") as site:
         for i, t in enumerate(inputs.times):
@@ -139,11 +139,8 @@ class Inputs:
     guidance: float
 
     def on(self, sigmas):
-        """The same inputs on another grid; times are sigmas × 1000, cut to whole numbers where the scheduler does."""
-        if torch.equal(sigmas, self.sigmas):
-            return self
-        times = (sigmas[:-1] * 1000).to(self.times)
-        return replace(self, sigmas=sigmas, times=times)
+        """The same inputs on another grid; times are sigmas × 1000 (UniPC cuts its own to whole numbers, natively)."""
+        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
 
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):

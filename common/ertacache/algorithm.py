@@ -129,14 +129,15 @@ def jump(x: torch.Tensor, history: list[torch.Tensor], weights, scale: float = 1
     return total.to(x.dtype)
 
 
-def follow(velocity, x: torch.Tensor, times, plan, on_step=None) -> torch.Tensor:
-    """The loop of a budget plan: N model calls and N weighted sums, no scheduler. x: initial noise.
+def follow(velocity, inputs, plan, on_step=None) -> torch.Tensor:
+    """The loop of a budget plan: N model calls and N weighted sums, no scheduler.
 
-    velocity(x, t): the model's output after guidance. times: of all T steps. on_step(i, x, v): as in `denoise`.
+    velocity(x, t): the model's output after guidance. inputs: latents (the noise), sigmas [T+1] and times [T] of the
+    grid that the plan's steps count on. on_step(i, x, v): as in `denoise`.
     """
-    history = []
-    for i, weights, scale in zip(plan.computed, plan.weights, plan.scale, strict=True):
-        v = velocity(x, times[i])
+    x, history = inputs.latents, []
+    for i, weights, scale in zip(plan.computed, plan.weights_on(inputs.sigmas), plan.scale, strict=True):
+        v = velocity(x, inputs.times[i])
         steered = on_step(i, x, v) if on_step is not None else None
         history = [v if steered is None else steered, *history][: plan.anchors]
         x = jump(x, history, weights, scale)

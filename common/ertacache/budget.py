@@ -4,9 +4,13 @@ Calibration runs the uncached model once over the prompts (T calls each), which 
 aim at. A replay then walks all prompts through a schedule together (N calls each): at every computed step the weights
 of the next jump are fitted, by least squares over all prompts, from where the plan has led to where the reference is.
 Errors of early jumps are thus partly repaired by later ones.
+
+What is aimed at, the target, is the uncached run ("reference"), or the solution that this run itself approximates
+("exact", exact.py): then the steps to choose from are CANDIDATES equal intervals a step, and not the pipeline's grid.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from ertacache import planner
 from ertacache.algorithm import jump
 from ertacache.calibrate import Calibration
 from ertacache.errors import UserError
+from ertacache.exact import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
 from ertacache.files import write_atomically
 from ertacache.gram import Gram
 from ertacache.ledger import digest
@@ -26,6 +31,8 @@ from ertacache.plan import BudgetPlan
 from ertacache.planner import Schedule
 
 ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
+CANDIDATES = 2  # candidate steps for each of the T steps, on the exact target
+SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
 @dataclass(frozen=True)
@@ -43,25 +50,39 @@ class BudgetCalibration(Calibration):
     """Reference pass, candidate schedules, on-policy weights, for one program, pipeline and set of prompts.
 
     A quarter of the prompts (none of fewer than four) is held out of the fit and measures the plan. Arguments as
-    for `Calibration`, without a site.
+    for `Calibration`, without a site. target: "reference" or "exact".
     """
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments, target="reference", **options):
         super().__init__(*arguments, site="output", **options)
+        self.target, self.grid = target, None
         self.fitted = len(self.prompts) - len(self.prompts) // 4
-        self.first = first = self.inputs(0)
+        self.first = self.inputs(0)
+        self.native = self.first.sigmas
+        if target == "exact":
+            self.grid = candidate_grid(self.native, CANDIDATES * self.steps)
+            self.first = self.inputs(0)
+        first, self.end = self.first, len(self.first.times)
         self.scaled = self.first_jump(0, 1)[0] != 1.0
         needed = 10 * (max(ANCHORS) + self.scaled)
         if self.fitted * first.latents[0].numel() < needed:
             found = f"{self.fitted} calibration prompts of {first.latents[0].numel()} numbers each"
             raise UserError(f"{found} are too few to fit the weights: give more prompts, or larger latents")
 
+    def inputs(self, batch: int):
+        """On the grid that the steps of the plan count on."""
+        inputs = super().inputs(batch)
+        return inputs if self.grid is None else inputs.on(self.grid)
+
     # --- the reference -----------------------------------------------------------------------------------------------
 
     def reference(self) -> Gram:
-        """The uncached run of every prompt, T calls each; afterwards its latents are on disk."""
-        self.expect("reference", self.steps)
-        sums = self.ledger.run("reference", len(self.starts), self.reference_batch)
+        """The target's trajectory for every prompt; afterwards its latents are on disk.
+
+        The uncached run takes T calls a prompt, the exact solution 3 calls for each substep of each candidate.
+        """
+        self.expect(self.target, self.end * (3 * self.substeps if self.target == "exact" else 1))
+        sums = self.ledger.run(self.target, len(self.starts), self.reference_batch)
         return Gram(sums["matrix"], int(sums["elements"]), int(sums["prompts"]))
 
     def reference_batch(self, batch: int):
@@ -71,9 +92,14 @@ class BudgetCalibration(Calibration):
             self.require_finite_rows(v, batch, i)
             latents.append(x.float().cpu())
             velocities.append(v.float().cpu())
-            self.bar.update()
+            self.bar.update(3 * self.substeps if self.target == "exact" else 1)
 
-        final = self.program.denoise(self.pipe, self.inputs(batch), None, on_step)
+        inputs = self.inputs(batch)
+        if self.target == "exact":
+            options = {"rate": self.rate, "substeps": self.substeps, "on_step": on_step}
+            final = integrate(self.program, self.pipe, inputs, inputs.sigmas, **options)
+        else:
+            final = self.program.denoise(self.pipe, inputs, None, on_step)
         latents.append(final.float().cpu())
         named = {str(i): x.contiguous() for i, x in enumerate(latents)}
         write_atomically(self.trajectory_path(batch), save_tensors(named))
@@ -82,10 +108,19 @@ class BudgetCalibration(Calibration):
         return {"matrix": gram.matrix, "elements": gram.elements, "prompts": gram.prompts}
 
     def trajectory_path(self, batch: int):
-        return self.work / f"trajectory-{batch:04d}.safetensors"
+        return self.work / f"{self.target}-{batch:04d}.safetensors"
+
+    @cached_property
+    def substeps(self) -> int:
+        """Of a candidate interval, so that the exact solution has settled; found on the first batch."""
+
+        def settled(batch):
+            return {"substeps": settled_substeps(self.program, self.pipe, self.first, self.first.sigmas, self.rate)}
+
+        return int(self.ledger.run("substeps", 1, settled)["substeps"])
 
     def wanted(self, batch: int, i: int) -> torch.Tensor:
-        """The reference's latents x_i of a batch."""
+        """The target's latents x_i of a batch."""
         with safe_open(self.trajectory_path(batch), "pt") as file:
             return file.get_tensor(str(i))
 
@@ -104,16 +139,14 @@ class BudgetCalibration(Calibration):
         return self.program.first_order(self.pipe, self.first, i, k)
 
     @property
-    def derivative(self) -> float:
-        """dx/ds = this times v: Euler's w over the interval, or for a rotation (a ≠ 1) its angle."""
-        sigmas, (a, w) = self.first.sigmas, self.first_jump(0, 1)
-        return (np.arctan2(w, a) if self.scaled else w) / (sigmas[1] - sigmas[0]).item()
+    def rate(self) -> float:
+        return rate_of(self.program, self.pipe, self.first)
 
     # --- replays -----------------------------------------------------------------------------------------------------
 
     def replay(self, schedule: Schedule, anchors: int) -> Replay:
         """Walk all prompts through a schedule and fit its weights on the way: N calls a prompt. Kept on disk."""
-        path = self.work / f"replay-{digest([schedule, anchors])[:16]}.safetensors"
+        path = self.work / f"replay-{digest([self.target, schedule, anchors])[:16]}.safetensors"
         if not path.exists():
             write_atomically(path, save_arrays(self.walk(schedule, anchors)))
         found = load_file(path)
@@ -126,7 +159,7 @@ class BudgetCalibration(Calibration):
         runs = [_Run(self.inputs(batch)) for batch in range(len(self.starts))]
         self.bar.total += len(schedule) * len(runs)
         weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
-        for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.steps], strict=True)):
+        for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.end], strict=True)):
             equations = 0.0
             for batch, run in enumerate(runs):
                 v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
@@ -149,12 +182,27 @@ class BudgetCalibration(Calibration):
 
     def errors_of(self, runs) -> tuple[float, float]:
         """Mean squared errors of final latents on the fitted and on the held-out prompts (nan where there are none)."""
-        squares = []
-        for batch, run in enumerate(runs):
-            difference = run.x.double().cpu() - self.wanted(batch, self.steps)
-            squares += difference.square().flatten(1).mean(1).tolist()
+        squares = [e for batch, run in enumerate(runs) for e in self.squared_errors(batch, run.x)]
         held_out = squares[self.fitted :]
         return float(np.mean(squares[: self.fitted])), float(np.mean(held_out)) if held_out else float("nan")
+
+    def squared_errors(self, batch: int, final: torch.Tensor) -> list[float]:
+        """Mean squared error of each prompt's final latents."""
+        return (final.double().cpu() - self.wanted(batch, self.end)).square().flatten(1).mean(1).tolist()
+
+    def tuned_shift(self, steps: int) -> float:
+        """The shift in SHIFTS with which `steps` of the model's own solver come nearest to the target: a rival."""
+        self.reference()
+
+        def sums_of(batch):
+            inputs, errors = super(BudgetCalibration, self).inputs(batch), []
+            for shift in SHIFTS:
+                final = self.program.denoise(self.pipe, inputs.on(shifted_grid(self.native, steps, shift)))
+                errors.append(sum(self.squared_errors(batch, final)))
+            return {"errors": errors}
+
+        errors = self.ledger.run(f"{self.target}, {steps} steps, shifts", len(self.starts), sums_of)["errors"]
+        return SHIFTS[int(np.argmin(errors))]
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
@@ -184,7 +232,9 @@ class BudgetCalibration(Calibration):
             computed=best.schedule,
             weights=tuple(map(tuple, best.weights.tolist())),
             scale=tuple(best.scale.tolist()),
-            native_sigmas=tuple(self.first.sigmas.tolist()),
+            native_sigmas=tuple(self.native.tolist()),
+            target=self.target,
+            sigmas=() if self.grid is None else tuple(self.grid.tolist()),
             predicted_error=best.error,
             held_out_error=best.held_out,
             provenance=self.budget_provenance(name, errors, bound),
@@ -194,7 +244,7 @@ class BudgetCalibration(Calibration):
         """Move one computed step by one place as long as that lowers the error on the calibration prompts."""
         anchors, tried = best.weights.shape[1], {best.schedule}
         while True:
-            options = [s for s in planner.neighbours(best.schedule, self.steps) if s not in tried]
+            options = [s for s in planner.neighbours(best.schedule, self.end) if s not in tried]
             for schedule in options[:evaluations]:
                 evaluations -= 1
                 tried.add(schedule)
@@ -210,6 +260,8 @@ class BudgetCalibration(Calibration):
         found.pop("site")
         found["prompts"]["fitted"] = self.fitted
         found["calibration"]["projection_bound"] = bound
+        if self.target == "exact":
+            found["calibration"]["substeps"] = self.substeps
         return found
 
 

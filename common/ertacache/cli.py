@@ -16,6 +16,7 @@ from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts
 from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
+from ertacache.plan import TARGETS
 from ertacache.store import find_plan
 
 METHODS = {"threshold": "ertacache", "budget": "budget"}  # what a kind of plan is called in files and tables
@@ -53,13 +54,10 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
     add("--batch-size", type=int, default=4, help="prompts a model call")
     add("--calibration-prompts", metavar="FILE", help="prompts for a plan that is not stored yet")
-    add(
-        "--search",
-        type=int,
-        default=0,
-        metavar="EVALS",
-        help="replays that calibration may spend to better a budget plan",
-    )
+    searched = "replays that calibration may spend to better a budget plan"
+    add("--search", type=int, default=0, metavar="EVALS", help=searched)
+    aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
+    add("--target", choices=TARGETS, default="reference", help=aims)
     add("--out", default="sample", help="output folder (default: sample)")
     add("--device", help="cuda or cpu (default: cuda when there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
@@ -212,6 +210,8 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
     outputs.save_png(out / "comparison.png", sheet)
     if quality["psnr"] is None:
         print("PSNR has no number: a cached picture equals the uncached one", file=sys.stderr)
+    if getattr(plan, "target", "reference") == "exact":
+        print("this plan aims at the exact solution, PSNR and SSIM are to the uncached run", file=sys.stderr)
     psnr = "equal" if quality["psnr"] is None else f"{quality['psnr']:.1f} dB"
     print(
         f"{len(prompts)} {kind} in {out}/: {plan.nfe} of {args.steps} steps computed, {speedup:.2f}× faster denoising "

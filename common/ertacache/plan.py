@@ -24,6 +24,7 @@ from ertacache.files import write_atomically
 FORMAT, VERSION = "ertacache-plan", 1
 SITES = ("output", "blocks")
 KINDS = ("threshold", "budget")
+TARGETS = ("reference", "exact")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class BudgetPlan(Plan):
     """Exactly N model calls: the computed steps, and the jump from each of them to the next (planner.py)."""
 
     kind = "budget"
-    FIELDS = ("computed", "predicted_error", "held_out_error")
+    FIELDS = ("target", "computed", "predicted_error", "held_out_error")
     ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
     DERIVED = ("nfe", "anchors")
 
@@ -203,6 +204,7 @@ class BudgetPlan(Plan):
     computed: tuple[int, ...]  # 0 = c_1 < … < c_N < T
     weights: tuple[tuple[float, ...], ...]  # [N, H], of the newest outputs, newest first; 0 where there are fewer
     native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
+    target: str = "reference"  # what was aimed at: the uncached run, or the "exact" solution, which it approximates
     sigmas: tuple[float, ...] = ()  # a grid of its own that `computed` counts on, falling; () for the run's native grid
     scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
     predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
@@ -219,7 +221,7 @@ class BudgetPlan(Plan):
     @property
     def title(self) -> str:
         """What sets this plan apart, for captions."""
-        return f"{self.steps / self.nfe:.2g}x"
+        return f"{self.steps / self.nfe:.2g}x" + (", exact" if self.target == "exact" else "")
 
     @property
     def nfe(self) -> int:
@@ -232,6 +234,8 @@ class BudgetPlan(Plan):
         return len(self.weights[0])
 
     def _problem(self) -> str | None:
+        if self.target not in TARGETS:
+            return f"target = {self.target!r}, must be one of {TARGETS}"
         if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
             return "sigmas must be empty, or fall"
         computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
@@ -249,6 +253,17 @@ class BudgetPlan(Plan):
     def grid(self, native: torch.Tensor) -> torch.Tensor:
         """The grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
         return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
+
+    def weights_on(self, sigmas: torch.Tensor) -> np.ndarray:
+        """The weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
+
+        Grids differ from that of the calibration where the scheduler shifts them by the size of the picture.
+        """
+        ends = [*self.computed, len(sigmas) - 1]
+        run, made = (
+            np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
+        )
+        return np.array(self.weights) * (run / made)[:, None]
 
 
 def _tuples(value):

@@ -17,6 +17,7 @@ import numpy as np
 from ertacache.gram import Gram
 
 RIDGE = 1e-6  # share of the diagonal added to the normal equations
+LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 candidate steps with 3 anchors
 
 Schedule = tuple[int, ...]
 
@@ -98,10 +99,14 @@ def _trace(history, parents, none: int) -> Schedule:
 
 def candidate_schedules(gram: Gram, budgets: list[int], scaled: bool = False) -> dict[int, dict[str, Schedule]]:
     """For each budget the different schedules that the costs propose, by name: 2 anchors with p = ½, 1 and ∞, and 3
-    anchors with p = 1. Which is best depends on the model and the budget; calibration tries them."""
+    anchors with p = 1 where their table is not too large. Which is best depends on the model and the budget;
+    calibration tries them."""
     found: dict[int, dict[str, Schedule]] = {n: {} for n in budgets}
-    costs = {anchors: jump_costs(gram, anchors, scaled) for anchors in (2, 3)}
+    sizes = [anchors for anchors in (2, 3) if (gram.steps + 1) ** (anchors + 1) <= LARGEST_TABLE]
+    costs = {anchors: jump_costs(gram, anchors, scaled) for anchors in sizes}
     for anchors, power in ((2, 0.5), (2, 1.0), (2, np.inf), (3, 1.0)):
+        if anchors not in costs:
+            continue
         schedules = best_schedules(costs[anchors], max(budgets), power)
         for n in budgets:
             if schedules[n] not in found[n].values():

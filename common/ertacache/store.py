@@ -18,9 +18,9 @@ def plan_name(model: str, steps: int, threshold: float, site: str) -> str:
     return f"{_short(model)}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
 
 
-def budget_name(model: str, steps: int, budget: int) -> str:
-    """File name of a budget plan: MODEL-STEPS-budget-N.json."""
-    return f"{_short(model)}-{steps}-budget-{budget}.json"
+def budget_name(model: str, steps: int, budget: int, target: str = "reference") -> str:
+    """File name of a budget plan: MODEL-STEPS-budget-N.json, with "-exact" for that target."""
+    return f"{_short(model)}-{steps}-budget-{budget}{'-exact' if target == 'exact' else ''}.json"
 
 
 def _short(model: str) -> str:
@@ -55,7 +55,8 @@ def _wanted(args, steps: int) -> tuple[str, str]:
     """File name of the plan that the arguments ask for, and the words for it."""
     if args.threshold is None:
         budget = _budget(args, steps)
-        return budget_name(args.model, steps, budget), f"{budget} of {steps} steps"
+        exact = ", exact target" if args.target == "exact" else ""
+        return budget_name(args.model, steps, budget, args.target), f"{budget} of {steps} steps{exact}"
     if not (math.isfinite(args.threshold) and args.threshold > 0):
         raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
     return plan_name(args.model, steps, args.threshold, args.site), f"λ = {args.threshold:g}"
@@ -102,8 +103,8 @@ def calibrate_plans(program, pipe, args, settings, thresholds, folder=None):
 def calibrate_budgets(program, pipe, args, settings, budgets, folder=None):
     """Calibrate a budget plan for each number of computed steps: (plan, path) pairs. One reference pass serves all."""
     folder = ensure_writable(folder or program.FOLDER / "cache")
-    calibration = open_calibration(program, pipe, args, settings, folder, kind=BudgetCalibration)
+    calibration = open_calibration(program, pipe, args, settings, folder, BudgetCalibration, target=args.target)
     plans = calibration.plans(budgets, args.search)
-    found = [(p, p.save(folder / budget_name(args.model, p.steps, p.nfe))) for p in plans.values()]
+    found = [(p, p.save(folder / budget_name(args.model, p.steps, p.nfe, p.target))) for p in plans.values()]
     calibration.finish()
     return found

@@ -105,6 +105,39 @@ def test_a_plan_may_bring_a_grid_of_its_own():
     assert calls == 10 and torch.allclose(found, wanted, atol=1e-5)
 
 
+def test_on_another_grid_a_jump_keeps_its_share_of_the_interval():
+    """A plan of Euler jumps, on a grid that the scheduler has shifted: Euler jumps over the same steps of that grid."""
+    program, pipe, schedule = Program(), Pipe(A), (0, 2, 5, 6, 9)
+    native, shifted = (program.prepare(pipe, ["p"], [50], steps=STEPS, warp=w).sigmas for w in (1.0, 1.7))
+    plans = []
+    for grid in (native, shifted):
+        weights = tuple(map(tuple, euler_weights(grid.numpy(), schedule, 1).tolist()))
+        plans.append(BudgetPlan(Conditions(STEPS, {}, {}, {}), schedule, weights, tuple(grid.tolist())))
+    inputs = program.prepare(pipe, ["p"], [50], steps=STEPS, warp=1.7)
+    found, wanted = (program.denoise(pipe, inputs, plan) for plan in plans)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_run_keeps_no_more_outputs_than_anchors(tmp_path):
+    """Memory over the uncached run: the H newest outputs, and the latent."""
+    import gc
+    import weakref
+
+    class Counting(Program):
+        def velocity(self, pipe, inputs, x, t):
+            alive.append(sum(v() is not None for v in outputs))
+            v = super().velocity(pipe, inputs, x, t)
+            outputs.append(weakref.ref(v))
+            return v
+
+    plan, outputs, alive = calibration(tmp_path).plans([8])[8], [], []
+    program = Counting()
+    inputs = program.prepare(Pipe(A), ["p"], [50], steps=STEPS)
+    gc.collect()
+    program.denoise(Pipe(A), inputs, plan)
+    assert max(alive) == plan.anchors
+
+
 def test_local_search_never_makes_it_worse(tmp_path):
     made = calibration(tmp_path)
     plain, searched = made.plans([5])[5], made.plans([5], search=20)[5]

@@ -70,9 +70,9 @@ class Program:
         return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
 
     def denoise(self, pipe, inputs, plan=None, on_step=None):
-        if plan is not None and plan.kind == "budget":
-            return follow(lambda x, t: self.velocity(pipe, inputs, x, t), inputs.latents, inputs.times, plan, on_step)
         inputs = inputs if plan is None else inputs.on(plan.grid(inputs.sigmas))
+        if plan is not None and plan.kind == "budget":
+            return follow(lambda x, t: self.velocity(pipe, inputs, x, t), inputs, plan, on_step)
         x, s, site = inputs.latents, inputs.sigmas, OutputSite()
         for i, t in enumerate(inputs.times):
             if plan is None or i not in plan.cached:

@@ -52,33 +52,43 @@ def first_middle_last(videos: np.ndarray) -> np.ndarray:
     return np.concatenate([first, line, middle, line, last], axis=2)
 
 
+def difference(result: np.ndarray, reference: np.ndarray, gain: float) -> np.ndarray:
+    """|result − reference| × gain, cut at 1: pictures or videos in [0, 1]."""
+    return np.clip(gain * np.abs(result - reference), 0, 1)
+
+
 def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, titles: tuple[str, str]) -> Image.Image:
-    """One row a prompt: baseline | cached | difference; of videos the first, the middle and the last frame.
+    """One row a prompt: baseline | cached | difference; of videos the first, the middle and the last frame."""
+    gain = DIFFERENCE_GAIN
+    columns = {titles[0]: baseline, titles[1]: cached, f"difference x{gain}": difference(cached, baseline, gain)}
+    return sheet(prompts, columns)
+
+
+def sheet(prompts: list[str], columns: dict[str, np.ndarray]) -> Image.Image:
+    """One row a prompt, one column a title: pictures [N, H, W, 3] in [0, 1], or three frames of each of some videos.
 
     Small pictures are enlarged by a whole factor, columns wider than 1200 pixels are shrunk.
     """
-    if baseline.ndim == 5:
-        baseline, cached = first_middle_last(baseline), first_middle_last(cached)
-    difference = np.clip(DIFFERENCE_GAIN * np.abs(cached - baseline), 0, 1)
-    height, width = baseline.shape[1:3]
+    columns = {title: first_middle_last(c) if c.ndim == 5 else c for title, c in columns.items()}
+    height, width = next(iter(columns.values())).shape[1:3]
     scale = 1200 / width if width > 1200 else max(1, round(min(256 / height, 400 / width)))
     height, width = round(height * scale), round(width * scale)
     gap, line = 8, 26
     font = ImageFont.load_default(size=14)
-    sheet = Image.new("RGB", (3 * width + 4 * gap, line + len(prompts) * (height + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    columns = [(titles[0], baseline), (titles[1], cached), (f"difference x{DIFFERENCE_GAIN}", difference)]
-    for c, (title, pictures) in enumerate(columns):
+    across = len(columns) * (width + gap)
+    page = Image.new("RGB", (across + gap, line + len(prompts) * (height + line)), "white")
+    draw = ImageDraw.Draw(page)
+    for c, (title, pictures) in enumerate(columns.items()):
         x = gap + c * (width + gap)
         draw.text((x, 5), title, fill="black", font=font)
         for row, picture in enumerate(pictures):
             how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
             tile = Image.fromarray(to_uint8(picture)).resize((width, height), how)
-            sheet.paste(tile, (x, line + row * (height + line)))
+            page.paste(tile, (x, line + row * (height + line)))
     for row, prompt in enumerate(prompts):
-        text = _shorten(prompt, 3 * width, draw, font)
+        text = _shorten(prompt, across - 2 * gap, draw, font)
         draw.text((gap, line + row * (height + line) + height + 3), text, fill="black", font=font)
-    return sheet
+    return page
 
 
 def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:

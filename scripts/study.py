@@ -1,0 +1,161 @@
+"""How a demo's budget plans depend on their calibration: on the number of prompts, and on where they are used.
+
+    .venv/bin/python scripts/study.py ERTACache4FLUX prompts --counts 2,4,8,16,32
+    .venv/bin/python scripts/study.py ERTACache4FLUX transfer --guidances 2,7 --sizes 48x48,96x96
+    .venv/bin/python scripts/study.py ERTACache4FLUX pictures --speedups 2 --count 3 --out exact-flux.png
+
+`prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with the
+model calls and seconds that the calibration took. `transfer` uses plans that were fitted at the default settings at
+other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside the demo's grammar, beside plans that were
+fitted there and fewer steps there. `pictures` draws the exact solution, the uncached run and the stored plan with the
+exact target side by side, with their differences to the solution. Distances are mean PSNR in dB to the uncached run
+under the same conditions.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from ertacache import BudgetPlan, UserError, cli, outputs
+from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.errors import ArgumentParser, run_program
+from ertacache.evaluation import Evaluation
+from ertacache.files import read_prompts, write_atomically
+from ertacache.programs import load_program
+from ertacache.provenance import library_versions, machine
+from ertacache.store import budget_name, check_speedups
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTIONS = 8  # that the plans of `transfer` are fitted on
+
+
+class Study:
+    """One demo, its command line, and the budgets that are asked for."""
+
+    def __init__(self, program, options, speedups, count):
+        self.program, self.options, self.pipe = program, options, cli.load(program, options)
+        self.settings = cli.checked_settings(program, self.pipe, options)
+        self.budgets = [budget_of(self.settings["steps"], speedup) for speedup in speedups]
+        self.world, self.count, self.calls = cli.world(program), count, 0
+        self.held_out = self.captions(count, seed=100, held_out=True)
+        self.pipe.transformer.register_forward_pre_hook(self.tally)
+
+    def tally(self, *_):
+        self.calls += 1
+
+    def captions(self, count, seed, held_out):
+        return [scene.caption() for scene in self.world.sample_scenes(count, seed=seed, held_out=held_out)]
+
+    def plans(self, prompts, settings):
+        """A plan for each budget, fitted on these prompts at these settings."""
+        options = {"settings": settings, "batch_size": self.options.batch_size, "model_id": self.options.model}
+        options |= {"work": ROOT / "runs", "target": self.options.target}
+        calibration = BudgetCalibration(self.program, self.pipe, prompts, range(len(prompts)), **options)
+        plans = calibration.plans(self.budgets, self.options.search)
+        calibration.finish()
+        return plans
+
+    def evaluation(self, prompts, settings):
+        seeds = range(self.options.seed, self.options.seed + len(prompts))
+        return Evaluation(self.program, self.pipe, prompts, seeds, settings, self.options, repeats=0)
+
+    # --- the two tables ----------------------------------------------------------------------------------------------
+
+    def prompts_needed(self, counts):
+        """A row for each number of calibration prompts and each budget."""
+        prompts = self.captions(max(counts), seed=7, held_out=False)
+        evaluation = self.evaluation(self.held_out, self.settings)
+        for count in counts:
+            self.calls, start = 0, time.perf_counter()
+            plans = self.plans(prompts[:count], self.settings)
+            cost = {"transformer_calls": self.calls, "seconds": round(time.perf_counter() - start, 1)}
+            for budget, plan in plans.items():
+                row = evaluation.row("budget", plan)
+                yield {"prompts": count, "nfe": budget, "psnr": row["psnr"], "latent_psnr": row["latent_psnr"], **cost}
+
+    def transfer(self, guidances, sizes):
+        """A row for each other condition and each budget."""
+        captions, outside = (
+            self.captions(CAPTIONS, seed=7, held_out=False),
+            read_prompts(self.program.FOLDER / "prompts" / "calibration.txt"),
+        )
+        conditions = {"as calibrated": (captions, self.held_out, {})}
+        conditions |= {f"guidance {g:g}": (captions, self.held_out, {"guidance": g}) for g in guidances}
+        for height, width in sizes:
+            conditions[f"{height}×{width}"] = (captions, self.held_out, {"height": height, "width": width})
+        conditions["prompts from outside"] = (outside[:CAPTIONS], outside[CAPTIONS:], {})
+        default = self.plans(captions, self.settings)
+        for name, (fit, measure, changes) in conditions.items():
+            settings = {**self.settings, **changes}
+            own = self.plans(fit, settings) if name != "as calibrated" else default
+            evaluation = self.evaluation(measure, settings)
+            for budget in self.budgets:
+                fewer = evaluation.row("fewer-steps", settings={**settings, "steps": budget})["psnr"]
+                here, there = (evaluation.row("budget", plans[budget])["psnr"] for plans in (default, own))
+                row = {"used at": name, "nfe": budget, "fewer steps": fewer, "plan": here, "fitted there": there}
+                yield row | {"loss": there - here}
+
+    def pictures(self, gain=50):
+        """The sheet for the first budget; differences are shown `gain` times."""
+        budget, steps = self.budgets[0], self.settings["steps"]
+        plan = BudgetPlan.load(self.program.FOLDER / "cache" / budget_name("demo", steps, budget, "exact"))
+        evaluation = self.evaluation(self.held_out, self.settings)
+        exact, uncached = evaluation.solution.pictures, evaluation.reference.pictures
+        cached = evaluation.outcome(self.settings, plan).pictures
+        columns = {"exact solution": exact, f"uncached, {steps} steps": uncached, f"plan, {budget} calls": cached}
+        columns[f"uncached - exact, x{gain}"] = outputs.difference(uncached, exact, gain)
+        columns[f"plan - exact, x{gain}"] = outputs.difference(cached, exact, gain)
+        return outputs.sheet(self.held_out, columns)
+
+
+def sizes_of(text: str) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(int(n) for n in part.split("x")) for part in text.split(",") if part]
+        if all(len(pair) == 2 for pair in pairs):
+            return pairs
+    except ValueError:
+        pass
+    raise UserError(f"--sizes {text}: write HEIGHTxWIDTH with commas between, like 48x48,96x96")
+
+
+def table(rows) -> str:
+    """Markdown."""
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
+    parser.add_argument("study", choices=("prompts", "transfer", "pictures"))
+    parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
+    parser.add_argument("--counts", metavar="N,N,…", default="2,4,8,16,32", help="numbers of calibration prompts")
+    parser.add_argument("--guidances", metavar="G,G,…", default="", help="scales to use the plans at")
+    parser.add_argument("--sizes", metavar="HxW,HxW,…", default="", help="sizes to use the plans at")
+    parser.add_argument("--count", type=int, default=32, help="held-out captions")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    args, rest = parser.parse_known_args()
+    program = load_program(args.folder)
+    options = cli.parse_arguments(program, rest)
+    if options.model != "demo":
+        raise UserError(f"--model {options.model}: this study samples captions of the demo's grammar, use the demo")
+    speedups, counts = cli.parse_list(args.speedups), [int(n) for n in cli.parse_list(args.counts)]
+    check_speedups(speedups)
+    guidances, sizes = cli.parse_list(args.guidances) if args.guidances else [], sizes_of(args.sizes)
+    study = Study(program, options, speedups, args.count)
+    found = study.prompts_needed(counts) if args.study == "prompts" else study.transfer(guidances, sizes)
+    if args.study == "pictures":
+        options.target = "exact"
+        return outputs.save_png(Path(options.out), study.pictures())
+    rows = []
+    for row in found:
+        rows.append(row)
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+        if args.json:
+            write_atomically(args.json, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
+    print(f"\n{table(rows)}\n\n{args.count} held-out captions, {machine()}, {library_versions()}")
+
+
+if __name__ == "__main__":
+    run_program(main)

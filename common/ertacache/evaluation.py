@@ -41,7 +41,9 @@ class Evaluation:
         self.reference = self.outcome(settings)
 
     def inputs(self, part, settings, shift=None):
-        inputs = self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **settings)
+        """With a shift: settings["steps"] steps between the ends of the uncached run's grid."""
+        steps = self.settings["steps"] if shift is not None else settings["steps"]
+        inputs = self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **{**settings, "steps": steps})
         return inputs if shift is None else inputs.on(shifted_grid(inputs.sigmas, settings["steps"], shift))
 
     def outcome(self, settings, plan=None, shift=None) -> Outcome:

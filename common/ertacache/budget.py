@@ -23,7 +23,14 @@ from ertacache import planner
 from ertacache.algorithm import jump
 from ertacache.calibrate import Calibration
 from ertacache.errors import UserError
-from ertacache.exact import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
+from ertacache.exact import (
+    SETTLING_PROMPTS,
+    candidate_grid,
+    integrate,
+    rate_of,
+    settled_substeps,
+    shifted_grid,
+)
 from ertacache.files import write_atomically
 from ertacache.gram import Gram
 from ertacache.ledger import digest
@@ -112,10 +119,12 @@ class BudgetCalibration(Calibration):
 
     @cached_property
     def substeps(self) -> int:
-        """Of a candidate interval, so that the exact solution has settled; found on the first batch."""
+        """Of a candidate interval, so that the exact solution has settled; found on the first prompts."""
 
         def settled(batch):
-            return {"substeps": settled_substeps(self.program, self.pipe, self.first, self.first.sigmas, self.rate)}
+            first = self.prompts[:SETTLING_PROMPTS], self.seeds[:SETTLING_PROMPTS]
+            inputs = self.program.prepare(self.pipe, *first, **self.settings)
+            return {"substeps": settled_substeps(self.program, self.pipe, inputs.on(self.grid), self.grid, self.rate)}
 
         return int(self.ledger.run("substeps", 1, settled)["substeps"])
 

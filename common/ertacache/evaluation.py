@@ -10,7 +10,14 @@ import torch
 from tqdm import tqdm
 
 from ertacache import cli
-from ertacache.exact import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
+from ertacache.exact import (
+    SETTLING_PROMPTS,
+    candidate_grid,
+    integrate,
+    rate_of,
+    settled_substeps,
+    shifted_grid,
+)
 from ertacache.metrics import METRICS, Lpips, latent_psnr, quality
 from ertacache.outputs import to_uint8
 
@@ -63,10 +70,10 @@ class Evaluation:
 
     @cached_property
     def solution(self) -> Outcome | None:
-        """The exact solution, integrated until it has settled on the first batch."""
+        """The exact solution, integrated with as many substeps as settle it for the first prompts."""
         if self.options.target != "exact":
             return None
-        first = self.inputs(slice(0, self.options.batch_size), self.settings)
+        first = self.inputs(slice(0, SETTLING_PROMPTS), self.settings)
         grid = candidate_grid(first.sigmas, 2 * self.settings["steps"])
         rate = rate_of(self.program, self.pipe, first)
         substeps = settled_substeps(self.program, self.pipe, first, grid, rate)

@@ -14,6 +14,7 @@ STAGES = (0.0, 0.5, 0.75)  # of an interval (Ralston 1962): k₂ starts from k�
 SHARES = (2 / 9, 1 / 3, 4 / 9)  # of k₁, k₂, k₃ in the step
 SETTLED = 1e-6  # −60 dB: how little the final latents may move, relative to their mean square, when substeps double
 MOST_SUBSTEPS = 64
+SETTLING_PROMPTS = 2  # that the number of substeps is found on
 
 
 def candidate_grid(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
@@ -60,7 +61,10 @@ def integrate(program, pipe, inputs, sigmas: torch.Tensor, rate: float, substeps
 
 
 def settled_substeps(program, pipe, inputs, sigmas: torch.Tensor, rate: float) -> int:
-    """The first of 1, 2, 4, … substeps that twice as many move by less than −60 dB of the latents' mean square."""
+    """The first of 1, 2, 4, … substeps that twice as many move by less than −60 dB of the latents' mean square.
+
+    inputs: of a few prompts; the others are then integrated with as many substeps.
+    """
     substeps, coarse = 1, integrate(program, pipe, inputs, sigmas, rate, 1)
     while substeps < MOST_SUBSTEPS:
         fine = integrate(program, pipe, inputs, sigmas, rate, 2 * substeps)

@@ -3,13 +3,13 @@
 import copy
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from opensora import case_a, far, golden, transformer, vae
 from test_rooms import CallCounter
 
+from ertacache.baselines.teacache import COEFFICIENTS, TeaCachePolicy, teacache
 from opensora12 import OpenSoraPipeline, RFlowScheduler
 
 STEPS = 6
@@ -111,31 +111,7 @@ def test_a_sampling_loop_is_shorter_and_finite(pipe, config, calls):
     assert torch.equal(again, cached) and torch.equal(run(), plain)
 
 
-# --- TeaCache by the four parts of the forward pass ----------------------------------------------------------------
-
-POLYNOMIAL = [2.17546007e02, -1.18329252e02, 2.68662585e01, -4.59364272e-02, 4.84426240e-02]
-
-
-def teacache(model, g, threshold):
-    """Latents [1, 4, T, H, W] after 30 guided steps, and the steps that were computed (source: ali-vilab/TeaCache)."""
-    scheduler, z = RFlowScheduler(), g["z0"]
-    scheduler.set_timesteps(30, height=480, width=854, num_frames=51)
-    text = torch.cat([g["y"][:, 0], model.y_embedding[None]])
-    block, previous, residual, total, computed = model.transformer_blocks[0], None, None, 0.0, []
-    for i, t in enumerate(scheduler.timesteps):
-        tokens = model.patch_embed(torch.cat([z, z]), 480, 854)
-        c = model.condition(t.expand(2), text, g["mask"], 24)
-        shift, scale = (block.scale_shift_table + c.modulation).unsqueeze(3).unbind(2)[:2]
-        modulated = block.norm1(tokens) * (1 + scale) + shift
-        if previous is not None:
-            total += np.polyval(POLYNOMIAL, ((modulated - previous).abs().mean() / previous.abs().mean()).item())
-        if i in (0, 29) or total >= threshold:
-            total, computed = 0.0, [*computed, i]
-            residual = model.run_blocks(tokens, c) - tokens
-        previous = modulated
-        cond, null = model.head(tokens + residual, c, z.shape[2:])[:, :4].chunk(2)
-        z = scheduler.step(null + 7 * (cond - null), t, z).prev_sample
-    return z, computed
+# --- TeaCache against the original's run ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.2])
@@ -148,6 +124,15 @@ def test_teacache_skips_the_steps_of_the_original(threshold):
         "patch_embed.proj.weight": 0.3,
     }.items():
         model.get_parameter(name).mul_(factor)
-    z, computed = teacache(model, g, threshold)
+    pipe, seen = OpenSoraPipeline(None, None, vae(), model, RFlowScheduler()), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_timesteps(30, num_frames=51, height=480, width=854)
+    attention = model.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda *_: seen.append(round(pipe.current_timestep.item(), 3)))
+    coefficients = COEFFICIENTS["hpcai-tech/OpenSora-STDiT-v3"]
+    with teacache(model, TeaCachePolicy(threshold, coefficients, steps=30)):
+        z = pipe.denoise(g["z0"], pipe.conditioning(g["y"][:, 0], g["mask"], 51, 480, 854))
+    times = [round(t, 3) for t in pipe.scheduler.timesteps.tolist()]
+    computed = [times.index(t) for t in seen]
     assert computed == g[f"s30.th{threshold}.should_calc"].nonzero().flatten().tolist()
     assert 2 < len(computed) < 30 and far(z, g[f"s30.th{threshold}.z_final"]) < 2e-3

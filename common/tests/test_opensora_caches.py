@@ -1,4 +1,4 @@
-"""Caches on STDiT3: diffusers' own find its blocks, skip them and leave no trace; TeaCache decides as the original."""
+"""Caches on STDiT3: diffusers' own find its blocks and leave no trace; TeaCache decides as the original; T-GATE."""
 
 import copy
 from contextlib import ExitStack
@@ -6,10 +6,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks.hooks import CacheContext, StateManager
 from opensora import case_a, far, golden, transformer, vae
 from test_rooms import CallCounter
 
+from ertacache.baselines.stack import BranchState, Clock, hooked
 from ertacache.baselines.teacache import COEFFICIENTS, TeaCachePolicy, teacache
+from ertacache.baselines.tgate import Gate, _Attention, first_half, tgate
 from opensora12 import OpenSoraPipeline, RFlowScheduler
 
 STEPS = 6
@@ -136,3 +139,63 @@ def test_teacache_skips_the_steps_of_the_original(threshold):
     computed = [times.index(t) for t in seen]
     assert computed == g[f"s30.th{threshold}.should_calc"].nonzero().flatten().tolist()
     assert 2 < len(computed) < 30 and far(z, g[f"s30.th{threshold}.z_final"]) < 2e-3
+
+
+# --- T-GATE --------------------------------------------------------------------------------------------------------
+
+
+def test_tgate_freezes_the_text_behind_the_gate_and_drops_the_null_branch(pipe):
+    g, model, outputs = golden("rflow_trajectory_n1"), pipe.transformer, []
+    pipe.set_timesteps(STEPS, num_frames=51, height=48, width=64)
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+
+    def run():
+        return pipe.denoise(g["z0"], pipe.conditioning(g["y"][:, 0], g["mask"], 51, 48, 64))
+
+    plain = run()
+    outputs.clear()
+    with tgate(model, Gate(step=4, interval=2, warmup=1)):
+        gated, (own, _, cross) = counted(model, run)
+    handle.remove()
+    # Self-attention runs in steps 0 (warm-up), 1, 3, and again from 4; cross-attention in the four before the gate.
+    assert own == 5 and cross == 4
+    same = [torch.equal(*output.chunk(2)) for output in outputs]
+    assert same == [False] * 4 + [True] * 2
+    assert torch.isfinite(gated).all() and not torch.equal(gated, plain) and torch.equal(run(), plain)
+
+
+def test_a_gate_behind_the_last_step_changes_nothing(pipe):
+    g = golden("rflow_trajectory_n1")
+    pipe.set_timesteps(STEPS, num_frames=51, height=48, width=64)
+
+    def run():
+        return pipe.denoise(g["z0"], pipe.conditioning(g["y"][:, 0], g["mask"], 51, 48, 64))
+
+    with tgate(pipe.transformer, Gate(step=STEPS, interval=1)):
+        gated = run()
+    assert torch.equal(gated, run())
+
+
+def test_what_is_frozen_is_the_mean_of_both_branches():
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    manager, module = StateManager(BranchState), Double()
+    with hooked(module, [(module, _Attention(manager, Gate(step=1), cross=True)), (module, Clock(manager))]):
+        for name, value in (("cond", 1.0), ("uncond", 3.0), ("cond", 100.0)):
+            manager.set_context(CacheContext(name))
+            found = module(torch.tensor([value]))
+    assert found.item() == (2 * 1 + 2 * 3) / 2
+    assert first_half(torch.arange(6), 6).tolist() == [0, 1, 2] and first_half("a", 6) == "a"
+
+
+def test_tgate_needs_cross_attention():
+    with pytest.raises(ValueError, match="a Linear has none"), tgate(Unfit(), Gate()):
+        pass
+
+
+class Unfit(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1)])

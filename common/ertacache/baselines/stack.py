@@ -34,7 +34,7 @@ class BranchState(BaseState):
 Policy = Callable[[BranchState, torch.nn.Module, dict], bool]
 
 
-class _Clock(ModelHook):
+class Clock(ModelHook):
     """On the transformer: counts the steps of each branch, and forgets what was decided in the last one."""
 
     _is_stateful = True
@@ -120,23 +120,29 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def cached_ranges(model: torch.nn.Module, ranges: Sequence[tuple[Sequence[torch.nn.Module], Policy]]):
-    """Reuse the differences of these ranges of blocks, (blocks, policy) each, in all calls within the context."""
-    manager, hooked = StateManager(BranchState), []
-
-    def register(module, hook, name):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-        hooked.append((module, name))
-
+def hooked(model: torch.nn.Module, hooks: Sequence[tuple[torch.nn.Module, ModelHook]]):
+    """Register hooks on modules of a model, (module, hook) each, and take them off at the end, in reverse order."""
+    names = []
     try:
-        register(model, _Clock(manager), "ertacache_clock")
-        for number, (blocks, policy) in enumerate(ranges):
-            name = f"ertacache_range_{number}"
-            for place, block in enumerate(blocks):
-                register(block, _InRange(manager, name, policy, place == 0, place == len(blocks) - 1), name)
+        for number, (module, hook) in enumerate(hooks):
+            name = f"ertacache_{number}"
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+            names.append((module, name))
         HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
-        yield manager
+        yield
     finally:
-        for module, name in reversed(hooked):
+        for module, name in reversed(names):
             module._diffusers_hook.remove_hook(name, recurse=False)
         HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
+
+
+@contextmanager
+def cached_ranges(model: torch.nn.Module, ranges: Sequence[tuple[Sequence[torch.nn.Module], Policy]]):
+    """Reuse the differences of these ranges of blocks, (blocks, policy) each, in all calls within the context."""
+    manager = StateManager(BranchState)
+    hooks: list[tuple[torch.nn.Module, ModelHook]] = [(model, Clock(manager))]
+    for number, (blocks, policy) in enumerate(ranges):
+        ends = (0, len(blocks) - 1)
+        hooks += [(b, _InRange(manager, str(number), policy, i == ends[0], i == ends[1])) for i, b in enumerate(blocks)]
+    with hooked(model, hooks):
+        yield manager

@@ -61,8 +61,8 @@ class BudgetCalibration(Calibration):
     """
 
     def __init__(self, *arguments, target="reference", **options):
+        self.target, self.grid, self.purpose = target, None, f"budget, {target}"
         super().__init__(*arguments, site="output", **options)
-        self.target, self.grid = target, None
         self.fitted = len(self.prompts) - len(self.prompts) // 4
         self.first = self.inputs(0)
         self.native = self.first.sigmas
@@ -130,7 +130,7 @@ class BudgetCalibration(Calibration):
 
     def wanted(self, batch: int, i: int) -> torch.Tensor:
         """The target's latents x_i of a batch."""
-        with safe_open(self.trajectory_path(batch), "pt") as file:
+        with safe_open(self.found(self.trajectory_path(batch)), "pt") as file:
             return file.get_tensor(str(i))
 
     def fit_rows(self, batch: int) -> slice:

@@ -90,6 +90,8 @@ class Calibration:
     settings: keyword arguments of `prepare`, with `steps`. work: folder for the ledger, removed by `finish`.
     """
 
+    purpose = "threshold"  # calibrations for different purposes keep different ledgers
+
     def __init__(self, program, pipe, prompts, seeds, *, settings, site, batch_size, work, model_id="", progress=True):
         if not prompts:
             raise UserError("no calibration prompts: give a file with one prompt a line")
@@ -114,7 +116,7 @@ class Calibration:
             "site": site,
         }
         bound = [self.steps, self.conditions.model, self.conditions.scheduler, self.conditions.settings]
-        self.work = Path(work) / f"calibration-{digest([self.identity, bound])[:12]}.partial"
+        self.work = Path(work) / f"calibration-{digest([self.purpose, self.identity, bound])[:12]}.partial"
         self.ledger = Ledger(self.work)
         self.bar = tqdm(disable=None if progress else True, unit="call", desc="calibrate", total=0)
 
@@ -161,15 +163,19 @@ class Calibration:
                 self.bar.update(i not in plan.cached)
 
             final = self.program.denoise(self.pipe, self.inputs(batch), plan, count).float().cpu().numpy()
-            if not self.reference_path(batch).exists():
-                raise UserError(f"{self.work} vanished, another calibration of the same model used it: start again")
-            wanted = load_file(self.reference_path(batch))["latents"]
+            wanted = load_file(self.found(self.reference_path(batch)))["latents"]
             return {"squares": np.square(final - wanted, dtype=np.float64).sum(), "count": final.size}
 
         key = json.dumps(["evaluate", plan.cached, plan.phi, plan.k, plan.b, plan.rectified])
         self.expect(key, plan.nfe)
         sums = self.ledger.run(key, len(self.starts), sums_of)
         return float(sums["squares"] / sums["count"])
+
+    def found(self, path: Path) -> Path:
+        """A file of this calibration, which another one with the same ledger removes when it is finished."""
+        if not path.exists():
+            raise UserError(f"{self.work} vanished, another calibration of the same model used it: start again")
+        return path
 
     # --- from sums to a plan ---------------------------------------------------------------------------------
 

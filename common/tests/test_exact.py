@@ -115,6 +115,19 @@ def test_both_targets_calibrate_side_by_side(tmp_path):
     assert calibration(tmp_path / "alone", "reference").plans([4])[4] == reference
 
 
+def test_calibrations_of_one_model_at_a_time_do_not_take_each_others_files(tmp_path):
+    one, other = calibration(tmp_path), calibration(tmp_path, "reference")
+    one.reference()
+    other.plans([4])
+    other.finish()
+    assert one.plans([4])[4].nfe == 4
+    same = calibration(tmp_path)
+    same.reference()
+    same.finish()
+    with pytest.raises(UserError, match="vanished, another calibration of the same model used it"):
+        one.replay((0, 5), 3)
+
+
 def test_the_solution_is_integrated_once_for_all_budgets(tmp_path):
     made = calibration(tmp_path)
     made.reference()

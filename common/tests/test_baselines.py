@@ -129,3 +129,9 @@ def test_delta_dit_reuses_back_blocks_early_and_front_blocks_late():
     assert found == [111, 2 + 110, 333, 444, 44 + 500, 666]
     with pytest.raises(ValueError, match="4 blocks to reuse, the model has 3"), delta_dit(model, 6, 2, 4):
         pass
+
+
+def test_delta_dit_may_reuse_all_blocks():
+    model = Model()
+    with delta_dit(model, steps=6, interval=3, count=3):
+        assert run(model, [1, 2, 3, 4, 5, 6]) == [111, 111, 111, 444, 444, 444]

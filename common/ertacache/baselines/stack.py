@@ -113,6 +113,7 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as NAMES
 
     lists = {name: list(m) for name, m in model.named_children() if name in NAMES}
+    lists = dict(sorted(lists.items(), key=lambda item: item[0].startswith("single")))  # FLUX's come last
     if "temporal_transformer_blocks" in lists:
         pairs = zip(lists["transformer_blocks"], lists["temporal_transformer_blocks"], strict=True)
         return [block for pair in pairs for block in pair]

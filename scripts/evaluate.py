@@ -22,8 +22,9 @@ from ertacache import BudgetPlan, ThresholdPlan, UserError, cli
 from ertacache.algorithm import uniform_cached
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.errors import ArgumentParser, run_program
-from ertacache.evaluation import Evaluation
+from ertacache.evaluation import Evaluation, nearest_values
 from ertacache.files import read_prompts, write_atomically
+from ertacache.peers import PEERS, Bench
 from ertacache.planner import adams_bashforth_weights, offline_weights, predictor_weights
 from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
@@ -32,7 +33,7 @@ from ertacache.store import budget_name, check_speedups, open_calibration, plan_
 ROOT = Path(__file__).resolve().parents[1]
 THRESHOLD_METHODS = {"fewer-steps", "uniform", "ertacache", "ablation"}
 BUDGET_METHODS = {"fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-ablation"}
-METHODS = (*sorted(THRESHOLD_METHODS), *sorted(BUDGET_METHODS))
+METHODS = (*sorted(THRESHOLD_METHODS), *sorted(BUDGET_METHODS), *PEERS)
 COLUMNS = ["method", "threshold", "steps", "nfe", "speedup_nfe", "speedup_latency", "psnr", "latent_psnr", "ssim"]
 COLUMNS += ["lpips", "temporal_psnr", "exact_psnr", "exact_latent_psnr", "prompt_accuracy"]
 
@@ -115,6 +116,18 @@ def budget_rows(evaluation, calibration, methods, budget, store=False):
             yield evaluation.row("budget (reference)", BudgetPlan.load(imitating))
 
 
+def peer_rows(evaluation, calibration, methods, speedups):
+    """The rows of other caches, each at the setting whose FLOPs come nearest to an asked speed-up."""
+    bench = Bench(evaluation.pipe, evaluation.settings, calibration.prompts, evaluation.options.batch_size)
+    for name in [name for name in PEERS if name in methods]:
+        reason = PEERS[name].unfit(bench)
+        if reason:
+            print(f"{name} is left out, it {reason}", file=sys.stderr)
+            continue
+        for value, saved in dict.fromkeys(nearest_values(bench, name, speedups).values()):
+            yield evaluation.peer_row(bench, name, value, saved)
+
+
 def as_tuples(weights) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(w) for w in row) for row in weights)
 
@@ -123,7 +136,7 @@ def table(rows) -> str:
     """Markdown."""
 
     def cell(row, name):
-        value = row["settings"]["threshold"] if name == "threshold" else row[name]
+        value = row["settings"].get("threshold") if name == "threshold" else row[name]
         digits = 2 if name.endswith("psnr") or name.startswith("speedup") else 4
         return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
@@ -153,8 +166,9 @@ def main():
         raise UserError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
     if bool(args.thresholds) == bool(args.speedups):
         raise UserError("give either --thresholds λ,λ,… or --speedups S,S,…")
-    if args.thresholds and BUDGET_METHODS & set(methods):
-        raise UserError(f"--thresholds has no meaning for {', '.join(BUDGET_METHODS & set(methods))}: give --speedups")
+    swept = (BUDGET_METHODS | set(PEERS)) & set(methods)
+    if args.thresholds and swept:
+        raise UserError(f"--thresholds has no meaning for {', '.join(sorted(swept))}: give --speedups")
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
     values = cli.parse_list(args.thresholds or args.speedups)
@@ -179,7 +193,10 @@ def main():
         for speedup in values:
             add(budget_rows(evaluation, calibration, methods, budget_of(settings["steps"], speedup), args.store))
         calibration.finish()
-    if {"uniform", "ertacache", "ablation"} & set(methods) or not budgeted:
+    peers = set(PEERS) & set(methods)
+    if peers:
+        add(peer_rows(evaluation, open_calibration(*common, site="output"), methods, values))
+    if {"uniform", "ertacache", "ablation"} & set(methods) or not (budgeted or peers):
         calibration = open_calibration(*common, site=options.site)
         for value in values:
             threshold = value if args.thresholds else calibration.threshold_for(round(settings["steps"] / value))

@@ -13,6 +13,7 @@ from toy import Pipe, Program
 from ertacache.budget import BudgetCalibration
 from ertacache.evaluation import Evaluation
 from ertacache.metrics import latent_psnr
+from ertacache.peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[2]
 A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
@@ -75,6 +76,16 @@ def test_the_table_of_the_demo(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["nfe"] for row in rows] == [30, 10, 10] and rows[2]["psnr"] > rows[1]["psnr"] + 6
     assert done.stdout.count("\n| ") == 3 and "2 prompts" in done.stdout
+
+
+def test_other_caches_are_swept_for_the_setting_nearest_to_a_speedup(tmp_path):
+    arguments = ["--methods", "first-block", "--speedups", "2", "--count", "2", "--latency-repeats", "1"]
+    done = script("evaluate.py", *arguments, "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr
+    none, row = json.loads((tmp_path / "rows.json").read_text())
+    assert row["method"].startswith("first-block (τ = ") and row["settings"]["value"] in PEERS["first-block"].values
+    assert 1.5 < row["speedup_nfe"] < 2.7 and row["nfe"] == pytest.approx(30 / row["speedup_nfe"])
+    assert 30 < row["psnr"] < 70 and none["nfe"] == 30
 
 
 @pytest.mark.parametrize(

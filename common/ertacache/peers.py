@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ertacache.baselines.delta_dit import delta_dit
+from ertacache.baselines.profilingdit import Cadence, Profile, profilingdit
 from ertacache.baselines.stack import blocks_of
 from ertacache.baselines.teacache import Fitting, TeaCachePolicy, teacache
 from ertacache.baselines.tgate import ATTENTIONS, Gate, tgate
@@ -44,6 +45,13 @@ class Bench:
         with Fitting().watch(self.model) as fitting:
             self.calibrate()
         return fitting.coefficients()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """ProfilingDiT's: where each block acts."""
+        with Profile(self.steps).watch(self.model) as profile:
+            self.calibrate()
+        return profile
 
     @cached_property
     def mag_ratios(self) -> list[float]:
@@ -175,6 +183,11 @@ PEERS: dict[str, Peer] = {
         lambda b, p: delta_dit(b.model, b.steps, p[0], max(1, round(p[1] * len(blocks_of(b.model))))),
         ((2, 0.25), (2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0), (6, 1.0)),
         "N = {0[0]}, {0[1]:.0%} of the blocks",
+    ),
+    "profilingdit": Peer(
+        lambda b, p: profilingdit(b.model, b.profile.background(p[1]), Cadence(p[0])),
+        ((2, 0.5), (4, 0.5), (6, 0.5), (4, 0.75), (6, 0.75), (6, 0.9), (8, 0.9)),
+        "interval {0[0]}, {0[1]:.0%} of the blocks",
     ),
     "t-gate": Peer(
         lambda b, share: tgate(b.model, Gate(step=max(3, round(share * b.steps)))),

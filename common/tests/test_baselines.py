@@ -8,6 +8,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 
 from ertacache.baselines import teacache as tea
 from ertacache.baselines.delta_dit import delta_dit
+from ertacache.baselines.profilingdit import Cadence, Profile, profilingdit
 from ertacache.baselines.stack import blocks_of, cached_ranges
 from ertacache.baselines.teacache import Fitting, TeaCachePolicy, teacache
 
@@ -135,3 +136,39 @@ def test_delta_dit_may_reuse_all_blocks():
     model = Model()
     with delta_dit(model, steps=6, interval=3, count=3):
         assert run(model, [1, 2, 3, 4, 5, 6]) == [111, 111, 111, 444, 444, 444]
+
+
+def test_profilingdit_reuses_the_blocks_that_act_least_on_what_stands_out():
+    """Of three tokens the last stands out. Block 2 acts on it alone, block 1 on the others, block 3 on all."""
+
+    class Local(Block):
+        def __init__(self, where):
+            super().__init__(1.0)
+            self.where = torch.tensor(where)
+
+        def forward(self, hidden_states, encoder_hidden_states, temb):
+            self.calls.append(temb.item())
+            return encoder_hidden_states, hidden_states + self.where[None, :, None] * temb
+
+    TransformerBlockRegistry.register(
+        Local, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+    )
+    model = Model()
+    model.transformer_blocks = torch.nn.ModuleList(map(Local, ([1.0, 1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0])))
+
+    def tokens(times):
+        found = []
+        for time in times:
+            with model.cache_context("cond"):
+                found.append(model(torch.zeros(1, 3, 2), torch.zeros(1, 1, 2), torch.tensor(float(time)))[0][0, :, 0])
+        model._reset_stateful_cache()
+        return torch.stack(found).tolist()
+
+    with Profile(steps=2).watch(model) as profile:
+        tokens([1, 2])
+    assert profile.shares[0] == pytest.approx([0, 1, 1 / 3]) and profile.background(1 / 3) == [0]
+    assert profile.background(2 / 3) == [0, 2]
+    with profilingdit(model, [0], Cadence(interval=2, warmup=1)):
+        found = tokens([1, 2, 3, 4])
+    # Block 1 runs in steps 0 (warm-up), 1 and 3; in step 2 it adds what it added in step 1.
+    assert [row[0] for row in found] == [2, 4, 2 + 3, 8] and [row[2] for row in found] == [6, 12, 18, 24]

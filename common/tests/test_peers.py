@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ertacache.baselines.stack import blocks_of
 from ertacache.peers import PEERS, Bench
 from ertacache.stock import stock_latents
 
@@ -15,6 +16,7 @@ OWN = {  # values with which the method engages within eight steps
     "pab": 4,
     "teacache": 0.6,
     "delta-dit": (2, 1.0),
+    "profilingdit": (2, 0.75),
     "t-gate": 0.5,
 }
 
@@ -59,4 +61,5 @@ def test_cache_dit_says_what_it_needs(room, bench, name):
 
 def test_what_methods_learn(bench):
     assert len(bench.polynomial) == 5 and all(map(torch.isfinite, torch.tensor(bench.polynomial)))
+    assert len(bench.profile.shares[0]) == len(blocks_of(bench.model))
     assert len(bench.mag_ratios) == STEPS and bench.mag_ratios[0] == 1 and min(bench.mag_ratios) > 0

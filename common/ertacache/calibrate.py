@@ -24,10 +24,11 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from ertacache import algorithm
+from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
 from ertacache.ledger import Ledger, Sums, digest
-from ertacache.plan import Conditions, ThresholdPlan
+from ertacache.plan import ThresholdPlan
 from ertacache.provenance import library_versions
 
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify

@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load, save
 
 from ertacache.algorithm import PHI_DEFINITIONS, adjusted_sigmas
+from ertacache.conditions import Conditions, differences
 from ertacache.errors import PlanError
 from ertacache.files import write_atomically
 
@@ -25,35 +26,6 @@ FORMAT, VERSION = "ertacache-plan", 1
 SITES = ("output", "blocks")
 KINDS = ("threshold", "budget")
 TARGETS = ("reference", "exact")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a run is made under.
-
-    Steps, model and scheduler (class and public config, as JSON values) bind a plan: another one is refused.
-    The settings (guidance, height, width, dtype, …) may differ, with one warning.
-    """
-
-    steps: int
-    model: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, pipe, steps: int, settings: Mapping[str, Any]) -> "Conditions":
-        """The conditions of a diffusers pipeline with a `transformer` and a `scheduler`."""
-        return cls(steps, _describe(pipe.transformer), _describe(pipe.scheduler), json.loads(json.dumps(settings)))
-
-
-def _describe(component) -> dict[str, Any]:
-    public = {k: v for k, v in dict(component.config).items() if not k.startswith("_")}
-    return json.loads(json.dumps({"class": type(component).__name__, **public}, default=str))
-
-
-def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Keys that both have with different values, as "key made-for, got"; keys of other library versions are let be."""
-    return [key for key in mine if key in other and mine[key] != other[key]]
 
 
 class Plan:
@@ -83,11 +55,11 @@ class Plan:
             raise PlanError(f"the plan is for {made.steps} steps, the run has {run.steps}: {remedy}")
         for what in ("model", "scheduler"):
             mine, other = getattr(made, what), getattr(run, what)
-            keys = _differences(mine, other)
+            keys = differences(mine, other)
             if keys:
                 pairs = ", ".join(f"{key} {mine[key]} ≠ {other[key]}" for key in keys[:3])
                 raise PlanError(f"the plan is for another {what} than this pipeline's ({pairs}): {remedy}")
-        keys = _differences(made.settings, run.settings)
+        keys = differences(made.settings, run.settings)
         if keys:
             pairs = ", ".join(f"{key} {made.settings[key]}, now {run.settings[key]}" for key in keys)
             warnings.warn(f"the plan was calibrated at {pairs}; quality may be lower. {remedy}", stacklevel=2)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.calibrate import Calibration, fingerprint
+from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable, read_prompts
-from ertacache.plan import Conditions, Plan
+from ertacache.plan import Plan
 
 
 def plan_name(model: str, steps: int, threshold: float, site: str) -> str:

@@ -4,11 +4,13 @@
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,least-squares,budget --speedups 2,3,5
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.02,0.05,0.1,0.2 --site blocks
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps-tuned,budget --speedups 1,2 --target exact
+    .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods teacache,magcache,first-block,budget --speedups 2,3
 
 Every number is measured by the run that prints it: quality against the uncached run with the same seeds (with --target
 exact also against the finely integrated solution), latency of the denoising loop as the ratio of medians of
 alternating runs (A B A B …) on one batch. Plans are calibrated on the calibration prompts, never on the evaluation
-prompts; a plan stored in cache/ is used as it is. Further flags are those of generate.py.
+prompts; a plan stored in cache/ is used as it is. Other caches run in the stock pipeline, each at the value of its own
+parameter whose FLOPs come nearest to the speed-up. Further flags are those of generate.py.
 """
 
 import json

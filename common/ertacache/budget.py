@@ -19,18 +19,10 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from ertacache import planner
+from ertacache import exact, planner
 from ertacache.algorithm import jump
 from ertacache.calibrate import Calibration
 from ertacache.errors import UserError
-from ertacache.exact import (
-    SETTLING_PROMPTS,
-    candidate_grid,
-    integrate,
-    rate_of,
-    settled_substeps,
-    shifted_grid,
-)
 from ertacache.files import write_atomically
 from ertacache.gram import Gram
 from ertacache.ledger import digest
@@ -38,7 +30,6 @@ from ertacache.plan import BudgetPlan
 from ertacache.planner import Schedule
 
 ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
-CANDIDATES = 2  # candidate steps for each of the T steps, on the exact target
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
@@ -67,7 +58,7 @@ class BudgetCalibration(Calibration):
         self.first = self.inputs(0)
         self.native = self.first.sigmas
         if target == "exact":
-            self.grid = candidate_grid(self.native, CANDIDATES * self.steps)
+            self.grid = exact.candidate_grid(self.native, exact.CANDIDATES * self.steps)
             self.first = self.inputs(0)
         first, self.end = self.first, len(self.first.times)
         self.scaled = self.first_jump(0, 1)[0] != 1.0
@@ -104,7 +95,7 @@ class BudgetCalibration(Calibration):
         inputs = self.inputs(batch)
         if self.target == "exact":
             options = {"rate": self.rate, "substeps": self.substeps, "on_step": on_step}
-            final = integrate(self.program, self.pipe, inputs, inputs.sigmas, **options)
+            final = exact.integrate(self.program, self.pipe, inputs, inputs.sigmas, **options)
         else:
             final = self.program.denoise(self.pipe, inputs, None, on_step)
         latents.append(final.float().cpu())
@@ -122,9 +113,11 @@ class BudgetCalibration(Calibration):
         """Of a candidate interval, so that the exact solution has settled; found on the first prompts."""
 
         def settled(batch):
-            first = self.prompts[:SETTLING_PROMPTS], self.seeds[:SETTLING_PROMPTS]
+            first = self.prompts[: exact.SETTLING_PROMPTS], self.seeds[: exact.SETTLING_PROMPTS]
             inputs = self.program.prepare(self.pipe, *first, **self.settings)
-            return {"substeps": settled_substeps(self.program, self.pipe, inputs.on(self.grid), self.grid, self.rate)}
+            return {
+                "substeps": exact.settled_substeps(self.program, self.pipe, inputs.on(self.grid), self.grid, self.rate)
+            }
 
         return int(self.ledger.run("substeps", 1, settled)["substeps"])
 
@@ -149,7 +142,7 @@ class BudgetCalibration(Calibration):
 
     @property
     def rate(self) -> float:
-        return rate_of(self.program, self.pipe, self.first)
+        return exact.rate_of(self.program, self.pipe, self.first)
 
     # --- replays -----------------------------------------------------------------------------------------------------
 
@@ -206,7 +199,7 @@ class BudgetCalibration(Calibration):
         def sums_of(batch):
             inputs, errors = super(BudgetCalibration, self).inputs(batch), []
             for shift in SHIFTS:
-                final = self.program.denoise(self.pipe, inputs.on(shifted_grid(self.native, steps, shift)))
+                final = self.program.denoise(self.pipe, inputs.on(exact.shifted_grid(self.native, steps, shift)))
                 errors.append(sum(self.squared_errors(batch, final)))
             return {"errors": errors}
 

@@ -9,15 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import cli
-from ertacache.exact import (
-    SETTLING_PROMPTS,
-    candidate_grid,
-    integrate,
-    rate_of,
-    settled_substeps,
-    shifted_grid,
-)
+from ertacache import cli, exact
 from ertacache.metrics import METRICS, Lpips, latent_psnr, quality
 from ertacache.outputs import to_uint8
 from ertacache.peers import PEERS
@@ -53,7 +45,7 @@ class Evaluation:
         """With a shift: settings["steps"] steps between the ends of the uncached run's grid."""
         steps = self.settings["steps"] if shift is not None else settings["steps"]
         inputs = self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **{**settings, "steps": steps})
-        return inputs if shift is None else inputs.on(shifted_grid(inputs.sigmas, settings["steps"], shift))
+        return inputs if shift is None else inputs.on(exact.shifted_grid(inputs.sigmas, settings["steps"], shift))
 
     def outcome(self, settings, plan=None, shift=None) -> Outcome:
         return self.gather(
@@ -77,13 +69,13 @@ class Evaluation:
         """The exact solution, integrated with as many substeps as settle it for the first prompts."""
         if self.options.target != "exact":
             return None
-        first = self.inputs(slice(0, SETTLING_PROMPTS), self.settings)
-        grid = candidate_grid(first.sigmas, 2 * self.settings["steps"])
-        rate = rate_of(self.program, self.pipe, first)
-        substeps = settled_substeps(self.program, self.pipe, first, grid, rate)
+        first = self.inputs(slice(0, exact.SETTLING_PROMPTS), self.settings)
+        grid = exact.candidate_grid(first.sigmas, exact.CANDIDATES * self.settings["steps"])
+        rate = exact.rate_of(self.program, self.pipe, first)
+        substeps = exact.settled_substeps(self.program, self.pipe, first, grid, rate)
         return self.gather(
             lambda part: self.inputs(part, self.settings),
-            lambda inputs: integrate(self.program, self.pipe, inputs, grid, rate, substeps),
+            lambda inputs: exact.integrate(self.program, self.pipe, inputs, grid, rate, substeps),
         )
 
     def seconds(self, inputs, plan) -> float:

@@ -14,6 +14,7 @@ STAGES = (0.0, 0.5, 0.75)  # of an interval (Ralston 1962): k₂ starts from k�
 SHARES = (2 / 9, 1 / 3, 4 / 9)  # of k₁, k₂, k₃ in the step
 SETTLED = 1e-6  # −60 dB: how little the final latents may move, relative to their mean square, when substeps double
 MOST_SUBSTEPS = 64
+CANDIDATES = 2  # intervals of the candidate grid for each of the T steps
 SETTLING_PROMPTS = 2  # that the number of substeps is found on
 
 

@@ -226,7 +226,7 @@ class BudgetPlan(Plan):
         """The grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
         return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
 
-    def weights_on(self, sigmas: torch.Tensor) -> np.ndarray:
+    def weights_on(self, sigmas: torch.Tensor) -> list[list[float]]:
         """The weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
 
         Grids differ from that of the calibration where the scheduler shifts them by the size of the picture.
@@ -235,7 +235,7 @@ class BudgetPlan(Plan):
         run, made = (
             np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
         )
-        return np.array(self.weights) * (run / made)[:, None]
+        return (np.array(self.weights) * (run / made)[:, None]).tolist()
 
 
 def _tuples(value):

@@ -3,15 +3,19 @@
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --speedups 1.5,2,3,5
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --thresholds 0.05,0.1,0.2
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --thresholds 0.6
+    .venv/bin/accelerate launch --num_processes 4 scripts/calibrate.py ERTACache4FLUX --model … --speedups 2,3
 
 A run that was killed goes on from its last finished batch (or replay) when the same command is given again. A
 threshold plan takes about 8·T + 7·NFE model calls a prompt, some of them shared by all λ. Budget plans take T calls a
 prompt once, and then up to 5·N for each budget, because five schedules are tried.
+
+accelerate starts one process a GPU; they share the batches of prompts and make the plan that one would make, on one
+folder that all of them see. Without GPUs add --multi_gpu all the same, accelerate starts one process otherwise.
 """
 
 from pathlib import Path
 
-from ertacache import UserError, cli, store
+from ertacache import UserError, cli, parallel, store
 from ertacache.budget import budget_of
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.programs import load_program
@@ -30,16 +34,17 @@ def main():
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     thresholds, speedups = (cli.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
     store.check_speedups(speedups)
+    options.device = parallel.device(options.device)
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
     found = store.calibrate_plans(program, pipe, options, settings, thresholds, args.out) if thresholds else []
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
         found += store.calibrate_budgets(program, pipe, options, settings, budgets, args.out)
-    for plan, path in found:
+    for plan, path in found if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.steps / plan.nfe:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(lambda: parallel.together(main))

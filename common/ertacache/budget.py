@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from ertacache import exact, planner
+from ertacache import exact, parallel, planner
 from ertacache.algorithm import jump
 from ertacache.calibrate import Calibration
 from ertacache.errors import UserError
@@ -149,42 +149,49 @@ class BudgetCalibration(Calibration):
     def replay(self, schedule: Schedule, anchors: int) -> Replay:
         """Walk all prompts through a schedule and fit its weights on the way: N calls a prompt. Kept on disk."""
         path = self.work / f"replay-{digest([self.target, schedule, anchors])[:16]}.safetensors"
-        if not path.exists():
-            write_atomically(path, save_arrays(self.walk(schedule, anchors)))
-        found = load_file(path)
+        found = parallel.share(load_file(path) if path.exists() else None)
+        if found is None:
+            found = self.walk(schedule, anchors)
+            if parallel.is_main():
+                write_atomically(path, save_arrays(found))
         held_out = float(found["held_out"])
         held_out = None if np.isnan(held_out) else held_out
         return Replay(schedule, found["weights"], found["scale"], float(found["error"]), held_out)
 
     @torch.no_grad()
     def walk(self, schedule: Schedule, anchors: int) -> dict[str, np.ndarray]:
-        runs = [_Run(self.inputs(batch)) for batch in range(len(self.starts))]
+        """Weights [N, H], scale [N] and errors. A process walks its own batches; their equations are added in order."""
+        runs = {batch: _Run(self.inputs(batch)) for batch in parallel.mine(len(self.starts))}
         self.bar.total += len(schedule) * len(runs)
         weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
         for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.end], strict=True)):
-            equations = 0.0
-            for batch, run in enumerate(runs):
-                v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
-                self.require_finite_rows(v, batch, i)
-                run.history = [v, *run.history][:anchors]
-                part = self.fit_rows(batch)
-                regressors = [*run.history, *([run.x] if self.scaled else [])]
-                change = self.wanted(batch, target).to(run.x.device) - run.x.float()
-                equations = equations + _products([z[part] for z in (*regressors, change)])
-                self.bar.update()
+            products = [self.compute(batch, run, i, target, anchors) for batch, run in runs.items()]
+            equations = sum(parallel.in_order(products))
             count = min(k + 1, anchors)
             own_scale, own_weight = self.first_jump(i, target)
             prior = np.array([own_weight, *[0.0] * (count - 1), *([own_scale - 1] if self.scaled else [])])
-            solved = planner.solve_weights(equations[:-1, :-1], equations[:-1, -1], prior)
+            solved = parallel.share(planner.solve_weights(equations[:-1, :-1], equations[:-1, -1], prior))
             weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if self.scaled else 1.0
-            for run in runs:
+            for run in runs.values():
                 run.x = jump(run.x, run.history, weights[k], scale[k])
         error, held_out = self.errors_of(runs)
         return {"weights": weights, "scale": scale, "error": np.array(error), "held_out": np.array(held_out)}
 
+    def compute(self, batch: int, run: "_Run", i: int, target: int, anchors: int) -> np.ndarray:
+        """A computed step of one batch: the scalar products of what the jump from i to target is fitted with."""
+        v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
+        self.require_finite_rows(v, batch, i)
+        run.history = [v, *run.history][:anchors]
+        part = self.fit_rows(batch)
+        regressors = [*run.history, *([run.x] if self.scaled else [])]
+        change = self.wanted(batch, target).to(run.x.device) - run.x.float()
+        self.bar.update()
+        return _products([z[part] for z in (*regressors, change)])
+
     def errors_of(self, runs) -> tuple[float, float]:
         """Mean squared errors of final latents on the fitted and on the held-out prompts (nan where there are none)."""
-        squares = [e for batch, run in enumerate(runs) for e in self.squared_errors(batch, run.x)]
+        errors = [self.squared_errors(batch, run.x) for batch, run in runs.items()]
+        squares = [e for batch in parallel.in_order(errors) for e in batch]
         held_out = squares[self.fitted :]
         return float(np.mean(squares[: self.fitted])), float(np.mean(held_out)) if held_out else float("nan")
 
@@ -214,7 +221,7 @@ class BudgetCalibration(Calibration):
             if not 2 <= budget <= self.steps:
                 raise UserError(f"--budget {budget}: give a number of computed steps from 2 to {self.steps}")
         gram = self.reference()
-        candidates = planner.candidate_schedules(gram, budgets, self.scaled)
+        candidates = parallel.share(planner.candidate_schedules(gram, budgets, self.scaled))
         return {budget: self.plan(gram, candidates[budget], search) for budget in budgets}
 
     def plan(self, gram: Gram, candidates: dict[str, Schedule], search: int = 0) -> BudgetPlan:

@@ -23,7 +23,7 @@ import torch
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from ertacache import algorithm
+from ertacache import algorithm, parallel
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
@@ -119,7 +119,8 @@ class Calibration:
         bound = [self.steps, self.conditions.model, self.conditions.scheduler, self.conditions.settings]
         self.work = Path(work) / f"calibration-{digest([self.purpose, self.identity, bound])[:12]}.partial"
         self.ledger = Ledger(self.work)
-        self.bar = tqdm(disable=None if progress else True, unit="call", desc="calibrate", total=0)
+        silent = not (progress and parallel.is_main())
+        self.bar = tqdm(disable=silent or None, unit="call", desc="calibrate", total=0)
 
     # --- passes over the calibration set ---------------------------------------------------------------------
 
@@ -254,8 +255,9 @@ class Calibration:
 
     def provenance(self, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
         started = self.work / "started"
-        if not started.exists():
+        if parallel.is_main() and not started.exists():
             write_atomically(started, date.today().isoformat().encode())
+        parallel.barrier()
         return {
             **self.identity,
             "libraries": library_versions(),
@@ -269,7 +271,7 @@ class Calibration:
         return self.work / f"reference-{batch:04d}.safetensors"
 
     def expect(self, key: str, calls: int) -> None:
-        self.bar.total += calls * (len(self.starts) - self.ledger.finished(key))
+        self.bar.total += calls * len(parallel.mine(len(self.starts) - self.ledger.finished(key)))
         self.bar.refresh()
 
     def require_finite(self, value: float, batch: int, step: int) -> None:
@@ -282,7 +284,10 @@ class Calibration:
     def finish(self) -> None:
         """Close the progress bar and remove the ledger; call it once the plans are saved."""
         self.bar.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        parallel.barrier()
+        if parallel.is_main():
+            shutil.rmtree(self.work, ignore_errors=True)
+        parallel.barrier()
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from ertacache import parallel
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.calibrate import Calibration, fingerprint
 from ertacache.conditions import Conditions
@@ -40,7 +41,8 @@ def find_plan(program, pipe, args, settings) -> tuple[Plan, Path]:
         path = program.FOLDER / "cache" / name
         remedy = f"delete {path} to calibrate it anew under these conditions"
         if not path.exists():
-            print(f"no stored plan for {what}: calibrating one (once)", file=sys.stderr)
+            if parallel.is_main():
+                print(f"no stored plan for {what}: calibrating one (once)", file=sys.stderr)
             if args.threshold is not None:
                 return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
             return calibrate_budgets(program, pipe, args, settings, [_budget(args, settings["steps"])])[0]
@@ -96,7 +98,7 @@ def calibrate_plans(program, pipe, args, settings, thresholds, folder=None):
     for threshold in thresholds:
         plan = calibration.plan(threshold)
         path = folder / plan_name(args.model, plan.steps, plan.threshold, plan.site)
-        found.append((plan, plan.save(path)))
+        found.append((plan, _save(plan, path)))
     calibration.finish()
     return found
 
@@ -106,6 +108,11 @@ def calibrate_budgets(program, pipe, args, settings, budgets, folder=None):
     folder = ensure_writable(folder or program.FOLDER / "cache")
     calibration = open_calibration(program, pipe, args, settings, folder, BudgetCalibration, target=args.target)
     plans = calibration.plans(budgets, args.search)
-    found = [(p, p.save(folder / budget_name(args.model, p.steps, p.nfe, p.target))) for p in plans.values()]
+    found = [(p, _save(p, folder / budget_name(args.model, p.steps, p.nfe, p.target))) for p in plans.values()]
     calibration.finish()
     return found
+
+
+def _save(plan: Plan, path: Path) -> Path:
+    """Written by main; the other processes have the same plan."""
+    return plan.save(path) if parallel.is_main() else path

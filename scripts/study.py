@@ -16,7 +16,7 @@ import json
 import time
 from pathlib import Path
 
-from ertacache import BudgetPlan, UserError, cli, outputs
+from ertacache import BudgetPlan, UserError, cli, metrics, outputs
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.evaluation import Evaluation
@@ -57,7 +57,15 @@ class Study:
 
     def evaluation(self, prompts, settings):
         seeds = range(self.options.seed, self.options.seed + len(prompts))
-        return Evaluation(self.program, self.pipe, prompts, seeds, settings, self.options, repeats=0)
+        return Evaluation(self.program, self.pipe, prompts, seeds, settings, self.options, work=ROOT / "runs")
+
+    def psnr(self, evaluation, plan=None, settings=None):
+        """Mean over the prompts, dB; and of the latents."""
+        found = evaluation.outcome(evaluation.own(plan, settings), count=False)
+        reference = evaluation.reference
+        return metrics.mean(metrics.psnr, reference.pictures, found.pictures), metrics.latent_psnr(
+            reference.latents, found.latents
+        )
 
     # --- the two tables ----------------------------------------------------------------------------------------------
 
@@ -70,8 +78,8 @@ class Study:
             plans = self.plans(prompts[:count], self.settings)
             cost = {"transformer_calls": self.calls, "seconds": round(time.perf_counter() - start, 1)}
             for budget, plan in plans.items():
-                row = evaluation.row("budget", plan)
-                yield {"prompts": count, "nfe": budget, "psnr": row["psnr"], "latent_psnr": row["latent_psnr"], **cost}
+                psnr, latent_psnr = self.psnr(evaluation, plan)
+                yield {"prompts": count, "nfe": budget, "psnr": psnr, "latent_psnr": latent_psnr, **cost}
 
     def transfer(self, guidances, sizes):
         """A row for each other condition and each budget."""
@@ -90,8 +98,8 @@ class Study:
             own = self.plans(fit, settings) if name != "as calibrated" else default
             evaluation = self.evaluation(measure, settings)
             for budget in self.budgets:
-                fewer = evaluation.row("fewer-steps", settings={**settings, "steps": budget})["psnr"]
-                here, there = (evaluation.row("budget", plans[budget])["psnr"] for plans in (default, own))
+                fewer, _ = self.psnr(evaluation, settings={**settings, "steps": budget})
+                here, there = (self.psnr(evaluation, plans[budget])[0] for plans in (default, own))
                 row = {"used at": name, "nfe": budget, "fewer steps": fewer, "plan": here, "fitted there": there}
                 yield row | {"loss": there - here}
 
@@ -101,7 +109,7 @@ class Study:
         plan = BudgetPlan.load(self.program.FOLDER / "cache" / budget_name("demo", steps, budget, "exact"))
         evaluation = self.evaluation(self.held_out, self.settings)
         exact, uncached = evaluation.solution.pictures, evaluation.reference.pictures
-        cached = evaluation.outcome(self.settings, plan).pictures
+        cached = evaluation.outcome(evaluation.own(plan)).pictures
         columns = {"exact solution": exact, f"uncached, {steps} steps": uncached, f"plan, {budget} calls": cached}
         columns[f"uncached - exact, x{gain}"] = outputs.difference(uncached, exact, gain)
         columns[f"plan - exact, x{gain}"] = outputs.difference(cached, exact, gain)

@@ -5,7 +5,6 @@ import inspect
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from ertacache import motion, outputs, scenes
 from ertacache.errors import ArgumentParser, UserError
-from ertacache.files import ensure_writable, read_prompts
+from ertacache.files import ensure_writable, read_prompts, relative
 from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
 from ertacache.plan import TARGETS
@@ -193,7 +192,7 @@ def report(program, args, prompts, runs, plan, plan_path, out) -> None:
         "schema": 1,
         "model": args.model,
         "method": method,
-        "plan": _relative(plan_path, program.FOLDER) if plan else None,
+        "plan": relative(plan_path, program.FOLDER) if plan else None,
         "steps": args.steps,
         "nfe": plan.nfe if plan else args.steps,
         "prompts": len(prompts),
@@ -233,8 +232,3 @@ def _prompt_accuracy(oracle, model, prompts, runs) -> dict:
 
 def _role(method: str) -> str:
     return "baseline" if method == "baseline" else "cached"
-
-
-def _relative(path: Path, folder: Path) -> str:
-    path = Path(path).resolve()
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

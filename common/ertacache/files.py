@@ -52,3 +52,9 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"no prompts in {path}: write one prompt a line")
     return prompts
+
+
+def relative(path: str | Path, folder: Path) -> str:
+    """The path as seen from a folder, when it lies in it."""
+    path = Path(path).resolve()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

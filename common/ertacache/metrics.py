@@ -67,18 +67,74 @@ def temporal_psnr(reference: np.ndarray, video: np.ndarray) -> float:
     return float(np.mean([psnr(*pair) for pair in pairs]))
 
 
-def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips) -> dict[str, float | None]:
-    """Means over pictures [N, H, W, 3], or over the frames of videos [N, F, H, W, 3] and then over the videos.
+class Clip:
+    """CLIP (Radford et al. 2021) by transformers. model: a hub id, a directory, or None: then everything is None."""
 
-    A mean PSNR is None when a pair is equal, its PSNR has no number; temporal_psnr is None for pictures.
+    def __init__(self, model: str | None):
+        self.model = None
+        if model is None:
+            return
+        from transformers import CLIPModel, CLIPProcessor
+
+        from ertacache.errors import UserError
+
+        try:
+            self.model, self.processor = CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model)
+        except Exception as error:  # hub, json, safetensors and torch all raise their own types here
+            raise UserError(f"--clip {model} cannot be loaded ({str(error).splitlines()[0]}): check the id") from error
+
+    def similarity(self, references: np.ndarray, results: np.ndarray) -> float | None:
+        """Mean cosine between the embeddings of pictures (or frames) and of their references: the paper's Table 2."""
+        if self.model is None:
+            return None
+        pairs = (self.embedded(images=frames_of(x)) for x in (references, results))
+        return float(np.mean(np.sum(np.multiply(*pairs), axis=-1)))
+
+    def score(self, prompts: list[str], results: np.ndarray) -> float | None:
+        """CLIP score (Hessel et al. 2021), 100 · max(0, cosine) of a prompt and its picture, or of all its frames."""
+        if self.model is None:
+            return None
+        pictures = self.embedded(images=frames_of(results)).reshape(len(prompts), -1, self.model.config.projection_dim)
+        texts = self.embedded(text=list(prompts))[:, None]
+        return float(100 * np.mean(np.maximum(0, np.sum(pictures * texts, axis=-1))))
+
+    def embedded(self, images=None, text=None) -> np.ndarray:
+        """Unit vectors [N, D] of pictures float [N, H, W, 3] in [0, 1], or of texts, which are cut at CLIP's length."""
+        import torch
+
+        with torch.no_grad():
+            if text is not None:
+                inputs = self.processor(text=text, return_tensors="pt", padding=True, truncation=True)
+                found = self.model.get_text_features(**inputs)
+            else:
+                rounded = list(np.rint(images * 255).clip(0, 255).astype(np.uint8))
+                found = self.model.get_image_features(**self.processor(images=rounded, return_tensors="pt"))
+        found = getattr(found, "pooler_output", found).numpy()
+        return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+def frames_of(results: np.ndarray) -> np.ndarray:
+    """Pictures [N, H, W, 3] as they are, videos [N, F, H, W, 3] as their frames [N·F, H, W, 3]."""
+    return results.reshape(-1, *results.shape[-3:])
+
+
+def mean(metric, references: np.ndarray, results: np.ndarray) -> float | None:
+    """Mean of a metric over pictures, or over the frames of all videos; None when a value has no number.
+
+    The PSNR of an equal pair has none.
     """
+    values = [metric(*pair) for pair in zip(frames_of(references), frames_of(results), strict=True)]
+    return float(np.mean(values)) if np.all(np.isfinite(values)) else None
+
+
+def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips) -> dict[str, float | None]:
+    """The METRICS: means over pictures [N, H, W, 3], or over the frames of videos [N, F, H, W, 3].
+
+    temporal_psnr, a mean over videos, is None for pictures.
+    """
+    found = {name: mean(metric, references, results) for name, metric in (("psnr", psnr), ("ssim", ssim))}
+    found["lpips"] = mean(lpips, references, results) if lpips.network is not None else None
     videos = references.ndim == 5
-    frames = (x.reshape(-1, *x.shape[-3:]) for x in (references, results))
-    pairs = list(zip(*frames, strict=True))
-    values = {
-        "psnr": [psnr(*pair) for pair in pairs],
-        "ssim": [ssim(*pair) for pair in pairs],
-        "lpips": [lpips(*pair) for pair in pairs],
-        "temporal_psnr": [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else [None],
-    }
-    return {name: None if None in v or not np.all(np.isfinite(v)) else float(np.mean(v)) for name, v in values.items()}
+    values = [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else []
+    found["temporal_psnr"] = float(np.mean(values)) if videos and np.all(np.isfinite(values)) else None
+    return found

@@ -1,102 +1,130 @@
 """Other caches under one roof: each on the stock pipeline, with its own parameter swept from fine to fast.
 
 diffusers' own through `enable_cache`, cache-dit's through its `enable_cache`, and those of `baselines/`. What a method
-has to learn from the model (TeaCache's polynomial, MagCache's ratios) is learned on the calibration prompts.
+has to learn from the model (TeaCache's polynomial, MagCache's ratios) is learned on the calibration prompts. Sweeps
+begin at what the authors recommend and go on, past it, until the method's limit or a speed-up of five.
 """
 
-import ast
-import contextlib
-import io
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from ertacache.baselines.delta_dit import delta_dit
-from ertacache.baselines.profilingdit import Cadence, Profile, profilingdit
+from ertacache.baselines.pab import Broadcast, pab
+from ertacache.baselines.profilingdit import Cadence, profilingdit
 from ertacache.baselines.stack import blocks_of
-from ertacache.baselines.teacache import Fitting, TeaCachePolicy, teacache
-from ertacache.baselines.tgate import ATTENTIONS, Gate, tgate
-from ertacache.stock import stock_latents
+from ertacache.baselines.teacache import TeaCachePolicy, teacache
+from ertacache.baselines.tgate import Gate, tgate
+from ertacache.bench import Bench, diffusers_cache
+
+# --- the search for the setting nearest to a speed-up -------------------------------------------------------------
 
 
-class Bench:
-    """A pipeline at some settings, with calibration prompts; what methods learn is learned once."""
+def midpoint(a, b):
+    """Half-way between two values of a parameter, None where nothing is.
 
-    def __init__(self, pipe, settings, prompts, batch_size):
-        self.pipe, self.settings, self.prompts, self.batch_size = pipe, settings, list(prompts), batch_size
-        self.model, self.steps = pipe.transformer, settings["steps"]
-        self.first_block = type(blocks_of(self.model)[0]).__name__
+    The geometric mean of two positive numbers to three digits, the middle of whole numbers, tuples part by part.
+    """
+    if a == b:
+        return a
+    if type(a) is type(b) is tuple and len(a) == len(b):
+        parts = tuple(map(midpoint, a, b))
+        return None if None in parts else parts
+    middle = None
+    if type(a) is type(b) is int:
+        middle = (a + b) // 2
+    elif type(a) is type(b) is float and a > 0 < b:
+        middle = float(f"{math.sqrt(a * b):.3g}")
+    return None if middle in (a, b) else middle
 
-    def calibrate(self) -> None:
-        """The stock pipeline on the calibration prompts, for a method that watches."""
-        for start in range(0, len(self.prompts), self.batch_size):
-            part = self.prompts[start : start + self.batch_size]
-            stock_latents(self.pipe, part, range(start, start + len(part)), self.settings)
 
-    @cached_property
-    def polynomial(self) -> tuple[float, ...]:
-        """TeaCache's, fitted as its authors do."""
-        with Fitting().watch(self.model) as fitting:
-            self.calibrate()
-        return fitting.coefficients()
+def nearest_settings(
+    values: Sequence,
+    between: Callable[[Any, Any], Any] | None,
+    saved_of: Callable[[Any], float],
+    speedups: Iterable[float],
+    refinements: int = 3,
+) -> dict[float, tuple[Any, float]]:
+    """For each speed-up the (value, FLOPs saved) that comes nearest to it, in the logarithm of the ratio.
 
-    @cached_property
-    def profile(self) -> Profile:
-        """ProfilingDiT's: where each block acts."""
-        with Profile(self.steps).watch(self.model) as profile:
-            self.calibrate()
-        return profile
+    values: a sweep, in its order. between(a, b): the value between two, or None. saved_of(value): uncached FLOPs over
+    the method's own, asked once a value. Between two neighbours with the speed-up between their savings, the interval
+    is halved up to `refinements` times.
+    """
+    speedups, saved = list(speedups), {}
 
-    @cached_property
-    def mag_ratios(self) -> list[float]:
-        """MagCache's, [T], from diffusers' calibration mode, which prints a list for each branch: their mean."""
-        from diffusers import MagCacheConfig
+    def off(value, speedup) -> float:
+        if value not in saved:
+            saved[value] = saved_of(value)
+        return math.log(saved[value] / speedup)
 
-        said = io.StringIO()
-        config = MagCacheConfig(num_inference_steps=self.steps, calibrate=True)
-        with diffusers_cache(self, config), contextlib.redirect_stdout(said):
-            self.calibrate()
-        lists = [ast.literal_eval(line) for line in said.getvalue().splitlines() if line.startswith("[1")]
-        return torch.tensor(lists, dtype=torch.float64).mean(0).tolist()
+    for speedup in speedups:
+        around = [(a, b) for a, b in pairwise(values) if off(a, speedup) * off(b, speedup) < 0]
+        if not around or between is None:
+            continue
+        a, b = min(around, key=lambda pair: min(abs(off(value, speedup)) for value in pair))
+        for _ in range(refinements):
+            middle = between(a, b)
+            if middle is None or off(middle, speedup) == 0:
+                break
+            a, b = (a, middle) if off(a, speedup) * off(middle, speedup) < 0 else (middle, b)
+    nearest = {s: min((*values, *saved), key=lambda value, s=s: abs(off(value, s))) for s in speedups}
+    return {s: (value, saved[value]) for s, value in nearest.items()}
 
-    def flops(self) -> int:
-        """Of the transformer, in a run of one calibration prompt."""
-        with FlopCounterMode(display=False) as counter:
-            stock_latents(self.pipe, self.prompts[:1], [0], self.settings)
-        return sum(counter.get_flop_counts()[type(self.model).__name__].values())
+
+# --- the caches ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def diffusers_cache(bench: Bench, config):
-    bench.model.enable_cache(config)
+def left_alone(model):
+    """Put back what cache-dit leaves changed: its own forward, and FLUX's block lists in another order.
+
+    By that order diffusers' caches find a model's first block.
+    """
+    attributes, children = {module: dict(vars(module)) for module in model.modules()}, dict(model._modules)
     try:
         yield
     finally:
-        bench.model.disable_cache()
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+        model._modules.clear()
+        model._modules.update(children)
 
 
 @contextmanager
-def cache_dit(bench: Bench, threshold=0.0, taylor=False, mask=None):
-    """DBCache at its defaults but for the blocks that are always computed, of which small models have few."""
+def cache_dit(bench: Bench, threshold=0.0, warmup=8, in_a_row=-1, taylor=False, mask=None):
+    """DBCache; small models have few blocks, so that fewer than its 8 are always computed.
+
+    warmup: the first steps, all computed. in_a_row: the most steps cached one after another, -1 for no limit. mask: one
+    of its policies, or (steps computed first, steps cached between two computed ones after them).
+    """
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it writes to stdout
     import cache_dit as library
 
     fixed = min(8, max(1, len(blocks_of(bench.model)) // 4))
     options = {"Fn_compute_blocks": fixed, "residual_diff_threshold": threshold, "num_inference_steps": bench.steps}
+    options |= {"max_warmup_steps": warmup, "max_continuous_cached_steps": in_a_row}
     if mask is not None:
-        masked = library.steps_mask(mask_policy=mask, total_steps=bench.steps)
+        policy = {"mask_policy": mask}
+        if isinstance(mask, tuple):
+            first, cached = mask
+            policy = {"compute_bins": [first] + [1] * bench.steps, "cache_bins": [cached] * bench.steps}
+        masked = library.steps_mask(**policy, total_steps=bench.steps)
         options |= {"steps_computation_mask": masked, "steps_computation_policy": "static"}
     calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-    library.enable_cache(bench.pipe, library.DBCacheConfig(**options), calibrator_config=calibrator)
-    try:
-        yield
-    finally:
-        library.disable_cache(bench.pipe)
+    with left_alone(bench.model):
+        library.enable_cache(bench.pipe, library.DBCacheConfig(**options), calibrator_config=calibrator)
+        try:
+            yield
+        finally:
+            library.disable_cache(bench.pipe)
 
 
 # Attention and feed-forward, as its authors do; diffusers' own patterns miss Wan's and CogVideoX's attn1 and attn2.
@@ -119,80 +147,151 @@ def first_block(bench: Bench, threshold: float):
     return diffusers_cache(bench, FirstBlockCacheConfig(threshold=threshold))
 
 
-def magcache(bench: Bench, threshold: float):
+def magcache(bench: Bench, threshold: float, in_a_row: int, retained: float):
+    """in_a_row: K, the most steps skipped one after another. retained: the share of first steps, all computed."""
     from diffusers import MagCacheConfig
 
-    options = {"max_skip_steps": 5, "num_inference_steps": bench.steps, "mag_ratios": bench.mag_ratios}
-    return diffusers_cache(bench, MagCacheConfig(threshold=threshold, **options))
+    options = {"max_skip_steps": in_a_row, "retention_ratio": retained, "num_inference_steps": bench.steps}
+    return diffusers_cache(bench, MagCacheConfig(threshold=threshold, mag_ratios=bench.mag_ratios, **options))
 
 
-def pyramid(bench: Bench, skip: int):
-    from diffusers import PyramidAttentionBroadcastConfig
+def seacache(bench: Bench, threshold: float, in_a_row: int):
+    """in_a_row: the most steps cached one after another."""
+    from diffusers import SeaCacheConfig
 
-    spatial = ("^transformer_blocks",) if bench.first_block == "STDiT3Block" else ("blocks",)
-    ranges = {"spatial_attention_block_skip_range": skip, "cross_attention_block_skip_range": 3 * skip}
-    if bench.first_block == "STDiT3Block":
-        ranges["temporal_attention_block_skip_range"] = 2 * skip
-    return diffusers_cache(
-        bench,
-        PyramidAttentionBroadcastConfig(
-            **ranges,
-            spatial_attention_block_identifiers=spatial,
-            current_timestep_callback=lambda: bench.pipe.current_timestep,
-        ),
+    return diffusers_cache(bench, SeaCacheConfig(threshold=threshold, max_consecutive_cached=in_a_row))
+
+
+def fastercache(bench: Bench, attention: int, unconditional: int, until: int):
+    """attention, unconditional: of so many steps one is computed, from timestep `until` (its authors' 641) to 0.
+
+    Without an unconditional branch (FLUX) only attentions are skipped. The weight 0.3 is the authors' for CogVideoX.
+    """
+    from diffusers import FasterCacheConfig
+
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=attention,
+        spatial_attention_timestep_skip_range=(-1, until),
+        unconditional_batch_skip_range=unconditional,
+        unconditional_batch_timestep_skip_range=(-1, until),
+        attention_weight_callback=lambda module: 0.3,
+        tensor_format="BFCHW",
+        is_guidance_distilled=not bench.guided,
+        current_timestep_callback=lambda: bench.pipe.current_timestep,
     )
+    return diffusers_cache(bench, config)
 
 
 @dataclass(frozen=True)
 class Peer:
     """A cache: `apply(bench, value)` is a context in which the pipeline's calls are cached; `values` go fine to fast.
 
-    label: how a value is written, with {}. blocks: the classes of first blocks that it works on; () for all.
+    label: how a value is written, with {}. between(a, b): the value between two, or None. lacking: why it does not run
+    on a model, by the class of the first block. package: that it needs.
     """
 
     apply: Callable[[Bench, Any], Any]
     values: tuple
     label: str
-    blocks: tuple[str, ...] = ()
+    between: Callable[[Any, Any], Any] | None = midpoint
+    lacking: dict[str, str] = field(default_factory=dict)
     package: str | None = None
 
     def unfit(self, bench: Bench) -> str | None:
         """Why the method cannot run on this pipeline, or None."""
+        if bench.first_block in self.lacking:
+            return self.lacking[bench.first_block]
         if self.package and find_spec(self.package) is None:
             return f"needs {self.package}: sh scripts/setup.sh peers"
-        if self.blocks and bench.first_block not in self.blocks:
-            return f"has no {bench.first_block} to work on"
         return None
 
 
-CACHE_DIT = ("FluxTransformerBlock", "WanTransformerBlock", "CogVideoXBlock")  # it knows no Open-Sora
 THRESHOLDS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.8)
+INTERVALS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+DBCACHE = (  # threshold, warm-up, most cached in a row: its defaults, its FLUX benchmark's, and hardly a limit
+    *((threshold, 8, -1) for threshold in THRESHOLDS),
+    *((threshold, 4, 6) for threshold in (0.25, 0.5, 0.8)),
+    *((threshold, 2, -1) for threshold in (0.25, 0.35, 0.5, 0.8, 1.2)),
+)
+NO_METADATA = "reads step and sigma from the cache context, where this pipeline does not put them"
+MIXED = "counts a module's calls, of which a step of Wan makes two: it would mix the guidance branches"
+SECOND_HALF = "takes a batch's second half for the conditional one, where Open-Sora's is the first"
+UNKNOWN = {"STDiT3Block": "does not know Open-Sora"}
+NO_CROSS = "freezes cross-attention, of which this model has none"
+
+
+def within_one_limit(a: tuple, b: tuple):
+    """Between two settings of DBCache: only thresholds have something between them."""
+    return midpoint(a, b) if a[1:] == b[1:] else None
+
+
+def dbcache(taylor: bool) -> Peer:
+    """-1 in a row is no limit."""
+
+    def apply(bench: Bench, value: tuple):
+        return cache_dit(bench, *value, taylor=taylor)
+
+    label = "R = {0[0]:g}, warm-up {0[1]}, at most {0[2]} in a row"
+    return Peer(apply, DBCACHE, label, within_one_limit, UNKNOWN, "cache_dit")
+
+
 PEERS: dict[str, Peer] = {
-    "first-block": Peer(first_block, THRESHOLDS, "τ = {:g}"),
-    "taylorseer": Peer(lambda b, n: taylorseer(b, n, lite=False), tuple(range(2, 9)), "N = {}"),
-    "taylorseer-lite": Peer(lambda b, n: taylorseer(b, n, lite=True), tuple(range(2, 9)), "N = {}"),
-    "magcache": Peer(magcache, (0.01, *THRESHOLDS), "δ = {:g}"),
-    "pab": Peer(pyramid, (2, 3, 4, 6, 8), "range {}"),
-    "dbcache": Peer(cache_dit, THRESHOLDS, "R = {:g}", CACHE_DIT, "cache_dit"),
-    "dbcache-taylorseer": Peer(partial(cache_dit, taylor=True), THRESHOLDS, "R = {:g}", CACHE_DIT, "cache_dit"),
+    "first-block": Peer(first_block, (*THRESHOLDS, 1.2, 2.0), "τ = {:g}"),
+    "taylorseer": Peer(partial(taylorseer, lite=False), INTERVALS, "N = {}"),
+    "taylorseer-lite": Peer(partial(taylorseer, lite=True), INTERVALS, "N = {}"),
+    "magcache": Peer(
+        lambda bench, value: magcache(bench, *value),
+        (*((t, 5, 0.2) for t in (0.01, *THRESHOLDS)), (0.8, 8, 0.1), (1.6, 12, 0.1), (3.2, 20, 0.1), (6.4, 30, 0.05)),
+        "δ = {0[0]:g}, K = {0[1]}, {0[2]:.0%} retained",
+    ),
+    "seacache": Peer(
+        lambda bench, value: seacache(bench, *value),
+        (*((t, 2) for t in THRESHOLDS), (0.8, 3), (1.2, 4), (1.6, 6), (2.4, 8)),
+        "δ = {0[0]:g}, at most {0[1]} in a row",
+        lacking=dict.fromkeys(("FluxTransformerBlock", "CogVideoXBlock", "STDiT3Block"), NO_METADATA),
+    ),
+    "fastercache": Peer(
+        lambda bench, value: fastercache(bench, *value),
+        ((2, 3, 641), (2, 5, 641), (3, 5, 641), (3, 5, 801), (3, 5, 1000), (4, 8, 1000), (8, 16, 1000)),
+        "attention {0[0]}, unconditional {0[1]}, from {0[2]}",
+        lacking={"WanTransformerBlock": MIXED, "STDiT3Block": SECOND_HALF},
+    ),
+    "pab": Peer(
+        lambda bench, value: pab(bench.model, Broadcast.pyramid(*value), lambda: bench.pipe.current_timestep),
+        (
+            *((n, (100, 800), 1) for n in (2, 3, 4, 6, 8)),
+            *((n, (0, 1000), 1) for n in (6, 8)),
+            *((n, (0, 1000), n) for n in (2, 3, 4, 6, 10, 16)),
+        ),
+        "range {0[0]} in {0[1][0]}–{0[1][1]}, feed-forward {0[2]}",
+    ),
+    "dbcache": dbcache(taylor=False),
+    "dbcache-taylorseer": dbcache(taylor=True),
     "dbcache-mask": Peer(
-        lambda b, mask: cache_dit(b, 1.0, mask=mask), ("slow", "medium", "fast", "ultra"), "{}", CACHE_DIT, "cache_dit"
+        lambda bench, mask: cache_dit(bench, 1.0, mask=mask),
+        ("slow", "medium", "fast", "ultra", (4, 6), (3, 9), (2, 14), (2, 24)),
+        "{}",
+        lacking=UNKNOWN,
+        package="cache_dit",
     ),
     "teacache": Peer(lambda b, t: teacache(b.model, TeaCachePolicy(t, b.polynomial, b.steps)), THRESHOLDS, "δ = {:g}"),
     "delta-dit": Peer(
         lambda b, p: delta_dit(b.model, b.steps, p[0], max(1, round(p[1] * len(blocks_of(b.model))))),
-        ((2, 0.25), (2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0), (6, 1.0)),
+        ((2, 0.25), (2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0), (6, 1.0), (8, 1.0)),
         "N = {0[0]}, {0[1]:.0%} of the blocks",
     ),
     "profilingdit": Peer(
-        lambda b, p: profilingdit(b.model, b.profile.background(p[1]), Cadence(p[0])),
-        ((2, 0.5), (4, 0.5), (6, 0.5), (4, 0.75), (6, 0.75), (6, 0.9), (8, 0.9)),
-        "interval {0[0]}, {0[1]:.0%} of the blocks",
+        lambda b, p: profilingdit(b.model, b.profile.background(p[1]), Cadence(p[0], p[2])),
+        (
+            *((2, 0.5, 6), (4, 0.5, 6), (6, 0.5, 6), (4, 0.75, 6), (6, 0.75, 6), (6, 0.9, 6), (8, 0.9, 6)),
+            *((6, 1.0, 6), (8, 1.0, 4), (10, 1.0, 3), (15, 1.0, 2)),
+        ),
+        "interval {0[0]}, {0[1]:.0%} of the blocks, warm-up {0[2]}",
     ),
     "t-gate": Peer(
         lambda b, share: tgate(b.model, Gate(step=max(3, round(share * b.steps)))),
-        (0.8, 0.6, 0.4, 0.25),
+        (0.8, 0.6, 0.4, 0.25, 0.1),
         "m = {:.0%} of the steps",
-        blocks=tuple(ATTENTIONS),
+        lacking=dict.fromkeys(("FluxTransformerBlock", "CogVideoXBlock"), NO_CROSS),
     ),
 }

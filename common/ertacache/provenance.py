@@ -1,4 +1,4 @@
-"""What a measured number depends on: library versions and the machine."""
+"""What a measured number depends on: library versions and the machine; and its peak memory."""
 
 import os
 import platform
@@ -22,3 +22,13 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> float | None:
+    """MiB on the GPU, None without one."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None

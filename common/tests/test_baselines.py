@@ -6,8 +6,10 @@ from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
+from ertacache.baselines import pab as pyramid
 from ertacache.baselines import teacache as tea
 from ertacache.baselines.delta_dit import delta_dit
+from ertacache.baselines.pab import Broadcast, pab
 from ertacache.baselines.profilingdit import Cadence, Profile, profilingdit
 from ertacache.baselines.stack import blocks_of, cached_ranges
 from ertacache.baselines.teacache import Fitting, TeaCachePolicy, teacache
@@ -172,3 +174,45 @@ def test_profilingdit_reuses_the_blocks_that_act_least_on_what_stands_out():
         found = tokens([1, 2, 3, 4])
     # Block 1 runs in steps 0 (warm-up), 1 and 3; in step 2 it adds what it added in step 1.
     assert [row[0] for row in found] == [2, 4, 2 + 3, 8] and [row[2] for row in found] == [6, 12, 18, 24]
+
+
+class Same(torch.nn.Module):
+    def forward(self, time):
+        return time.clone()
+
+
+class Attending(Block):
+    """Adds the time that its attention was given, and a tenth of what its feed-forward was given."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.attn, self.ff = Same(), Same()
+
+    def forward(self, hidden_states, encoder_hidden_states, temb):
+        self.calls.append(temb.item())
+        added = self.attn(temb) + self.ff(temb) / 10
+        return encoder_hidden_states - added, hidden_states + added
+
+
+TransformerBlockRegistry.register(
+    Attending, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+)
+
+
+def test_pab_reuses_each_kind_in_its_own_range_and_branch(monkeypatch):
+    monkeypatch.setitem(pyramid.MODULES, "Attending", {"attn": "spatial", "ff": "mlp"})
+    model = Model()
+    model.transformer_blocks = torch.nn.ModuleList([Attending()])
+
+    def now():
+        return model.transformer_blocks[0].calls[-1]
+
+    both = ("cond", "uncond")
+    with pab(model, Broadcast(spatial=2, mlp=4, window=(0, 1000)), now):
+        for _ in range(2):
+            for found in run(model, [1, 2, 3, 4, 5], branches=both).values():
+                assert found == pytest.approx([1.1, 1.1, 3.1, 3.1, 5.5])
+    with pab(model, Broadcast(spatial=2, window=(1, 4)), now):  # at 2 the attention is reused, at 4 no more
+        assert run(model, [1, 2, 3, 4]) == pytest.approx([1.1, 1.2, 3.3, 4.4])
+    assert run(model, [1, 2]) == pytest.approx([1.1, 2.2])
+    assert Broadcast.pyramid(2, (450, 930)) == Broadcast(2, 4, 6, 1, (450, 930))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from toy import Pipe, Program
 
 from ertacache.budget import BudgetCalibration
+from ertacache.candidate import Candidate
 from ertacache.evaluation import Evaluation
-from ertacache.metrics import latent_psnr
+from ertacache.metrics import Clip, latent_psnr
 from ertacache.peers import PEERS
+from ertacache.shelf import Shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
@@ -33,9 +36,9 @@ class Pictures(Program):
 
 
 @pytest.fixture
-def evaluation():
-    options = Namespace(batch_size=2, target="exact", model="toy")
-    return Evaluation(Pictures(), Pipe(A), ["a", "b", "c"], range(3), SETTINGS, options, repeats=0)
+def evaluation(tmp_path):
+    options = Namespace(batch_size=2, model="toy")
+    return Evaluation(Pictures(), Pipe(A), ["a", "b", "c"], range(3), SETTINGS, options, work=tmp_path, exact=True)
 
 
 def plan(tmp_path, target):
@@ -44,18 +47,89 @@ def plan(tmp_path, target):
 
 
 def test_both_distances_say_what_a_plan_aims_at(evaluation, tmp_path):
-    uncached = evaluation.row("none")
-    exact, reference = (evaluation.row("budget", plan(tmp_path, target)) for target in ("exact", "reference"))
+    uncached = evaluation.row(evaluation.uncached())
+    plans = (evaluation.planned("budget", target, plan(tmp_path, target)) for target in ("exact", "reference"))
+    exact, reference = (evaluation.row(candidate, asked=2) for candidate in plans)
     assert uncached["psnr"] is None and uncached["latent_psnr"] is None and uncached["nfe"] == 12
     assert reference["psnr"] > exact["psnr"] and reference["latent_psnr"] > exact["latent_psnr"]
     assert exact["exact_psnr"] > uncached["exact_psnr"] + 6 and exact["nfe"] == 6
     assert reference["exact_psnr"] == pytest.approx(uncached["exact_psnr"], abs=1)
+    assert [row["asked"] for row in (uncached, exact, reference)] == [None, 2, 2]
+    assert exact["timeline"]["error"] is None and len(exact["timeline"]["sigmas"]) == 25  # a grid of its own
+    errors = reference["timeline"]["error"]
+    assert len(errors) == 6 and errors[0] == 0 and 0 < max(errors) < 0.1
 
 
 def test_fewer_steps_on_a_shifted_grid(evaluation):
-    native, same, other = (evaluation.row("fewer", settings={"steps": 6}, shift=s) for s in (None, 1.0, 3.0))
+    shifts = (None, 1.0, 3.0)
+    native, same, other = (evaluation.row(evaluation.fewer_steps("fewer", str(s), 6, s)) for s in shifts)
     assert native["latent_psnr"] == pytest.approx(same["latent_psnr"], abs=1e-3)  # the toy's own grid is uniform
     assert abs(native["latent_psnr"] - other["latent_psnr"]) > 1 and other["settings"]["shift"] == 3.0
+
+
+def test_finished_rows_are_not_measured_again(evaluation):
+    calls = []
+
+    def run(part, on_step=None):
+        calls.append(part)
+        return evaluation.own()(part)
+
+    candidate = Candidate("same", "same", "peer", run, run, SETTINGS)
+    first = evaluation.row(candidate, asked=2)
+    assert calls == [slice(0, 2), slice(2, 4)] and first["latent_psnr"] is None and first["speedup_nfe"] == 1
+    assert evaluation.row(candidate, asked=3) == {**first, "asked": 3} and len(calls) == 2
+
+
+def test_a_shelf_keeps_values_and_arrays_by_key_and_identity(tmp_path):
+    made = []
+    shelf, other = Shelf(tmp_path, "one"), Shelf(tmp_path, "two")
+    for place in (shelf, shelf, other):
+        assert place.keep(["a", 1], lambda: made.append("value") or {"x": [1.5, None]}) == {"x": [1.5, None]}
+        kept = place.keep_arrays("b", lambda: made.append("arrays") or {"y": np.arange(3)})
+        assert np.array_equal(kept["y"], [0, 1, 2])
+    assert made == ["value", "arrays", "value", "arrays"]
+
+
+def test_latency_is_measured_in_turn_with_the_uncached_run(evaluation):
+    evaluation.repeats, order = 3, []
+
+    def timed(name, seconds):
+        def run(part, on_step=None):
+            order.append(name)
+            return evaluation.own()(part)._replace(seconds=seconds)
+
+        return run
+
+    candidate = Candidate("half", "half", "peer", timed("B", 0.5), timed("A", 1.0), SETTINGS)
+    found = evaluation.latency(candidate)
+    assert "".join(order) == "ABABABAB" and found["latency_s"] == 0.5 and found["speedup_latency"] == 2
+    assert found["end_to_end_s"] > 0 and found["speedup_end_to_end"] > 0
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, demo):
+    """A random CLIP with the demo's tokenizer, as a directory."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    text = {**small, "vocab_size": len(demo.tokenizer), "max_position_embeddings": 16, "eos_token_id": 0}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=32), demo.tokenizer).save_pretrained(folder)
+    return Clip(str(folder))
+
+
+def test_clip_compares_pictures_frames_and_prompts(clip):
+    videos = np.random.default_rng(0).random((2, 3, 32, 32, 3))
+    assert clip.similarity(videos, videos) == pytest.approx(1)
+    assert clip.similarity(videos, videos[:, ::-1] ** 3) < 0.9999
+    prompts = ["a big red star", "a small blue ring"]
+    scores = [clip.score([p], v[None]) for p, v in zip(prompts, videos, strict=True)]
+    assert min(scores) >= 0 and clip.score(prompts, videos) == pytest.approx(np.mean(scores), abs=1e-3)
+    none = Clip(None)
+    assert none.similarity(videos, videos) is None and none.score(prompts, videos) is None
 
 
 def test_latent_psnr():
@@ -70,29 +144,39 @@ def script(name, *arguments):
 
 
 def test_the_table_of_the_demo(tmp_path):
-    arguments = ["--methods", "fewer-steps,budget", "--speedups", "3", "--count", "2", "--latency-repeats", "1"]
-    done = script("evaluate.py", *arguments, "--json", str(tmp_path / "rows.json"))
+    methods = ["--methods", "fewer-steps,first-block,budget", "--speedups", "3", "--no-exact", "--samples", "1"]
+    files = ["--json", str(tmp_path / "rows.json"), "--csv", str(tmp_path / "rows.csv")]
+    how = ["--count", "2", "--latency-repeats", "1", "--work", str(tmp_path / "work")]
+    done = script("evaluate.py", *methods, *files, *how)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["nfe"] for row in rows] == [30, 10, 10] and rows[2]["psnr"] > rows[1]["psnr"] + 6
-    assert done.stdout.count("\n| ") == 3 and "2 prompts" in done.stdout
-
-
-def test_other_caches_are_swept_for_the_setting_nearest_to_a_speedup(tmp_path):
-    arguments = ["--methods", "first-block", "--speedups", "2", "--count", "2", "--latency-repeats", "1"]
-    done = script("evaluate.py", *arguments, "--json", str(tmp_path / "rows.json"))
-    assert done.returncode == 0, done.stderr
-    none, row = json.loads((tmp_path / "rows.json").read_text())
-    assert row["method"].startswith("first-block (τ = ") and row["settings"]["value"] in PEERS["first-block"].values
-    assert 1.5 < row["speedup_nfe"] < 2.7 and row["nfe"] == pytest.approx(30 / row["speedup_nfe"])
-    assert 30 < row["psnr"] < 70 and none["nfe"] == 30
+    none, fewer, budget, peer = rows
+    assert [row["method"] for row in rows] == ["none", "fewer-steps", "budget", "first-block"]
+    assert [row["nfe"] for row in rows[:3]] == [30, 10, 10] and budget["psnr"] > fewer["psnr"] + 6
+    assert budget["speedup_flops"] == pytest.approx(3, rel=0.01) and budget["exact_psnr"] is None
+    assert peer["label"] == f"first-block ({PEERS['first-block'].label.format(peer['settings']['value'])})"
+    assert 2 < peer["speedup_flops"] < 4.5 and peer["nfe"] == pytest.approx(30 / peer["speedup_flops"])
+    assert 25 < peer["psnr"] < 70 and none["psnr"] is None and none["speedup_latency"] == 1
+    assert all((tmp_path / path).exists() for row in rows for path in row["samples"]) and len(none["samples"]) == 1
+    assert (
+        budget["plan"] == "ERTACache4FLUX/cache/demo-30-budget-10.json" and not Path(none["samples"][0]).is_absolute()
+    )
+    assert done.stdout.count("\n| ") == 4 and "2 prompts" in done.stdout
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 5
+    start = time.perf_counter()
+    assert script("evaluate.py", *methods, *files, *how).stdout == done.stdout  # all rows were finished
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows and time.perf_counter() - start < 60
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
         ("evaluate.py", "--methods magic --speedups 2", "--methods magic: choose from"),
-        ("evaluate.py", "--methods budget", "give either --thresholds"),
+        ("evaluate.py", "--methods budget", "give either --speedups"),
+        ("evaluate.py", "--methods budget --speedups 2 --samples -1", "--samples -1: give a whole number"),
+        ("evaluate.py", "--methods budget --speedups 2 --sites edge", "--sites edge: choose from output, blocks"),
+        ("evaluate.py", "--methods budget --speedups 2 --clip no/where", "--clip no/where cannot be loaded"),
+        ("evaluate.py", "--methods budget --thresholds 0.1", "--thresholds has no meaning for budget"),
         ("evaluate.py", "--methods budget --speedups 0.5", "a speed-up is a number of at least 1"),
         ("study.py", "transfer --sizes 48", "--sizes 48: write HEIGHTxWIDTH"),
         ("study.py", "prompts --counts two", "'two' is no list of numbers"),

@@ -31,6 +31,8 @@ class Scheduler:
 
 
 class Pipe:
+    _execution_device = torch.device("cpu")
+
     def __init__(self, matrix):
         self.transformer, self.scheduler = LinearModel(matrix), Scheduler()
 

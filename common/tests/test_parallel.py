@@ -1,5 +1,6 @@
 """Several processes: gloo on the CPU, sums and plans bit for bit those of one process, and no hanging."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -253,11 +254,11 @@ def calibrate(out):
     return plans(out)
 
 
-def launch(out):
+def launch(words):
     """By two processes, which are started and not waited for."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *LAUNCHER, *command(out)], env=environment, **pipes)
+    return subprocess.Popen([sys.executable, *LAUNCHER, *words], env=environment, **pipes)
 
 
 def plans(folder):
@@ -277,7 +278,7 @@ def alone(tmp_path_factory, one_thread):
 
 
 def test_two_processes_write_the_plans_of_one(alone, tmp_path):
-    said, errors = (launched := launch(tmp_path / "plans")).communicate(timeout=200)
+    said, errors = (launched := launch(command(tmp_path / "plans"))).communicate(timeout=200)
     assert launched.returncode == 0, errors
     names = {"demo-6-0.3.json", "demo-6-0.3.safetensors", "demo-6-budget-3.json", "demo-6-budget-3.safetensors"}
     assert alone.keys() == names and plans(tmp_path / "plans") == alone
@@ -286,7 +287,7 @@ def test_two_processes_write_the_plans_of_one(alone, tmp_path):
 
 
 def test_one_process_goes_on_where_two_were_killed(alone, tmp_path):
-    launched = launch(out := tmp_path / "plans")
+    launched = launch(command(out := tmp_path / "plans"))
     while launched.poll() is None and not list(out.glob("*.partial/" + "[0-9a-f]" * 32 + ".safetensors")):
         time.sleep(0.005)
     workers = psutil.Process(launched.pid).children()
@@ -297,3 +298,27 @@ def test_one_process_goes_on_where_two_were_killed(alone, tmp_path):
     assert launched.returncode != 0 and not any(process.is_running() for process in workers)
     assert len(list(out.glob("*.partial"))) == 1 and not list(out.glob("*.json"))
     assert calibrate(out) == alone
+
+
+# --- scripts/evaluate.py -----------------------------------------------------------------------------------------
+
+
+def evaluation(out):
+    """scripts/evaluate.py on the FLUX demo with three prompts, one a batch; its plan is calibrated first."""
+    options = {"methods": "fewer-steps,budget", "speedups": 2, "count": 3, "batch-size": 1, "steps": 6}
+    options |= {"calibration-prompts": out.parent / "prompts.txt", "latency-repeats": 0, "device": "cpu"}
+    options |= {"work": out / "work", "plans": out / "plans", "json": out / "rows.json"}
+    words = [ROOT / "scripts/evaluate.py", ROOT / "ERTACache4FLUX", *(f"--{k}={v}" for k, v in options.items())]
+    return [str(word) for word in words]
+
+
+def test_two_processes_print_the_table_of_one(tmp_path):
+    command(tmp_path / "plans")  # writes the prompts
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, *evaluation(tmp_path / "alone")]
+    one = subprocess.run(alone, env=environment, capture_output=True, text=True, timeout=200)
+    said, errors = (launched := launch(evaluation(tmp_path / "both"))).communicate(timeout=200)
+    assert one.returncode == 0 and launched.returncode == 0, one.stderr + errors
+    rows, again = (json.loads((tmp_path / name / "rows.json").read_text()) for name in ("alone", "both"))
+    assert rows == again and [row["method"] for row in rows] == ["none", "fewer-steps", "budget"]
+    assert said == one.stdout and rows[2]["psnr"] > rows[1]["psnr"] and rows[0]["exact_psnr"] > 20

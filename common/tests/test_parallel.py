@@ -308,7 +308,8 @@ def evaluation(out):
     options = {"methods": "fewer-steps,budget", "speedups": 2, "count": 3, "batch-size": 1, "steps": 6}
     options |= {"calibration-prompts": out.parent / "prompts.txt", "latency-repeats": 0, "device": "cpu"}
     options |= {"work": out / "work", "plans": out / "plans", "json": out / "rows.json"}
-    words = [ROOT / "scripts/evaluate.py", ROOT / "ERTACache4FLUX", *(f"--{k}={v}" for k, v in options.items())]
+    flags = ["--no-exact", *(f"--{k}={v}" for k, v in options.items())]
+    words = [ROOT / "scripts/evaluate.py", ROOT / "ERTACache4FLUX", *flags]
     return [str(word) for word in words]
 
 
@@ -321,4 +322,4 @@ def test_two_processes_print_the_table_of_one(tmp_path):
     assert one.returncode == 0 and launched.returncode == 0, one.stderr + errors
     rows, again = (json.loads((tmp_path / name / "rows.json").read_text()) for name in ("alone", "both"))
     assert rows == again and [row["method"] for row in rows] == ["none", "fewer-steps", "budget"]
-    assert said == one.stdout and rows[2]["psnr"] > rows[1]["psnr"] and rows[0]["exact_psnr"] > 20
+    assert said == one.stdout and rows[2]["psnr"] > rows[1]["psnr"]

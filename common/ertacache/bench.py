@@ -11,18 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ertacache.baselines.profilingdit import Profile
 from ertacache.baselines.stack import blocks_of
-from ertacache.baselines.teacache import Fitting
+from ertacache.baselines.teacache import COEFFICIENTS, Fitting
 from ertacache.stock import stock_latents
 
 
 class Bench:
     """Nothing is run when it is made; what methods learn is learned once, when it is first asked for.
 
-    settings: as a model folder's `settings_of` returns them. batch_size: of the runs that methods watch.
+    settings: as a model folder's `settings_of` returns them. batch_size: of the runs that methods watch. name: the
+    hub id of the checkpoint, for which there may be published constants.
     """
 
-    def __init__(self, pipe, settings, prompts, batch_size):
-        self.pipe, self.settings, self.prompts, self.batch_size = pipe, settings, list(prompts), batch_size
+    def __init__(self, pipe, settings, prompts, batch_size, name: str = ""):
+        self.pipe, self.settings, self.name = pipe, settings, name
+        self.prompts, self.batch_size = list(prompts), batch_size
         self.model, self.steps = pipe.transformer, settings["steps"]
 
     @cached_property
@@ -43,7 +45,9 @@ class Bench:
 
     @cached_property
     def polynomial(self) -> tuple[float, ...]:
-        """TeaCache's, fitted as its authors do."""
+        """TeaCache's: as published for this checkpoint, or else fitted as its authors do."""
+        if self.name in COEFFICIENTS:
+            return COEFFICIENTS[self.name]
         with Fitting().watch(self.model) as fitting:
             self.calibrate()
         return fitting.coefficients()

@@ -138,7 +138,9 @@ class Comparison:
     @cached_property
     def bench(self) -> Bench:
         calibration = self.calibration(site="output")
-        return Bench(self.evaluation.pipe, self.settings, calibration.prompts, self.options.batch_size)
+        return Bench(
+            self.evaluation.pipe, self.settings, calibration.prompts, self.options.batch_size, self.options.model
+        )
 
 
 class Budgeted:

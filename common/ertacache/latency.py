@@ -21,6 +21,7 @@ from ertacache import peers
 from ertacache.algorithm import uniform_cached
 from ertacache.baselines.stack import blocks_of
 from ertacache.baselines.teacache import TeaCachePolicy, teacache
+from ertacache.bench import Bench
 from ertacache.budget import ANCHORS, budget_of
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
@@ -162,7 +163,7 @@ class Latency:
     def __init__(self, program, pipe, settings, repeats: int):
         self.program, self.pipe, self.settings, self.repeats = program, pipe, settings, repeats
         self.steps, self.model, self.device = settings["steps"], pipe.transformer, pipe._execution_device
-        self.bench = peers.Bench(pipe, settings, [PROMPT], 1)
+        self.bench = Bench(pipe, settings, [PROMPT], 1)
         self.passes, self.uncached = Passes(), 0
         self.thresholds: dict[str, float] = {}
 

@@ -10,11 +10,13 @@ import numpy as np
 
 from ertacache import BudgetPlan, ThresholdPlan
 from ertacache.algorithm import uniform_cached
+from ertacache.bench import Bench
 from ertacache.budget import BudgetCalibration, budget_of
 from ertacache.evaluation import Candidate, Evaluation
-from ertacache.peers import PEERS, Bench, nearest_settings
+from ertacache.peers import PEERS
 from ertacache.planner import adams_bashforth_weights, offline_weights, predictor_weights
 from ertacache.store import budget_name, open_calibration, plan_name
+from ertacache.sweep import nearest_settings
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
@@ -132,7 +134,7 @@ class Comparison:
 
         for speedup, (value, _) in nearest_settings(peer.values, peer.between, saved_of, speedups).items():
             cached = partial(peer.apply, self.bench, value)
-            label = f"{method} ({peer.label.format(value)})"
+            label = f"{method} ({peer.written(value)})"
             yield self.evaluation.row(self.evaluation.peer(method, label, value, cached), speedup)
 
     @cached_property

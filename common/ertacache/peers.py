@@ -5,14 +5,12 @@ has to learn from the model (TeaCache's polynomial, MagCache's ratios) is learne
 begin at what the authors recommend and go on, past it, until the method's limit or a speed-up of five.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 from ertacache.baselines.delta_dit import delta_dit
@@ -22,63 +20,7 @@ from ertacache.baselines.stack import blocks_of
 from ertacache.baselines.teacache import TeaCachePolicy, teacache
 from ertacache.baselines.tgate import Gate, tgate
 from ertacache.bench import Bench, diffusers_cache
-
-# --- the search for the setting nearest to a speed-up -------------------------------------------------------------
-
-
-def midpoint(a, b):
-    """Half-way between two values of a parameter, None where nothing is.
-
-    The geometric mean of two positive numbers to three digits, the middle of whole numbers, tuples part by part.
-    """
-    if a == b:
-        return a
-    if type(a) is type(b) is tuple and len(a) == len(b):
-        parts = tuple(map(midpoint, a, b))
-        return None if None in parts else parts
-    middle = None
-    if type(a) is type(b) is int:
-        middle = (a + b) // 2
-    elif type(a) is type(b) is float and a > 0 < b:
-        middle = float(f"{math.sqrt(a * b):.3g}")
-    return None if middle in (a, b) else middle
-
-
-def nearest_settings(
-    values: Sequence,
-    between: Callable[[Any, Any], Any] | None,
-    saved_of: Callable[[Any], float],
-    speedups: Iterable[float],
-    refinements: int = 3,
-) -> dict[float, tuple[Any, float]]:
-    """For each speed-up the (value, FLOPs saved) that comes nearest to it, in the logarithm of the ratio.
-
-    values: a sweep, in its order. between(a, b): the value between two, or None. saved_of(value): uncached FLOPs over
-    the method's own, asked once a value. Between two neighbours with the speed-up between their savings, the interval
-    is halved up to `refinements` times.
-    """
-    speedups, saved = list(speedups), {}
-
-    def off(value, speedup) -> float:
-        if value not in saved:
-            saved[value] = saved_of(value)
-        return math.log(saved[value] / speedup)
-
-    for speedup in speedups:
-        around = [(a, b) for a, b in pairwise(values) if off(a, speedup) * off(b, speedup) < 0]
-        if not around or between is None:
-            continue
-        a, b = min(around, key=lambda pair: min(abs(off(value, speedup)) for value in pair))
-        for _ in range(refinements):
-            middle = between(a, b)
-            if middle is None or off(middle, speedup) == 0:
-                break
-            a, b = (a, middle) if off(a, speedup) * off(middle, speedup) < 0 else (middle, b)
-    nearest = {s: min((*values, *saved), key=lambda value, s=s: abs(off(value, s))) for s in speedups}
-    return {s: (value, saved[value]) for s, value in nearest.items()}
-
-
-# --- the caches ---------------------------------------------------------------------------------------------------
+from ertacache.sweep import midpoint
 
 
 @contextmanager
@@ -186,16 +128,19 @@ def fastercache(bench: Bench, attention: int, unconditional: int, until: int):
 class Peer:
     """A cache: `apply(bench, value)` is a context in which the pipeline's calls are cached; `values` go fine to fast.
 
-    label: how a value is written, with {}. between(a, b): the value between two, or None. lacking: why it does not run
-    on a model, by the class of the first block. package: that it needs.
+    label: how a value is written: with {}, or a function. between(a, b): the value between two, or None. lacking: why
+    it does not run on a model, by the class of the first block. package: that it needs.
     """
 
     apply: Callable[[Bench, Any], Any]
     values: tuple
-    label: str
+    label: str | Callable[[Any], str]
     between: Callable[[Any, Any], Any] | None = midpoint
     lacking: dict[str, str] = field(default_factory=dict)
     package: str | None = None
+
+    def written(self, value) -> str:
+        return self.label.format(value) if isinstance(self.label, str) else self.label(value)
 
     def unfit(self, bench: Bench) -> str | None:
         """Why the method cannot run on this pipeline, or None."""
@@ -226,12 +171,14 @@ def within_one_limit(a: tuple, b: tuple):
 
 
 def dbcache(taylor: bool) -> Peer:
-    """-1 in a row is no limit."""
-
     def apply(bench: Bench, value: tuple):
         return cache_dit(bench, *value, taylor=taylor)
 
-    label = "R = {0[0]:g}, warm-up {0[1]}, at most {0[2]} in a row"
+    def label(value: tuple) -> str:
+        threshold, warmup, in_a_row = value
+        text = f"R = {threshold:g}, warm-up {warmup}"
+        return text if in_a_row < 0 else f"{text}, at most {in_a_row} in a row"
+
     return Peer(apply, DBCACHE, label, within_one_limit, UNKNOWN, "cache_dit")
 
 
@@ -270,7 +217,7 @@ PEERS: dict[str, Peer] = {
     "dbcache-mask": Peer(
         lambda bench, mask: cache_dit(bench, 1.0, mask=mask),
         ("slow", "medium", "fast", "ultra", (4, 6), (3, 9), (2, 14), (2, 24)),
-        "{}",
+        lambda mask: mask if isinstance(mask, str) else f"{mask[0]} first steps, then 1 of {mask[1] + 1}",
         lacking=UNKNOWN,
         package="cache_dit",
     ),

@@ -157,7 +157,7 @@ def test_the_table_of_the_demo(tmp_path):
     assert [row["method"] for row in rows] == ["none", "fewer-steps", "budget", "first-block"]
     assert [row["nfe"] for row in rows[:3]] == [30, 10, 10] and budget["psnr"] > fewer["psnr"] + 6
     assert budget["speedup_flops"] == pytest.approx(3, rel=0.01) and budget["exact_psnr"] is None
-    assert peer["label"] == f"first-block ({PEERS['first-block'].label.format(peer['settings']['value'])})"
+    assert peer["label"] == f"first-block ({PEERS['first-block'].written(peer['settings']['value'])})"
     assert 2 < peer["speedup_flops"] < 4.5 and peer["nfe"] == pytest.approx(30 / peer["speedup_flops"])
     assert 25 < peer["psnr"] < 70 and none["psnr"] is None and none["speedup_latency"] == 1
     assert all((tmp_path / path).exists() for row in rows for path in row["samples"]) and len(none["samples"]) == 1

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from ertacache.baselines.stack import blocks_of
-from ertacache.bench import diffusers_cache
-from ertacache.peers import PEERS, Bench, midpoint, nearest_settings
+from ertacache.bench import Bench, diffusers_cache
+from ertacache.peers import PEERS
 from ertacache.stock import stock_latents
+from ertacache.sweep import midpoint, nearest_settings
 
 STEPS, SEEDS = 8, [3, 4]
 OWN = {  # values with which the method engages within eight steps

@@ -7,7 +7,6 @@ is in `scripts/report.py` and `scripts/page/`.
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,10 +185,9 @@ def check_comparable(section: Section) -> None:
 
 
 def curve(row: dict) -> str:
-    """Name of the curve that a row is a point of: method, its site, and whether a plan aims at the exact solution."""
+    """Name of the curve that a row is a point of: its method, and where a threshold plan caches."""
     site = row["settings"].get("site")
-    exact = row["family"] == "budget" and re.search(r"\bexact\b", row["label"])
-    return row["method"] + (f" ({site})" if site and row["family"] == "ertacache" else "") + ", exact" * bool(exact)
+    return row["method"] + (f" ({site})" if site else "")
 
 
 def curves(section: Section) -> dict[str, list[dict]]:

@@ -166,12 +166,12 @@ class Evaluation:
         return Candidate(method, label, "peer", run, self.stock(), self.settings, extra=extra)
 
     def measure(self, candidate: Candidate) -> dict:
-        reset_peak_memory()
+        reset_peak_memory(self.pipe._execution_device)
         seen: dict[int, torch.Tensor] = {}
         found = self.reference
         if candidate.method != "none":
             found = self.outcome(candidate.run, lambda i, x, v: seen.update({i: x[0].float().cpu()}))
-        memory, saved = peak_memory(), self.reference.flops / found.flops
+        memory, saved = peak_memory(self.pipe._execution_device), self.reference.flops / found.flops
         nfe = candidate.nfe or self.settings["steps"] / saved
         return {
             "folder": self.program.FOLDER.name,

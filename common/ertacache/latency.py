@@ -26,6 +26,7 @@ from ertacache.budget import ANCHORS, budget_of
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.plan import BudgetPlan, ThresholdPlan
+from ertacache.provenance import peak_memory, reset_peak_memory
 from ertacache.stock import stock_latents
 
 SPEEDUP = 2  # T/N of every method
@@ -269,16 +270,6 @@ def empty_row(name: str, settings: dict, backend: str | None, error: str | None 
     row = {"method": name, "compile": backend or "no", "steps": settings["steps"]}
     nothing = dict.fromkeys((*NUMBERS, "peak_memory_mib", "threshold"))
     return {**row, **nothing, "settings": dict(settings), "error": error}
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """MiB on a GPU, None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
 def describe(error: Exception) -> str:

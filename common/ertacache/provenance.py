@@ -24,11 +24,11 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
 
 
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory() -> float | None:
-    """MiB on the GPU, None without one."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+def peak_memory(device: torch.device) -> float | None:
+    """MiB on a GPU since the reset, None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

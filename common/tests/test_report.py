@@ -13,6 +13,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+from PIL import Image
 
 from ertacache import UserError
 from ertacache.report import read_source, sections
@@ -86,7 +87,17 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     files = [write_rows(folder, "Pictures"), write_rows(folder, "Videos", video=True)]
     title = "Numbers & <places>"
-    done = report(*files, "--out", folder / "report.html", "--title", title, "--markdown", folder / "tables.md")
+    done = report(
+        *files,
+        "--out",
+        folder / "report.html",
+        "--title",
+        title,
+        "--markdown",
+        folder / "tables.md",
+        "--picture",
+        folder / "psnr.png",
+    )
     assert done.returncode == 0, done.stderr
     assert "14 rows of 2 models" in done.stdout
     return folder
@@ -118,6 +129,13 @@ def test_markdown_tables(made):
     assert head not in tables and "| budget (H = 3) | 6 | 2.00× | 1.80× | 1.60× | **70.00** |" in tables
     assert "| tea\\|cache (δ = 0.4) | **2.9** | **4.20×** | **3.78×** | **3.36×** | **45.00** |" in tables
     assert re.search(r"\| sloth \(N = 2\) \| 8 \|.*\| 60.00 \|.*\| – \|\n", tables)
+
+
+def test_the_overview_has_a_panel_a_model(made):
+    overview = Image.open(made / "psnr.png")
+    assert overview.size == (2 * 407, 396) and overview.getpixel((1, 1))[:3] == (255, 255, 255)
+    colours = {pixel[:3] for _, pixel in overview.getcolors(1 << 20)}
+    assert {(0x0B, 0x5F, 0xD0), (0x9A, 0x9A, 0x9A)} <= colours  # budget plans and other caches
 
 
 def changed(rows, number, **values):

@@ -110,9 +110,24 @@ def page(sections, sources, title: str) -> str:
     )
 
 
+def summary(sections: list[report.Section]) -> str:
+    """Markdown: who is first at each speed-up, and how far our budget plans are from the others."""
+    head = ["model", "asked", "by", "first", "value", "our best place", "− best other cache", "− best of all others"]
+    lines = [head, ["---"] * len(head)]
+    for section in sections:
+        for asked in section.asked:
+            for verdict in report.verdicts(section, asked):
+                first = ", ".join(row["label"].replace("|", "\\|") for row, _ in verdict["first"])
+                place = f"{verdict['ours'][0] if verdict['ours'] else report.MISSING} of {verdict['of']}"
+                leads = [report.lead(section, asked, verdict["metric"], others=("peer",)), verdict["margin"]]
+                model = section.folder.removeprefix("ERTACache4")
+                lines.append([model, f"{asked:g}×", verdict["title"], first, verdict["first"][0][1], place, *leads])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def tables(sections) -> str:
-    """Markdown, a table for each folder and asked speed-up."""
-    parts = []
+    """Markdown: who is first, and a table for each folder and asked speed-up."""
+    parts = ["## Who is first", "Differences are those of our best budget plan.", summary(sections)]
     for section in sections:
         facts = section.rows[0]
         where = f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}"

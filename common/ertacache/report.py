@@ -243,11 +243,25 @@ def verdicts(section: Section, asked: float) -> list[dict]:
         if ranked:
             first = [(row, cell(row, metric)) for place, row in ranked if place == 1]
             ours = next(((place, row) for place, row in ranked if is_ours(row)), None)
-            lead = margin(section.rows, section.folder, asked, metric)
-            shown = MISSING if lead is None else f"{lead:+.2f} dB" if metric.endswith("psnr") else f"{lead:+.5f}"
-            shown = shown.replace("-", "−")
-            found.append({"title": plain(metric), "first": first, "ours": ours, "of": len(ranked), "margin": shown})
+            shown = lead(section, asked, metric)
+            found.append(
+                {
+                    "metric": metric,
+                    "title": plain(metric),
+                    "first": first,
+                    "ours": ours,
+                    "of": len(ranked),
+                    "margin": shown,
+                }
+            )
     return found
+
+
+def lead(section: Section, asked: float, metric: str, **others) -> str:
+    """The margin of our best budget plan, in words."""
+    found = margin(section.rows, section.folder, asked, metric, **others)
+    shown = MISSING if found is None else f"{found:+.2f} dB" if metric.endswith("psnr") else f"{found:+.5f}"
+    return shown.replace("-", "−")
 
 
 def provenance(section: Section) -> list[dict]:

@@ -60,11 +60,11 @@ def standing(rows: list[dict], folder: str, asked: float, metric: str) -> list[t
     return sorted(places, key=lambda pair: pair[0])
 
 
-def margin(rows: list[dict], folder: str, asked: float, metric: str) -> float | None:
-    """Our best budget row minus the best peer or shorter run, in the metric's unit; None when either is missing."""
+def margin(rows: list[dict], folder: str, asked: float, metric: str, others=OTHERS) -> float | None:
+    """Our best budget row minus the best row of other families, in the metric's unit; None when either is missing."""
     ranked = [row for _, row in standing(rows, folder, asked, metric)]
     ours = next((row[metric] for row in ranked if row["family"] == "budget"), None)
-    theirs = next((row[metric] for row in ranked if row["family"] in OTHERS), None)
+    theirs = next((row[metric] for row in ranked if row["family"] in others), None)
     return None if ours is None or theirs is None else ours - theirs
 
 

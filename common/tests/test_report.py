@@ -87,17 +87,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     files = [write_rows(folder, "Pictures"), write_rows(folder, "Videos", video=True)]
     title = "Numbers & <places>"
-    done = report(
-        *files,
-        "--out",
-        folder / "report.html",
-        "--title",
-        title,
-        "--markdown",
-        folder / "tables.md",
-        "--picture",
-        folder / "psnr.png",
-    )
+    beside = ("--markdown", folder / "tables.md", "--picture", folder / "psnr.png")
+    done = report(*files, "--out", folder / "report.html", "--title", title, *beside)
     assert done.returncode == 0, done.stderr
     assert "14 rows of 2 models" in done.stdout
     return folder
@@ -124,7 +115,10 @@ def test_the_rows_can_be_taken_back_out(made):
 
 def test_markdown_tables(made):
     tables = (made / "tables.md").read_text()
-    assert tables.count("\n### 2×\n") == tables.count("\n### 4×\n") == 2 and tables.startswith("## Pictures, demo\n")
+    assert tables.count("\n### 2×\n") == tables.count("\n### 4×\n") == 2 and tables.count("\n## Pictures, demo\n") == 1
+    assert tables.startswith("## Who is first\n")
+    assert "| Pictures | 2× | PSNR | budget (H = 3) | 70.00 | 1 of 2 | +20.00 dB | +20.00 dB |" in tables
+    assert "| Videos | 4× | PSNR | tea\\|cache (δ = 0.4) | 45.00 | 2 of 2 | −5.00 dB | −5.00 dB |" in tables
     head = "| budget (H = 3) | **6** | **2.00×**"
     assert head not in tables and "| budget (H = 3) | 6 | 2.00× | 1.80× | 1.60× | **70.00** |" in tables
     assert "| tea\\|cache (δ = 0.4) | **2.9** | **4.20×** | **3.78×** | **3.36×** | **45.00** |" in tables

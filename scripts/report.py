@@ -75,14 +75,14 @@ def setting(row: dict) -> str:
 def view(section, media) -> dict:
     """All that the template shows of a model folder."""
     asked = [*section.asked, *([None] if any(row["asked"] is None for row in section.methods) else [])]
-    plans = [row for rows in report.curves(section).values() for row in rows if row.get("timeline")]
+    ours = [row for rows in report.curves(section).values() for row in rows if is_ours(row)]
     return {
         "section": section,
         "tables": [report.table(section, value) for value in asked],
         "verdicts": {value: report.verdicts(section, value) for value in section.asked},
         "plots": {axis: {report.plain(m): plot(section, m, axis) for m in PLOTTED} for axis in AXES},
         "legend": legend(section),
-        "timelines": [timeline(section, row, number) for number, row in enumerate(plans)],
+        "timelines": [timeline(section, row, n) for n, row in enumerate(ours) if row.get("timeline")],
         "samples": samples(section, media),
         "provenance": report.provenance(section),
     }

@@ -1,8 +1,38 @@
 """ERTACache: run a diffusion transformer at a fraction of its model calls, with hardly a visible change."""
 
-from ertacache.conditions import Conditions
-from ertacache.errors import PlanError, UserError
-from ertacache.plan import BudgetPlan, Plan, ThresholdPlan
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ertacache.conditions import Conditions
+    from ertacache.errors import PlanError, UserError
+    from ertacache.pipelines import disable, enable, summary
+    from ertacache.plan import BudgetPlan, Plan, ThresholdPlan
 
 __version__ = "0.1.0"
-__all__ = ["BudgetPlan", "Conditions", "Plan", "PlanError", "ThresholdPlan", "UserError", "__version__"]
+__all__ = [
+    "BudgetPlan",
+    "Conditions",
+    "Plan",
+    "PlanError",
+    "ThresholdPlan",
+    "UserError",
+    "__version__",
+    "disable",
+    "enable",
+    "summary",
+]
+_MODULES = {
+    "conditions": ("Conditions",),
+    "errors": ("PlanError", "UserError"),
+    "pipelines": ("disable", "enable", "summary"),
+    "plan": ("BudgetPlan", "Plan", "ThresholdPlan"),
+}
+
+
+def __getattr__(name: str):
+    """Names are looked up when they are used, so that importing the package costs nothing."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ertacache.{module}"), name)
+    raise AttributeError(f"module 'ertacache' has no attribute {name!r}")

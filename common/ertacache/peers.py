@@ -206,8 +206,8 @@ PEERS: dict[str, Peer] = {
     "pab": Peer(
         lambda bench, value: pab(bench.model, Broadcast.pyramid(*value), lambda: bench.pipe.current_timestep),
         (
-            *((n, (100, 800), 1) for n in (2, 3, 4, 6, 8)),
-            *((n, (0, 1000), 1) for n in (6, 8)),
+            *((n, (100, 800), 1) for n in (2, 3)),
+            (2, (100, 800), 2),
             *((n, (0, 1000), n) for n in (2, 3, 4, 6, 10, 16)),
         ),
         "range {0[0]} in {0[1][0]}–{0[1][1]}, feed-forward {0[2]}",

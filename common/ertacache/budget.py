@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 
 from ertacache import exact, parallel, planner
 from ertacache.algorithm import jump
-from ertacache.calibrate import Calibration
+from ertacache.calibration import Calibration
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
 from ertacache.gram import Gram

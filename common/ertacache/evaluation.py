@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ertacache import cli, exact, metrics, outputs, parallel
-from ertacache.calibrate import fingerprint
+from ertacache.calibration import fingerprint
 from ertacache.candidate import Candidate, Outcome, Run
 from ertacache.files import relative
 from ertacache.ledger import digest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ertacache import parallel
 from ertacache.budget import BudgetCalibration, budget_of
-from ertacache.calibrate import Calibration, fingerprint
+from ertacache.calibration import Calibration, fingerprint
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable, read_prompts

@@ -19,7 +19,7 @@ from toy import Pipe, Program
 
 from ertacache import UserError, parallel
 from ertacache.budget import BudgetCalibration
-from ertacache.calibrate import Calibration
+from ertacache.calibration import Calibration
 from ertacache.errors import run_program
 from ertacache.ledger import Ledger
 

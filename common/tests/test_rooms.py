@@ -10,7 +10,7 @@ import torch
 from conftest import FOLDERS, ROOT
 
 from ertacache import cli
-from ertacache.calibrate import fingerprint
+from ertacache.calibration import fingerprint
 from ertacache.exact import candidate_grid, integrate, rate_of
 from ertacache.outputs import to_uint8
 from ertacache.plan import BudgetPlan, Conditions, Plan, ThresholdPlan

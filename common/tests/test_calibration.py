@@ -9,7 +9,7 @@ import torch
 from toy import Pipe, Program
 
 from ertacache import UserError, algorithm
-from ertacache.calibrate import Calibration, Schedule
+from ertacache.calibration import Calibration, Schedule
 
 MATRIX = [[1.0, 0.6], [-0.9, 0.4]]
 PROMPTS = [f"prompt {i}" for i in range(7)]

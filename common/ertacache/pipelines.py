@@ -1,0 +1,131 @@
+"""Plans in stock diffusers pipelines: `enable(pipe, plan)`, `disable(pipe)`, `summary(pipe)`."""
+
+import re
+import statistics
+import textwrap
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+from ertacache.conditions import Conditions
+from ertacache.errors import PlanError, UserError
+from ertacache.plan import Plan
+from ertacache.planned import PlannedScheduler
+
+FILES = ("plan.json", "plan.safetensors")  # of a plan in a directory or on the Hub
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.safetensors)")
+
+
+def enable(pipe, plan: Plan | str | Path) -> None:
+    """Let a diffusers pipeline follow a plan in all of its calls, in place of one that it followed before.
+
+    plan: a plan; the path of one, or of a directory with a plan.json; or a Hub id like OWNER/NAME. Only the pipeline's
+    scheduler is replaced. A plan for another model or scheduler is a PlanError here, a call with another number of
+    steps one before its first model call.
+    """
+    for name in ("transformer", "scheduler"):
+        if getattr(pipe, name, None) is None:
+            raise UserError(f"a {type(pipe).__name__} without a {name} cannot follow a plan: load it with one")
+    plan, own = find(plan), own_scheduler(pipe)
+    if plan.kind == "threshold" and plan.site == "blocks":
+        raise PlanError(
+            f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
+            "with --site output or --speedup"
+        )
+    planned = PlannedScheduler(own, plan)
+    model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
+    settings = {"dtype": str(model.dtype).removeprefix("torch.")}
+    run = Conditions.of(SimpleNamespace(transformer=model, scheduler=own), plan.steps, settings)
+    plan.check(run, "calibrate one: ertacache.calibrate(pipe, prompts)")
+    _warn_of_other_weights(plan, model)
+    pipe.scheduler = planned
+
+
+def disable(pipe) -> None:
+    """Give a pipeline its own scheduler back, the same object; one that follows no plan is left as it is."""
+    pipe.scheduler = own_scheduler(pipe)
+
+
+def own_scheduler(pipe):
+    """The scheduler that a pipeline was loaded with, whether or not it follows a plan."""
+    return pipe.scheduler.own if type(pipe.scheduler) is PlannedScheduler else pipe.scheduler
+
+
+def find(plan: Plan | str | Path) -> Plan:
+    """A plan itself, or read from a file, a directory or the Hub."""
+    if isinstance(plan, Plan):
+        return plan
+    path = Path(plan).expanduser()
+    if path.is_dir():
+        return Plan.load(path / FILES[0])
+    if isinstance(plan, str) and not path.exists() and HUB_ID.fullmatch(plan):
+        path = _download(plan) / FILES[0]
+    return Plan.load(path)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES))
+    except Exception as error:  # the network's errors, the hub's and the disk's are of many types
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
+        raise UserError(f"no plan at {repo} ({reason}): give a path, or check the id, network and hf login") from error
+
+
+def _warn_of_other_weights(plan: Plan, model) -> None:
+    from ertacache.calibration import fingerprint
+
+    made_for, found = plan.provenance.get("weights"), fingerprint(model)
+    if made_for is not None and made_for != found and "offloaded" not in (made_for, found):
+        text = f"the plan was calibrated on other weights ({made_for}, now {found}); quality may be lower"
+        warnings.warn(text, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an enabled pipeline has done. `str` is for people.
+
+    Steps of the last call and of all calls since `enable`: computed, and skipped (of T, from where the call began).
+    seconds_saved: of the last call, skipped steps × the median time between two computed ones; None below two.
+    """
+
+    plan: str
+    steps: int
+    calls: int
+    computed: int
+    skipped: int
+    all_computed: int
+    all_skipped: int
+    seconds_saved: float | None
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"plan {self.plan} for {self.steps} steps: no call yet"
+        saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3g} s saved"
+        last = f"{self.computed} steps computed, {self.skipped} skipped{saved}"
+        every = f"{self.calls} calls, {self.all_computed} computed, {self.all_skipped} skipped"
+        return f"plan {self.plan} for {self.steps} steps. Last call: {last}. All: {every}."
+
+
+def summary(pipe) -> Summary:
+    """The computed and the skipped steps of a pipeline's last call, and of all since `enable`."""
+    planned = pipe.scheduler
+    if type(planned) is not PlannedScheduler:
+        raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
+    run = planned.run
+    counts = [] if run is None else [*planned.earlier, (run.computed, run.uncached)]
+    computed, skipped = ([count[0] for count in counts], [round(count[1]) - count[0] for count in counts])
+    times = [] if run is None else [b - a for a, b in pairwise(run.clock)]
+    return Summary(
+        plan=planned.plan.title,
+        steps=planned.plan.steps,
+        calls=len(counts),
+        computed=computed[-1] if counts else 0,
+        skipped=skipped[-1] if counts else 0,
+        all_computed=sum(computed),
+        all_skipped=sum(skipped),
+        seconds_saved=skipped[-1] * statistics.median(times) if times else None,
+    )

@@ -350,3 +350,10 @@ def test_importing_the_package_is_light():
     code += "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules; "
     code += "[getattr(ertacache, name) for name in ertacache.__all__]; assert not hasattr(ertacache, 'nothing')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_script_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    script = text.split("## One line on your pipeline")[1].split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "15 steps computed, 15 skipped" in done.stdout, done.stderr

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ertacache.conditions import Conditions
     from ertacache.errors import PlanError, UserError
+    from ertacache.pipeline_calibration import calibrate
     from ertacache.pipelines import disable, enable, summary
     from ertacache.plan import BudgetPlan, Plan, ThresholdPlan
 
@@ -18,6 +19,7 @@ __all__ = [
     "ThresholdPlan",
     "UserError",
     "__version__",
+    "calibrate",
     "disable",
     "enable",
     "summary",
@@ -25,6 +27,7 @@ __all__ = [
 _MODULES = {
     "conditions": ("Conditions",),
     "errors": ("PlanError", "UserError"),
+    "pipeline_calibration": ("calibrate",),
     "pipelines": ("disable", "enable", "summary"),
     "plan": ("BudgetPlan", "Plan", "ThresholdPlan"),
 }

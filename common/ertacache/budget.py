@@ -161,7 +161,7 @@ class BudgetCalibration(Calibration):
     @torch.no_grad()
     def walk(self, schedule: Schedule, anchors: int) -> dict[str, np.ndarray]:
         """Weights [N, H], scale [N] and errors. A process walks its own batches; their equations are added in order."""
-        runs = {batch: _Run(self.inputs(batch)) for batch in parallel.mine(len(self.starts))}
+        runs = {batch: _Run(self.inputs_over(batch, schedule)) for batch in parallel.mine(len(self.starts))}
         self.bar.total += len(schedule) * len(runs)
         weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
         for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.end], strict=True)):
@@ -187,6 +187,10 @@ class BudgetCalibration(Calibration):
         change = self.wanted(batch, target).to(run.x.device) - run.x.float()
         self.bar.update()
         return _products([z[part] for z in (*regressors, change)])
+
+    def inputs_over(self, batch: int, schedule: Schedule):
+        """What a batch's walk through these steps starts from."""
+        return self.inputs(batch)
 
     def errors_of(self, runs) -> tuple[float, float]:
         """Mean squared errors of final latents on the fitted and on the held-out prompts (nan where there are none)."""

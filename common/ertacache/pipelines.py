@@ -25,9 +25,7 @@ def enable(pipe, plan: Plan | str | Path) -> None:
     scheduler is replaced. A plan for another model or scheduler is a PlanError here, a call with another number of
     steps one before its first model call.
     """
-    for name in ("transformer", "scheduler"):
-        if getattr(pipe, name, None) is None:
-            raise UserError(f"a {type(pipe).__name__} without a {name} cannot follow a plan: load it with one")
+    check_parts(pipe)
     plan, own = find(plan), own_scheduler(pipe)
     if plan.kind == "threshold" and plan.site == "blocks":
         raise PlanError(
@@ -46,6 +44,12 @@ def enable(pipe, plan: Plan | str | Path) -> None:
 def disable(pipe) -> None:
     """Give a pipeline its own scheduler back, the same object; one that follows no plan is left as it is."""
     pipe.scheduler = own_scheduler(pipe)
+
+
+def check_parts(pipe) -> None:
+    for name in ("transformer", "scheduler"):
+        if getattr(pipe, name, None) is None:
+            raise UserError(f"a {type(pipe).__name__} without a {name} cannot follow a plan: load it with one")
 
 
 def own_scheduler(pipe):

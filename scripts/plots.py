@@ -40,7 +40,7 @@ def style(number: int, rows: list[dict]) -> dict:
 
 
 def figure(width: float, height: float, **options):
-    """A matplotlib figure (inches) and its axes; drawn in placeholder colours, which `svg` makes CSS variables."""
+    """A matplotlib figure (inches) and its axes; drawn in marked colours, which `svg` makes CSS variables."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -63,8 +63,8 @@ def svg(drawing, name: str, alt: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*_\d+"', "<g", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    for placeholder, variable in COLOURS.items():
-        text = text.replace(placeholder, variable)
+    for marked, variable in COLOURS.items():
+        text = text.replace(marked, variable)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 

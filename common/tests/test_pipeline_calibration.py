@@ -1,6 +1,7 @@
 """Plans from a pipeline's own call: the same as from the model folder's loop, and nothing left behind."""
 
 import _thread
+import signal
 import threading
 import zlib
 from dataclasses import replace
@@ -167,9 +168,17 @@ def test_torch_is_in_the_threads_as_it_is_outside():
 # --- interruptions and errors ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a shell that starts tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("calls", [3, 20, 60])  # at the first prompts of the reference; in a replay
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), None], ids=["error", "Ctrl-C"])
-def test_it_goes_on_where_it_was_ended(error, calls, empty_folder):
+def test_it_goes_on_where_it_was_ended(error, calls, empty_folder, interruptible):
     tiny, count = with_prompts(flux()), 0
     own = tiny.pipe.scheduler
 

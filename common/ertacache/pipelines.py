@@ -1,8 +1,6 @@
 """Plans in stock diffusers pipelines: `enable(pipe, plan)`, `disable(pipe)`, `summary(pipe)`."""
 
-import re
 import statistics
-import textwrap
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,11 +9,9 @@ from types import SimpleNamespace
 
 from ertacache.conditions import Conditions
 from ertacache.errors import PlanError, UserError
+from ertacache.hub import HUB_ID
 from ertacache.plan import Plan
 from ertacache.planned import PlannedScheduler
-
-FILES = ("plan.json", "plan.safetensors")  # of a plan in a directory or on the Hub
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.safetensors)")
 
 
 def enable(pipe, plan: Plan | str | Path) -> None:
@@ -62,21 +58,9 @@ def find(plan: Plan | str | Path) -> Plan:
     if isinstance(plan, Plan):
         return plan
     path = Path(plan).expanduser()
-    if path.is_dir():
-        return Plan.load(path / FILES[0])
-    if isinstance(plan, str) and not path.exists() and HUB_ID.fullmatch(plan):
-        path = _download(plan) / FILES[0]
+    if path.is_dir() or (isinstance(plan, str) and not path.exists() and HUB_ID.fullmatch(plan)):
+        return Plan.from_pretrained(plan)
     return Plan.load(path)
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=FILES))
-    except Exception as error:  # the network's errors, the hub's and the disk's are of many types
-        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
-        raise UserError(f"no plan at {repo} ({reason}): give a path, or check the id, network and hf login") from error
 
 
 def _warn_of_other_weights(plan: Plan, model) -> None:

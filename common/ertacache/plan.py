@@ -21,6 +21,7 @@ from ertacache.algorithm import PHI_DEFINITIONS, adjusted_sigmas
 from ertacache.conditions import Conditions, differences
 from ertacache.errors import PlanError
 from ertacache.files import write_atomically
+from ertacache.hub import HubMixin
 
 FORMAT, VERSION = "ertacache-plan", 1
 SITES = ("output", "blocks")
@@ -28,7 +29,7 @@ KINDS = ("threshold", "budget")
 TARGETS = ("reference", "exact")
 
 
-class Plan:
+class Plan(HubMixin):
     """What both kinds of plan share: files, checksum, and the refusal of runs that a plan was not made for.
 
     A subclass is a frozen dataclass with `conditions`, `provenance`, and a field for every name in FIELDS (JSON) and

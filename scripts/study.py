@@ -2,27 +2,37 @@
 
     .venv/bin/python scripts/study.py ERTACache4FLUX prompts --counts 2,4,8,16,32
     .venv/bin/python scripts/study.py ERTACache4FLUX transfer --guidances 2,7 --sizes 48x48,96x96
+    .venv/bin/python scripts/study.py ERTACache4FLUX drift --guidances 1.75,5.25,7 --speedups 2,3
     .venv/bin/python scripts/study.py ERTACache4FLUX pictures --speedups 2 --count 3 --out exact-flux.png
 
 `prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with the
 model calls and seconds that the calibration took. `transfer` uses plans that were fitted at the default settings at
 other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside the demo's grammar, beside plans that were
-fitted there and fewer steps there. `pictures` draws the exact solution, the uncached run and the stored plan with the
-exact target side by side, with their differences to the solution. Distances are mean PSNR in dB to the uncached run
-under the same conditions.
+fitted there and fewer steps there. `drift` runs the stored plans in the stock pipeline, one prompt a call, and says how
+well the drift of a sample ranks its error in the final latents (Spearman's ρ, in each condition and over all of them),
+how many samples get a warning, and what computing more steps where a run drifts costs and brings. `pictures` draws the
+exact solution, the uncached run and the stored plan with the exact target side by side, with their differences to the
+solution. Distances are mean PSNR in dB to the uncached run under the same conditions.
 """
 
+import itertools
 import json
 import time
 from pathlib import Path
 
+import numpy as np
+from scipy.stats import spearmanr
+
+import ertacache
 from ertacache import BudgetPlan, UserError, cli, metrics, outputs
 from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.drift import Monitor
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.evaluation import Evaluation
 from ertacache.files import read_prompts, write_atomically
 from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
+from ertacache.stock import stock_latents
 from ertacache.store import budget_name, check_speedups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +113,35 @@ class Study:
                 row = {"used at": name, "nfe": budget, "fewer steps": fewer, "plan": here, "fitted there": there}
                 yield row | {"loss": there - here}
 
+    def drift(self, guidances):
+        """A row for each stored plan and condition, and one for all conditions of a plan together."""
+        outside = read_prompts(self.program.FOLDER / "prompts" / "calibration.txt")[: self.count]
+        conditions = {"held-out captions": (self.held_out, {}), "prompts from outside": (outside, {})}
+        conditions |= {f"guidance {g:g}": (self.held_out, {"guidance": g}) for g in guidances}
+        steps = self.settings["steps"]
+        for budget in self.budgets:
+            plan = BudgetPlan.load(self.program.FOLDER / "cache" / budget_name("demo", steps, budget))
+            limit, everywhere = Monitor(plan).limit(), []
+            for name, (prompts, changes) in conditions.items():
+                samples = list(self.drift_samples(plan, prompts, {**self.settings, **changes}))
+                everywhere += samples
+                yield {"plan": plan.title, "run": name} | drift_row(samples, limit)
+            yield {"plan": plan.title, "run": "all of these"} | drift_row(everywhere, limit)
+
+    def drift_samples(self, plan, prompts, settings):
+        """Of each prompt: the drift, the latents' mean squared error, that with extra steps, and how many they were."""
+        for prompt, seed in zip(prompts, itertools.count(self.options.seed), strict=False):
+            wanted, found = stock_latents(self.pipe, [prompt], [seed], settings)[0], {}
+            for on_drift in ("ignore", "compute"):
+                ertacache.enable(self.pipe, plan, on_drift=on_drift)
+                latents = stock_latents(self.pipe, [prompt], [seed], settings)[0]
+                told = ertacache.summary(self.pipe)
+                found[on_drift] = (latents - wanted).double().square().mean().item(), told.computed - plan.nfe
+                ertacache.disable(self.pipe)
+                if on_drift == "ignore":
+                    drift = told.drift[0].drift
+            yield drift, found["ignore"][0], *found["compute"]
+
     def pictures(self, gain=50):
         """The sheet for the first budget; differences are shown `gain` times."""
         budget, steps = self.budgets[0], self.settings["steps"]
@@ -114,6 +153,20 @@ class Study:
         columns[f"uncached - exact, x{gain}"] = outputs.difference(uncached, exact, gain)
         columns[f"plan - exact, x{gain}"] = outputs.difference(cached, exact, gain)
         return outputs.sheet(self.held_out, columns)
+
+
+def drift_row(samples, limit):
+    """Of (drift, error, error with extra steps, extra steps) of each sample."""
+    drift, error, corrected, extra = (np.array(column) for column in zip(*samples, strict=True))
+    return {
+        "samples": len(samples),
+        "drift, median": float(np.median(drift)),
+        "above the limit": float(np.mean(drift > limit)),
+        "ρ(drift, error)": float(spearmanr(drift, error).statistic),
+        "latent error, rms": f"{np.sqrt(np.mean(error)):.2g}",
+        "with extra steps": f"{np.sqrt(np.mean(corrected)):.2g}",
+        "extra steps, mean": float(np.mean(extra)),
+    }
 
 
 def sizes_of(text: str) -> list[tuple[int, int]]:
@@ -136,7 +189,7 @@ def table(rows) -> str:
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
-    parser.add_argument("study", choices=("prompts", "transfer", "pictures"))
+    parser.add_argument("study", choices=("prompts", "transfer", "drift", "pictures"))
     parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
     parser.add_argument("--counts", metavar="N,N,…", default="2,4,8,16,32", help="numbers of calibration prompts")
     parser.add_argument("--guidances", metavar="G,G,…", default="", help="scales to use the plans at")
@@ -152,12 +205,16 @@ def main():
     check_speedups(speedups)
     guidances, sizes = cli.parse_list(args.guidances) if args.guidances else [], sizes_of(args.sizes)
     study = Study(program, options, speedups, args.count)
-    found = study.prompts_needed(counts) if args.study == "prompts" else study.transfer(guidances, sizes)
+    found = {
+        "prompts": lambda: study.prompts_needed(counts),
+        "transfer": lambda: study.transfer(guidances, sizes),
+        "drift": lambda: study.drift(guidances),
+    }
     if args.study == "pictures":
         options.target = "exact"
         return outputs.save_png(Path(options.out), study.pictures())
     rows = []
-    for row in found:
+    for row in found[args.study]():
         rows.append(row)
         print(json.dumps(row, ensure_ascii=False), flush=True)
         if args.json:

@@ -19,14 +19,14 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from ertacache import exact, parallel, planner
+from ertacache import drift, exact, parallel, planner
 from ertacache.algorithm import jump
 from ertacache.calibration import Calibration
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
-from ertacache.gram import Gram
+from ertacache.gram import Gram, products
 from ertacache.ledger import digest
-from ertacache.plan import BudgetPlan
+from ertacache.plan import BudgetPlan, as_tuples
 from ertacache.planner import Schedule
 
 ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
@@ -35,13 +35,15 @@ SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the gri
 
 @dataclass(frozen=True)
 class Replay:
-    """A schedule with its fitted weights, and the mean squared error of the final latents that it leads to."""
+    """A schedule, what was fitted on it, and the mean squared error of the final latents that it leads to.
+
+    arrays: those of a `BudgetPlan`, by name. error: on the prompts of the fit; held_out: on those that were left out.
+    """
 
     schedule: Schedule
-    weights: np.ndarray  # [N, H]
-    scale: np.ndarray  # [N]
-    error: float  # on the prompts of the fit
-    held_out: float | None  # on those that were left out
+    arrays: dict[str, np.ndarray]
+    error: float
+    held_out: float | None
 
 
 class BudgetCalibration(Calibration):
@@ -148,45 +150,54 @@ class BudgetCalibration(Calibration):
 
     def replay(self, schedule: Schedule, anchors: int) -> Replay:
         """Walk all prompts through a schedule and fit its weights on the way: N calls a prompt. Kept on disk."""
-        path = self.work / f"replay-{digest([self.target, schedule, anchors])[:16]}.safetensors"
+        path = self.work / f"replay-{digest(['with repair', self.target, schedule, anchors])[:16]}.safetensors"
         found = parallel.share(load_file(path) if path.exists() else None)
         if found is None:
             found = self.walk(schedule, anchors)
             if parallel.is_main():
                 write_atomically(path, save_arrays(found))
-        held_out = float(found["held_out"])
-        held_out = None if np.isnan(held_out) else held_out
-        return Replay(schedule, found["weights"], found["scale"], float(found["error"]), held_out)
+        error, held_out = float(found.pop("error")), float(found.pop("held_out"))
+        return Replay(schedule, found, error, None if np.isnan(held_out) else held_out)
 
     @torch.no_grad()
     def walk(self, schedule: Schedule, anchors: int) -> dict[str, np.ndarray]:
-        """Weights [N, H], scale [N] and errors. A process walks its own batches; their equations are added in order."""
+        """The arrays and errors of a replay. A process walks its own batches; their equations are added in order."""
         runs = {batch: _Run(self.inputs_over(batch, schedule)) for batch in parallel.mine(len(self.starts))}
         self.bar.total += len(schedule) * len(runs)
-        weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
-        for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], self.end], strict=True)):
-            products = [self.compute(batch, run, i, target, anchors) for batch, run in runs.items()]
-            equations = sum(parallel.in_order(products))
-            count = min(k + 1, anchors)
-            own_scale, own_weight = self.first_jump(i, target)
-            prior = np.array([own_weight, *[0.0] * (count - 1), *([own_scale - 1] if self.scaled else [])])
-            solved = parallel.share(planner.solve_weights(equations[:-1, :-1], equations[:-1, -1], prior))
-            weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if self.scaled else 1.0
+        rows = []
+        for i, target in zip(schedule, [*schedule[1:], self.end], strict=True):
+            grams = parallel.in_order([self.compute(batch, run, i, target, anchors) for batch, run in runs.items()])
+            rows.append(parallel.share(self.fit(np.concatenate(grams), anchors, self.first_jump(i, target))))
             for run in runs.values():
-                run.x = jump(run.x, run.history, weights[k], scale[k])
-        error, held_out = self.errors_of(runs)
-        return {"weights": weights, "scale": scale, "error": np.array(error), "held_out": np.array(held_out)}
+                run.x = jump(run.x, run.history, rows[-1]["weights"], rows[-1]["scale"])
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        arrays["prediction_errors"] = arrays["prediction_errors"].T.copy()  # [P, N]
+        return arrays | dict(zip(("error", "held_out"), map(np.array, self.errors_of(runs)), strict=True))
 
     def compute(self, batch: int, run: "_Run", i: int, target: int, anchors: int) -> np.ndarray:
-        """A computed step of one batch: the scalar products of what the jump from i to target is fitted with."""
+        """A computed step of one batch: scalar products [B, R, R] of what the jump from i to target is fitted with.
+
+        Rows: the outputs, newest first; the latent where it has a weight; what it lacks to the target at i, and there.
+        """
         v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
         self.require_finite_rows(v, batch, i)
         run.history = [v, *run.history][:anchors]
-        part = self.fit_rows(batch)
-        regressors = [*run.history, *([run.x] if self.scaled else [])]
-        change = self.wanted(batch, target).to(run.x.device) - run.x.float()
+        lacks = [self.wanted(batch, k).to(run.x.device) - run.x.float() for k in (i, target)]
         self.bar.update()
-        return _products([z[part] for z in (*regressors, change)])
+        return products([*run.history, *([run.x] if self.scaled else []), *lacks])
+
+    def fit(self, grams: np.ndarray, anchors: int, own: tuple[float, float]) -> dict[str, np.ndarray]:
+        """Of each array of a plan what belongs to one computed step. grams: [P, R, R] of `compute`; own: first_jump."""
+        total, end = grams[: self.fitted].sum(0), grams.shape[1] - 2
+        outputs = end - self.scaled
+        prior, none = np.zeros(end), np.zeros(end)
+        prior[0], prior[outputs:] = own[1], own[0] - 1
+        found = {}
+        for name, scale, column, start in (("weights", "scale", -1, prior), ("repair", "repair_scale", -2, none)):
+            solved = planner.solve_weights(total[:end, :end], total[:end, column], start)
+            found[name], found[scale] = np.pad(solved[:outputs], (0, anchors - outputs)), 1 + solved[outputs:].sum()
+        found["predictor"], squares = drift.fit_predictor(grams[:, :outputs, :outputs], anchors - 1, self.fitted)
+        return found | {"prediction_errors": np.sqrt(squares / self.first.latents[0].numel())}
 
     def inputs_over(self, batch: int, schedule: Schedule):
         """What a batch's walk through these steps starts from."""
@@ -243,19 +254,18 @@ class BudgetCalibration(Calibration):
         return BudgetPlan(
             conditions=self.conditions,
             computed=best.schedule,
-            weights=tuple(map(tuple, best.weights.tolist())),
-            scale=tuple(best.scale.tolist()),
             native_sigmas=tuple(self.native.tolist()),
             target=self.target,
             sigmas=() if self.grid is None else tuple(self.grid.tolist()),
             predicted_error=best.error,
             held_out_error=best.held_out,
             provenance=self.budget_provenance(name, errors, bound),
+            **{name: as_tuples(array.tolist()) for name, array in best.arrays.items()},
         )
 
     def search(self, best: Replay, evaluations: int) -> Replay:
         """Move one computed step by one place as long as that lowers the error on the calibration prompts."""
-        anchors, tried = best.weights.shape[1], {best.schedule}
+        anchors, tried = best.arrays["weights"].shape[1], {best.schedule}
         while True:
             options = [s for s in planner.neighbours(best.schedule, self.end) if s not in tried]
             for schedule in options[:evaluations]:
@@ -283,12 +293,6 @@ class _Run:
 
     def __init__(self, inputs):
         self.inputs, self.x, self.history = inputs, inputs.latents, []
-
-
-def _products(tensors: list[torch.Tensor]) -> np.ndarray:
-    """All scalar products of tensors of one shape, in float64: [R, R]."""
-    rows = torch.stack([z.reshape(-1).double() for z in tensors])
-    return (rows @ rows.T).cpu().numpy()
 
 
 def budget_of(steps: int, speedup: float) -> int:

@@ -64,3 +64,9 @@ class Gram:
     def load(cls, path: str | Path) -> "Gram":
         arrays = load_file(path)
         return cls(arrays["matrix"], *(int(n) for n in arrays["counts"]))
+
+
+def products(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """All scalar products of R tensors [B, …] of one shape, in float64 and for each prompt: [B, R, R]."""
+    rows = torch.stack([z.flatten(1).double() for z in tensors], 1)  # [B, R, elements]
+    return (rows @ rows.mT).cpu().numpy()

@@ -224,7 +224,9 @@ class Budgeted:
         offline = offline_weights(calibration.reference(), plan.computed, plan.anchors, calibration.scaled)
         parts = {
             "uniform, solver's jumps": solver_jumps(self.uniform),
-            "uniform, fitted on the plan's trajectory": self.weighted(self.uniform, found.weights, found.scale),
+            "uniform, fitted on the plan's trajectory": self.weighted(
+                self.uniform, found.arrays["weights"], found.arrays["scale"]
+            ),
             "planned, solver's jumps": solver_jumps(plan.computed),
             "planned, fitted on the reference": self.weighted(plan.computed, *offline),
         }

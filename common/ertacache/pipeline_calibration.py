@@ -15,9 +15,9 @@ from ertacache.errors import UserError
 from ertacache.files import ensure_writable
 from ertacache.pipelines import check_parts, own_scheduler
 from ertacache.plan import BudgetPlan
-from ertacache.planned import check_scheduler
 from ertacache.planner import Schedule
 from ertacache.recording import Call, CallProgram
+from ertacache.solvers import check_scheduler
 from ertacache.store import check_speedups
 
 FOLDER = ".ertacache"  # here, for what an interrupted calibration goes on from

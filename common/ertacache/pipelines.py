@@ -8,19 +8,32 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ertacache.conditions import Conditions
+from ertacache.drift import LIMITS, Reading
 from ertacache.errors import PlanError, UserError
 from ertacache.hub import HUB_ID
 from ertacache.plan import Plan
 from ertacache.planned import PlannedScheduler
 
+ON_DRIFT = (*LIMITS, "ignore")
 
-def enable(pipe, plan: Plan | str | Path) -> None:
+
+def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit: float | None = None) -> None:
     """Let a diffusers pipeline follow a plan in all of its calls, in place of one that it followed before.
 
     plan: a plan; the path of one, or of a directory with a plan.json; or a Hub id like OWNER/NAME. Only the pipeline's
     scheduler is replaced. A plan for another model or scheduler is a PlanError here, a call with another number of
     steps one before its first model call.
+
+    on_drift: what is done where a run is unlike those of the calibration (drift.py). "warn": one warning, at the end of
+    the first run whose drift is above drift_limit (default 1.25) × the largest of the calibration prompts. "compute":
+    where the prediction of a computed step misses by more than drift_limit (default 2) × that of the worst calibration
+    prompt, every step up to the plan's next one is computed, where the pipeline loops over all of its timesteps.
+    "ignore": nothing. Plans without drift (threshold plans, and those of older releases) cannot "compute".
     """
+    if on_drift not in ON_DRIFT:
+        raise UserError(f"on_drift = {on_drift!r}: give one of {', '.join(map(repr, ON_DRIFT))}")
+    if drift_limit is not None and not drift_limit > 0:
+        raise UserError(f"drift_limit = {drift_limit}: give a number above 0")
     check_parts(pipe)
     plan, own = find(plan), own_scheduler(pipe)
     if plan.kind == "threshold" and plan.site == "blocks":
@@ -28,7 +41,14 @@ def enable(pipe, plan: Plan | str | Path) -> None:
             f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
             "with --site output or --speedup"
         )
-    planned = PlannedScheduler(own, plan)
+    if on_drift == "compute" and getattr(pipe, "controlnet", None) is not None:
+        text = f"a {type(pipe).__name__} keeps lists of one entry a step, so that none can be added"
+        raise UserError(f"{text}: leave on_drift='compute' out")
+    if on_drift == "compute" and not getattr(plan, "predictor", ()):
+        raise PlanError(
+            f"the plan ({plan.title}) has no drift to look at: calibrate it anew, a budget plan, or leave out on_drift"
+        )
+    planned = PlannedScheduler(own, plan, on_drift, drift_limit)
     model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
     settings = {"dtype": str(model.dtype).removeprefix("torch.")}
     run = Conditions.of(SimpleNamespace(transformer=model, scheduler=own), plan.steps, settings)
@@ -78,6 +98,7 @@ class Summary:
 
     Steps of the last call and of all calls since `enable`: computed, and skipped (of T, from where the call began).
     seconds_saved: of the last call, skipped steps × the median time between two computed ones; None below two.
+    drift: of each sample of the last call, 1 as at calibration; () where the plan has none (drift.py).
     """
 
     plan: str
@@ -88,18 +109,22 @@ class Summary:
     all_computed: int
     all_skipped: int
     seconds_saved: float | None
+    drift: tuple[Reading, ...] = ()
 
     def __str__(self) -> str:
         if not self.calls:
             return f"plan {self.plan} for {self.steps} steps: no call yet"
         saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3g} s saved"
         last = f"{self.computed} steps computed, {self.skipped} skipped{saved}"
+        if self.drift:
+            worst = max(self.drift, key=lambda reading: reading.drift)
+            last += f", drift {worst.drift:.2f} (above {worst.percentile:.0f} % of the calibration)"
         every = f"{self.calls} calls, {self.all_computed} computed, {self.all_skipped} skipped"
         return f"plan {self.plan} for {self.steps} steps. Last call: {last}. All: {every}."
 
 
 def summary(pipe) -> Summary:
-    """The computed and the skipped steps of a pipeline's last call, and of all since `enable`."""
+    """The computed and the skipped steps of a pipeline's last call, and of all since `enable`; and its drift."""
     planned = pipe.scheduler
     if type(planned) is not PlannedScheduler:
         raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
@@ -116,4 +141,5 @@ def summary(pipe) -> Summary:
         all_computed=sum(computed),
         all_skipped=sum(skipped),
         seconds_saved=skipped[-1] * statistics.median(times) if times else None,
+        drift=run.monitor.readings() if run is not None and run.monitor else (),
     )

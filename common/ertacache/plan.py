@@ -39,6 +39,7 @@ class Plan(HubMixin):
     kind: ClassVar[str]
     FIELDS: ClassVar[tuple[str, ...]]
     ARRAYS: ClassVar[tuple[str, ...]]
+    OPTIONAL_ARRAYS: ClassVar[tuple[str, ...]] = ()  # which a file may lack
     DERIVED: ClassVar[tuple[str, ...]] = ()  # written for people and not read
 
     @property
@@ -68,7 +69,8 @@ class Plan(HubMixin):
     def save(self, path: str | Path) -> Path:
         """Write `path` (….json) and the arrays beside it. Returns the path of the JSON file."""
         path = _json_path(path)
-        tensors = save({name: np.array(getattr(self, name), np.float64) for name in self.ARRAYS})
+        present = [name for name in self.OPTIONAL_ARRAYS if getattr(self, name)]
+        tensors = save({name: np.array(getattr(self, name), np.float64) for name in (*self.ARRAYS, *present)})
         fields = {"format": FORMAT, "version": VERSION, "kind": self.kind, "steps": self.steps}
         fields |= {name: getattr(self, name) for name in (*self.DERIVED, *self.FIELDS)}
         fields |= {name: getattr(self.conditions, name) for name in ("model", "scheduler", "settings")}
@@ -88,8 +90,9 @@ class Plan(HubMixin):
         if found is None or not issubclass(found, cls):
             raise PlanError(f"{path} is a {fields['kind']} plan, a {cls.kind} plan is needed")
         conditions = Conditions(fields["steps"], fields["model"], fields["scheduler"], fields["settings"])
-        values = {name: _tuples(fields[name]) for name in found.FIELDS}
-        values |= {name: _tuples(arrays[name].tolist()) for name in found.ARRAYS}
+        values = {name: as_tuples(fields[name]) for name in found.FIELDS}
+        present = [name for name in found.OPTIONAL_ARRAYS if name in arrays]
+        values |= {name: as_tuples(arrays[name].tolist()) for name in (*found.ARRAYS, *present)}
         return found(conditions, provenance=fields["provenance"], **values)
 
 
@@ -171,6 +174,7 @@ class BudgetPlan(Plan):
     kind = "budget"
     FIELDS = ("target", "computed", "predicted_error", "held_out_error")
     ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
+    OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale")
     DERIVED = ("nfe", "anchors")
 
     conditions: Conditions
@@ -182,6 +186,12 @@ class BudgetPlan(Plan):
     scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
     predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
     held_out_error: float | None = None  # the same on calibration prompts that were left out of the fit
+    predictor: tuple[
+        tuple[float, ...], ...
+    ] = ()  # [N, H−1], of the outputs before a computed one, newest first: drift.py
+    prediction_errors: tuple[tuple[float, ...], ...] = ()  # [P, N], its root mean square on each calibration prompt
+    repair: tuple[tuple[float, ...], ...] = ()  # [N, H], of the outputs in what the latents of a computed step lack
+    repair_scale: tuple[float, ...] = ()  # [N], of the latent itself, as in `scale`
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -221,6 +231,11 @@ class BudgetPlan(Plan):
             return "weights and scale must be finite"
         if len(self.native_sigmas) != self.steps + 1:
             return f"native_sigmas must hold {self.steps + 1} numbers"
+        lengths = {len(getattr(self, name)) for name in ("predictor", "repair", "repair_scale")}
+        if lengths != ({len(computed)} if self.prediction_errors else {0}):
+            return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
+        if {len(row) for row in self.prediction_errors} - {len(computed)}:
+            return f"prediction_errors must hold {len(computed)} numbers a prompt"
         return None
 
     def grid(self, native: torch.Tensor) -> torch.Tensor:
@@ -239,8 +254,9 @@ class BudgetPlan(Plan):
         return (np.array(self.weights) * (run / made)[:, None]).tolist()
 
 
-def _tuples(value):
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def as_tuples(value):
+    """Nested lists as nested tuples."""
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

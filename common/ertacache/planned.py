@@ -5,127 +5,50 @@ nothing but a scheduler that names the computed steps only, and steps from each 
 into the model: guidance, ControlNet, LoRA, adapters, offload and compilation stay what they are.
 """
 
-import copy
 import functools
 import inspect
 import time
+import warnings
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ertacache.algorithm import jump, rectify, residual, reuse
 from ertacache.conditions import Conditions
+from ertacache.drift import LIMITS, Monitor
 from ertacache.errors import PlanError, UserError
 from ertacache.plan import Plan
-from ertacache.solvers import ddim_step
-
-
-class Flow:
-    """dx/ds = sign · v: 1 for v = noise − data, −1 for data − noise. Levels: the scheduler's sigmas; times: × 1000."""
-
-    def __init__(self, own, sign: float = 1.0):
-        self.own, self.sign, self.levels = own, sign, own.sigmas  # [T+1]
-
-    def times_on(self, grid: torch.Tensor) -> torch.Tensor:
-        """The model's times on a grid of levels; the scheduler's own on its own (UniPC's are whole numbers)."""
-        if torch.equal(grid, self.levels):
-            return self.own.timesteps
-        return (grid[:-1] * self.own.config.num_train_timesteps).to(self.own.timesteps.device)
-
-    def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
-        return 1.0, self.sign * (s_next - s).item()
-
-    def stepper(self, grid: torch.Tensor, times: torch.Tensor, begin: int):
-        """step(i, x, v) by a copy of the scheduler on this grid, from step `begin` on; it keeps its own history."""
-        solver = copy.deepcopy(self.own)
-        solver.sigmas, solver.timesteps = grid, times
-        solver.set_begin_index(begin)
-        return lambda i, x, v: solver.step(v, times[i], x, return_dict=False)[0]
-
-
-class Rotation:
-    """DDIM on v-prediction, x' = cos(Δθ) x + sin(Δθ) v. Levels: θ / (π/2), where ᾱ = cos²θ; times: training timesteps.
-
-    As diffusers does it, the last step goes from t to t − ⌊1000/T⌋; below 0 lies ᾱ of the data.
-    """
-
-    def __init__(self, own):
-        self.own = own
-        table = torch.cat([own.final_alpha_cumprod.double()[None], own.alphas_cumprod.double()])  # t = −1 … 999
-        t = own.timesteps.cpu()
-        t_next = (t - own.config.num_train_timesteps // own.num_inference_steps).clamp(min=-1)
-        self.angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
-        self.levels = torch.from_numpy(self.angles[torch.cat([t, t_next[-1:]]) + 1]).float()  # [T+1]
-        self.alphas = torch.stack([table[t + 1], table[t_next + 1]], dim=1)  # ᾱ at both ends of each step, [T, 2]
-
-    def times_on(self, grid: torch.Tensor) -> torch.Tensor:
-        """The timesteps on a grid of levels; between two of training they are interpolated in the angle."""
-        if torch.equal(grid, self.levels):
-            return self.own.timesteps
-        times = np.interp(grid[:-1].double().numpy(), self.angles, np.arange(-1, len(self.angles) - 1))
-        return torch.from_numpy(times).float().to(self.own.timesteps.device)
-
-    def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
-        turn = (s_next - s).item() * np.pi / 2
-        return float(np.cos(turn)), float(np.sin(turn))
-
-    def stepper(self, grid: torch.Tensor, times: torch.Tensor, begin: int):
-        """step(i, x, v) between any two levels; DDIM has no history."""
-        alphas = torch.cos(grid.double() * torch.pi / 2) ** 2
-        ends = self.alphas if torch.equal(grid, self.levels) else torch.stack([alphas[:-1], alphas[1:]], dim=1)
-        return lambda i, x, v: ddim_step(x, v, *ends[i]).to(x.dtype)
-
-
-_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-SOLVERS = {  # class → how it steps, and what its config must say (no fresh noise, no clipping, a velocity)
-    "FlowMatchEulerDiscreteScheduler": (Flow, {"stochastic_sampling": False, "invert_sigmas": False}),
-    "UniPCMultistepScheduler": (Flow, _FLOW),
-    "DPMSolverMultistepScheduler": (Flow, {**_FLOW, "algorithm_type": "dpmsolver++"}),
-    "CogVideoXDDIMScheduler": (Rotation, {"prediction_type": "v_prediction"}),
-    "DDIMScheduler": (Rotation, {"prediction_type": "v_prediction", "clip_sample": False, "thresholding": False}),
-    "RFlowScheduler": (functools.partial(Flow, sign=-1.0), {}),
-}
-
-
-def check_scheduler(own) -> None:
-    """Refuse a scheduler whose step a plan cannot replace."""
-    name = type(own).__name__
-    if name not in SOLVERS:
-        raise UserError(f"the pipeline's scheduler is {name}; plans know {', '.join(SOLVERS)}: load one of them")
-    for key, needed in SOLVERS[name][1].items():
-        if own.config.get(key, needed) != needed:
-            raise UserError(f"the pipeline's {name} has {key} = {own.config[key]}: a plan needs {key} = {needed}")
-
-
-def solver_of(own) -> Flow | Rotation:
-    """How a scheduler steps, on the T steps that it has just been set to."""
-    check_scheduler(own)
-    return SOLVERS[type(own).__name__][0](own)
-
-
-def first_order(scheduler, i: int, k: int) -> tuple[float, float]:
-    """(a, w) of x_k = a x_i + w v_i, the scheduler's own first-order jump over the steps i … k−1 of its T steps."""
-    solver = solver_of(scheduler)
-    return solver.first_order(solver.levels[i], solver.levels[k])
+from ertacache.solvers import Flow, Rotation, check_scheduler, solver_of
 
 
 class Run:
-    """One call of a pipeline: the plan on this run's grid. Places count the computed steps, 0 … N−1."""
+    """One call of a pipeline: the plan on this run's grid. Places count the computed steps, 0 … N−1.
 
-    def __init__(self, solver: Flow | Rotation, plan: Plan):
-        self.solver, self.plan = solver, plan
+    compute_beyond: where a prediction misses by more than this times the worst calibration prompt's (drift.py), all
+    steps up to the plan's next one are computed, by the pipeline's own solver. None: never.
+    """
+
+    def __init__(self, solver: Flow | Rotation, plan: Plan, compute_beyond: float | None = None):
+        self.solver, self.plan, self.compute_beyond = solver, plan, compute_beyond
         self.grid = plan.grid(solver.levels)
         self.all_times = solver.times_on(self.grid)
         computed = plan.computed if plan.kind == "budget" else sorted({*range(plan.steps)} - {*plan.cached})
-        self.ends = [*computed, len(self.all_times)]  # from each computed step to the next, the last to the data
+        self.planned = {start: row for row, start in enumerate(computed)}  # computed step → its row of the weights
         self.weights = plan.weights_on(self.grid) if plan.kind == "budget" else None
+        self.monitor = Monitor(plan) if getattr(plan, "predictor", ()) else None
         self.following, self.history, self.step = 0, [], None
+        self.extendable = self.off_plan = self.was_off = False
         self.computed, self.uncached, self.clock = 0, 0.0, []  # steps, uncached steps in their place, time at each
-        solver.own.timesteps = self.all_times[self.ends[:-1]]  # the pipeline sees these steps only, [N]
-        if hasattr(solver.own, "sigmas"):
-            solver.own.sigmas = self.grid[self.ends]  # [N+1]
-        self.times = solver.own.timesteps.tolist()
+        self.show([*computed, len(self.all_times)])
+
+    def show(self, ends: list[int]) -> None:
+        """Let the pipeline see these steps only. ends: from each computed step to the next, the last to the data."""
+        self.ends, own = ends, self.solver.own
+        own.timesteps = self.all_times[ends[:-1]]  # [N]
+        if hasattr(own, "sigmas"):
+            own.sigmas = self.grid[ends]  # [N+1]
+        self.times = own.timesteps.tolist()
 
     def place_of(self, timestep) -> int:
         """The place that a timestep belongs to; of two with one timestep (UniPC rounds them), the one that follows."""
@@ -140,20 +63,47 @@ class Run:
         self.clock.append(time.perf_counter())  # finding the place has waited for the device
         if place != self.following:
             self.history, self.step = [], None
+        if self.monitor and self.ends[place] in self.planned:
+            self.monitor.see(self.planned[self.ends[place]], v, self.history)
+            self.leave_or_return(place)
         start, end = self.ends[place : place + 2]
-        x = self.reuse(start, end, x, v) if self.weights is None else self.jump(place, x, v)
+        if self.weights is None:
+            x = self.reuse(start, end, x, v)
+        else:
+            x = self.own_step(start, x, v) if self.off_plan else self.jump(self.planned[start], x, v)
         self.computed, self.following = self.computed + 1, place + 1
         self.uncached += self.plan.steps * (end - start) / len(self.all_times)
         if self.following == len(self.times):  # cached tensors die with the run
             self.history, self.step = [], None
         return x
 
-    def jump(self, place: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def leave_or_return(self, place: int) -> None:
+        """Off the plan, each step up to its next one is computed; at that one the run may return to it."""
+        self.was_off, self.off_plan = self.off_plan, self.extendable and self.monitor.beyond(self.compute_beyond)
+        if self.off_plan:
+            start, end = self.ends[place : place + 2]
+            self.show([*self.ends[: place + 1], *range(start + 1, end), *self.ends[place + 1 :]])
+
+    def own_step(self, start: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One step of the pipeline's own solver; the first one off the plan begins with what latents usually lack."""
+        if start in self.planned:
+            self.history = [v, *self.history][: self.plan.anchors]
+            if not self.was_off:
+                row = self.planned[start]
+                x = jump(x, self.history, self.plan.repair[row], self.plan.repair_scale[row])
+                self.step = self.solver.stepper(self.grid, self.all_times, start)
+        return self.step(start, x, v)
+
+    def jump(self, row: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """A budget plan's jump; the solver's own where a run that began in the middle lacks outputs for it."""
         self.history = [v, *self.history][: self.plan.anchors]
-        weights, scale = self.weights[place], self.plan.scale[place]
+        weights, scale, start = self.weights[row], self.plan.scale[row], self.plan.computed[row]
         if any(weights[len(self.history) :]):
-            scale, *weights = self.solver.first_order(*self.grid[self.ends[place : place + 2]])
+            end = next((step for step in self.planned if step > start), len(self.all_times))
+            scale, *weights = self.solver.first_order(*self.grid[[start, end]])
+        elif self.was_off:  # these latents lack nothing that the jump should repair
+            scale = scale / self.plan.repair_scale[row]
+            weights = [w - scale * r for w, r in zip(weights, self.plan.repair[row], strict=True)]
         return jump(x, self.history, weights, scale)
 
     def reuse(self, start: int, end: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -168,6 +118,24 @@ class Run:
         return x
 
 
+class GrowingTimes(torch.Tensor):
+    """The times of a run [N], to which drift adds while a pipeline loops over them. What is made of it is a tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, run: Run) -> "GrowingTimes":
+        times = run.solver.own.timesteps.as_subclass(cls)
+        times.run = run
+        return times
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.run.extendable, place = True, 0
+        while place < len(self.run.times):
+            yield self.run.solver.own.timesteps[place]
+            place += 1
+
+
 class PlannedScheduler:
     """Stands in for a pipeline's own scheduler; whatever is not defined here, that one answers.
 
@@ -175,9 +143,10 @@ class PlannedScheduler:
     run begins with `set_timesteps`, so that no other call, finished or not, can reach into it. A copy has had no run.
     """
 
-    def __init__(self, own, plan: Plan):
+    def __init__(self, own, plan: Plan, on_drift: str = "warn", drift_limit: float | None = None):
         check_scheduler(own)
         self.own, self.plan, self.signature = own, plan, inspect.signature(own.step)
+        self.on_drift, self.drift_limit, self.warned = on_drift, drift_limit, False
         self.run, self.counts_all, self.earlier = None, False, []  # earlier: (computed, uncached) of the runs before
         self.__module__ = type(own).__module__  # which save_pretrained writes down
 
@@ -186,10 +155,16 @@ class PlannedScheduler:
         return type(self.own)
 
     def __reduce__(self):
-        return PlannedScheduler, (self.own, self.plan)
+        return PlannedScheduler, (self.own, self.plan, self.on_drift, self.drift_limit)
 
     def __getattr__(self, name: str):
         return getattr(self.own, name)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """The times of the computed steps; where drift may add some, a pipeline's loop over them sees those too."""
+        grows = self.run is not None and self.run.compute_beyond is not None
+        return GrowingTimes.of(self.run) if grows else self.own.timesteps
 
     @property
     def set_timesteps(self):
@@ -205,7 +180,8 @@ class PlannedScheduler:
             given = inspect.signature(self.own.set_timesteps).bind(*args, **kwargs).arguments
             self.counts_all = given.get("sigmas") is None and given.get("timesteps") is None
             self.earlier += [] if self.run is None else [(self.run.computed, self.run.uncached)]
-            self.run = Run(solver_of(self.own), self.plan)
+            factor = LIMITS["compute"] if self.drift_limit is None else self.drift_limit
+            self.run = Run(solver_of(self.own), self.plan, factor if self.on_drift == "compute" else None)
 
         return set_timesteps
 
@@ -224,6 +200,7 @@ class PlannedScheduler:
             place = self.run.place_of(timestep)
             self.check_start(place)
             x = self.run.advance(place, x, v)
+            self.warn_of_drift()
             self.set_begin_index(place + 1)  # inpainting asks the own scheduler for the noise of the next step
             return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
@@ -239,6 +216,20 @@ class PlannedScheduler:
         """The own scheduler's; video-to-video asks for it at the step where it begins."""
         self.check_start(0 if len(timesteps) and timesteps[0] == self.own.timesteps[0] else 1)
         return self.own.add_noise(original_samples, noise, timesteps)
+
+    def warn_of_drift(self) -> None:
+        """Once, at the end of a run that is not like those that the plan was calibrated on."""
+        run = self.run
+        if self.on_drift != "warn" or self.warned or run.monitor is None or run.following < len(run.times):
+            return
+        drift = max((reading.drift for reading in run.monitor.readings()), default=0.0)
+        if drift > run.monitor.limit(self.drift_limit):
+            self.warned = True
+            text = (
+                f"drift {drift:.2g}, the calibration prompts reach {run.monitor.calibrated.max():.2g}: the plan was not"
+            )
+            remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
+            warnings.warn(f"{text} made for a run like this one, quality may be lower; {remedy}", stacklevel=4)
 
     def check_start(self, place: int) -> None:
         """Refuse a pipeline that set T steps by their number: it counts its start in them, but finds only N."""

@@ -24,8 +24,9 @@ from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.pipelines import own_scheduler
 from ertacache.plan import BudgetPlan
-from ertacache.planned import PlannedScheduler, Run, solver_of
+from ertacache.planned import PlannedScheduler, Run
 from ertacache.planner import Schedule
+from ertacache.solvers import solver_of
 
 THREAD = "ertacache-call"  # name of the threads
 

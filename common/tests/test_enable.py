@@ -19,7 +19,7 @@ from tiny_pipelines import BUILDERS, STEPS, cogvideox, cogvideox_v2v, flux, flux
 import ertacache
 from ertacache import BudgetPlan, Conditions, Plan, PlanError, ThresholdPlan, UserError
 from ertacache.pipelines import own_scheduler
-from ertacache.planned import first_order, solver_of
+from ertacache.solvers import first_order, solver_of
 
 HALF = (0, 1, 3, 5)
 

@@ -17,8 +17,9 @@ from tiny_pipelines import STEPS, flux, flux_img2img, flux_inpaint, flux_kontext
 import ertacache
 from ertacache import UserError
 from ertacache.budget import BudgetCalibration
-from ertacache.planned import PlannedScheduler, first_order
+from ertacache.planned import PlannedScheduler
 from ertacache.recording import THREAD
+from ertacache.solvers import first_order
 
 PROMPTS = ["a red star", "a small blue ring", "green stripes", "a dotted ground", "two rings"]
 

@@ -10,7 +10,6 @@ no longer changes. Decisions depend only on earlier ones, so each pass settles a
 point is the S of Algorithm 2 on the whole set. Two passes are usual.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from ertacache.errors import UserError
 from ertacache.files import write_atomically
 from ertacache.ledger import Ledger, Sums, digest
 from ertacache.plan import ThresholdPlan
-from ertacache.provenance import library_versions
+from ertacache.provenance import fingerprint, library_versions
 
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
 LEAST_PHI = 0.01  # a multistep solver divides by the length of an interval, so that none may vanish
@@ -288,11 +287,3 @@ class Calibration:
         if parallel.is_main():
             shutil.rmtree(self.work, ignore_errors=True)
         parallel.barrier()
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16."""
-    if any(p.is_meta for p in module.parameters()):  # under sequential offload the weights are elsewhere
-        return "offloaded"
-    heads = [p.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for p in module.parameters()]
-    return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]

@@ -1,10 +1,26 @@
-"""What a measured number depends on: library versions and the machine; and its peak memory."""
+"""What a measured number depends on: weights, library versions and the machine; and its peak memory."""
 
+import hashlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16."""
+    parts = [part for p in module.parameters() for part in _parts(p)]
+    if any(part.is_meta for part in parts):  # under sequential offload the weights are elsewhere
+        return "offloaded"
+    heads = [part.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for part in parts]
+    return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor itself; of a quantised (torchao) or sharded one the plain tensors that it consists of."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return [part for name in names for part in _parts(getattr(tensor, name))] or [tensor]
 
 
 def library_versions() -> dict[str, str]:

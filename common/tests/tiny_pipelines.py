@@ -96,6 +96,10 @@ def flux_inpaint() -> Tiny:
     return flux("FluxInpaintPipeline", image=_image(), mask_image=mask, strength=0.75)
 
 
+def flux_controlnet_img2img() -> Tiny:
+    return flux("FluxControlNetImg2ImgPipeline", image=_image(), control_image=_image(), strength=0.75)
+
+
 def flux_controlnet() -> Tiny:
     return flux("FluxControlNetPipeline", control_image=_image())
 
@@ -114,9 +118,29 @@ def wan(pipeline="WanPipeline", channels=16, parts=None, **arguments) -> Tiny:
     return _tiny(pipeline, 2, parts, guidance_scale=5.0, **size, **text, **arguments)
 
 
+def wan_two_models() -> Tiny:
+    """Wan2.2: the first model for times from 800 on, the second below."""
+    tiny = wan()
+    second = _model("WanTransformer3DModel", **tiny.pipe.transformer.config)
+    for parameter in second.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tiny.pipe = diffusers.WanPipeline(**{**tiny.pipe.components, "transformer_2": second}, boundary_ratio=0.8)
+    tiny.pipe.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def wan_v2v() -> Tiny:
+    tiny = wan("WanVideoToVideoPipeline", parts=_wan_autoencoder(), video=[_image(16)] * 5, strength=0.75)
+    del tiny.arguments["num_frames"]  # those of the video
+    return tiny
+
+
 def wan_i2v() -> Tiny:
-    vae = _model("AutoencoderKLWan", base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return wan("WanImageToVideoPipeline", channels=36, parts={"vae": vae}, image=_image(16))
+    return wan("WanImageToVideoPipeline", channels=36, parts=_wan_autoencoder(), image=_image(16))
+
+
+def _wan_autoencoder():
+    return {"vae": _model("AutoencoderKLWan", base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)}
 
 
 def cogvideox(pipeline="CogVideoXPipeline", channels=4, parts=None, **arguments) -> Tiny:
@@ -165,7 +189,7 @@ def sd3_img2img() -> Tiny:
     return sd3("StableDiffusion3Img2ImgPipeline", parts, image=_image(8), strength=0.75, height=8, width=8)
 
 
-def qwenimage() -> Tiny:
+def qwenimage(pipeline="QwenImagePipeline", **arguments) -> Tiny:
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 16, "axes_dims_rope": (4, 6, 6)}
     model = _model("QwenImageTransformer2DModel", **heads, num_layers=1, in_channels=16, out_channels=4)
     text = {"prompt_embeds": _text(1, 5, 16), "negative_prompt_embeds": _text(1, 5, 16, seed=3)}
@@ -173,8 +197,19 @@ def qwenimage() -> Tiny:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    parts = {"transformer": model, "scheduler": scheduler}
-    return _tiny("QwenImagePipeline", 2, parts, height=32, width=32, true_cfg_scale=4.0, **text)
+    vae = _model(
+        "AutoencoderKLQwenImage", base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0] * 4, latents_std=[1] * 4
+    )
+    parts = {"transformer": model, "scheduler": scheduler, "vae": vae}
+    return _tiny(pipeline, 2, parts, height=32, width=32, true_cfg_scale=4.0, **text, **arguments)
+
+
+def qwenimage_img2img() -> Tiny:
+    return qwenimage("QwenImageImg2ImgPipeline", image=_image(), strength=0.75)
+
+
+def qwenimage_inpaint() -> Tiny:
+    return qwenimage("QwenImageInpaintPipeline", image=_image(), mask_image=_image().convert("L"), strength=0.75)
 
 
 def hunyuan_video() -> Tiny:

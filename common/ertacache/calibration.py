@@ -109,7 +109,7 @@ class Calibration:
         self.conditions = Conditions.of(pipe, self.steps, recorded)
         self.identity = {
             "model": model_id,
-            "weights": fingerprint(pipe.transformer),
+            "weights": fingerprint(pipe),
             "prompts": {"count": len(prompts), "sha256": digest("\n".join(prompts))},
             "seeds": self.seeds,
             "batch_size": batch_size,

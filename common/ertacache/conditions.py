@@ -26,7 +26,9 @@ class Conditions:
 
 
 def _describe(component) -> dict[str, Any]:
-    public = {k: v for k, v in dict(component.config).items() if not k.startswith("_")}
+    """Class and config; how the weights are kept (quantized or not) is left out, it binds no plan."""
+    config = dict(component.config)
+    public = {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
     return json.loads(json.dumps({"class": type(component).__name__, **public}, default=str))
 
 

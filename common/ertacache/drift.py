@@ -65,7 +65,7 @@ class Monitor:
             return
         error = v.float()
         for weight, output in zip(weights, earlier, strict=False):
-            error = error - weight * output.float()
+            error = error.add(output, alpha=-weight)
         self.seen[place] = error.square().flatten(1).mean(1).sqrt()
 
     def drifts(self, errors: Mapping[int, np.ndarray]) -> np.ndarray:

@@ -15,12 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ertacache import cli, exact, metrics, outputs, parallel
-from ertacache.calibration import fingerprint
 from ertacache.candidate import Candidate, Outcome, Run
 from ertacache.files import relative
 from ertacache.ledger import digest
 from ertacache.plan import Plan
-from ertacache.provenance import library_versions, machine, peak_memory, reset_peak_memory
+from ertacache.provenance import fingerprint, library_versions, machine, peak_memory, reset_peak_memory
 from ertacache.shelf import Shelf
 from ertacache.stock import stock_latents
 
@@ -44,7 +43,7 @@ class Evaluation:
         self.settings, self.options, self.repeats, self.exact = settings, options, repeats, exact
         self.work, self.samples, self.timed = Path(work), samples, min(timed or options.batch_size, len(self.prompts))
         self.lpips, self.clip = metrics.Lpips(), metrics.Clip(clip)
-        parts = [options.model, fingerprint(pipe.transformer), settings, self.prompts, self.seeds, options.batch_size]
+        parts = [options.model, fingerprint(pipe), settings, self.prompts, self.seeds, options.batch_size]
         how = [exact, samples, clip, str(pipe.transformer.dtype), machine(), library_versions()]
         self.shelf = Shelf(self.work, ["rows, 1", program.FOLDER.name, *parts, *how])
 

@@ -130,6 +130,7 @@ class PipelineCalibration(BudgetCalibration):
         pipe = program.pipe
         model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
         parts = SimpleNamespace(transformer=model, scheduler=own_scheduler(pipe))
+        parts.transformer_2 = getattr(pipe, "transformer_2", None)
         with program:
             super().__init__(program, parts, *arguments, **options)
         if self.end != self.steps:

@@ -13,6 +13,7 @@ from ertacache.errors import PlanError, UserError
 from ertacache.hub import HUB_ID
 from ertacache.plan import Plan
 from ertacache.planned import PlannedScheduler
+from ertacache.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
 
@@ -53,7 +54,7 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
     settings = {"dtype": str(model.dtype).removeprefix("torch.")}
     run = Conditions.of(SimpleNamespace(transformer=model, scheduler=own), plan.steps, settings)
     plan.check(run, "calibrate one: ertacache.calibrate(pipe, prompts)")
-    _warn_of_other_weights(plan, model)
+    _warn_of_other_weights(plan, pipe)
     pipe.scheduler = planned
 
 
@@ -83,10 +84,8 @@ def find(plan: Plan | str | Path) -> Plan:
     return Plan.load(path)
 
 
-def _warn_of_other_weights(plan: Plan, model) -> None:
-    from ertacache.calibration import fingerprint
-
-    made_for, found = plan.provenance.get("weights"), fingerprint(model)
+def _warn_of_other_weights(plan: Plan, pipe) -> None:
+    made_for, found = plan.provenance.get("weights"), fingerprint(pipe)
     if made_for is not None and made_for != found and "offloaded" not in (made_for, found):
         text = f"the plan was calibrated on other weights ({made_for}, now {found}); quality may be lower"
         warnings.warn(text, stacklevel=3)

@@ -263,8 +263,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The checked fields and arrays of a plan's two files."""
     again = f"copy it again or calibrate anew (delete {path} first)"
     try:
-        tensors = path.with_suffix(".safetensors").read_bytes()
         fields = json.loads(path.read_text("utf-8"))
+        tensors = path.with_suffix(".safetensors").read_bytes()
         arrays = load(tensors)
     except FileNotFoundError as error:
         raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error

@@ -234,7 +234,6 @@ class PlannedScheduler:
     def check_start(self, place: int) -> None:
         """Refuse a pipeline that set T steps by their number: it counts its start in them, but finds only N."""
         if place > 0 and self.counts_all and self.run.computed == 0:
-            text = (
-                f"the pipeline counts its start in {self.plan.steps} steps, the plan computes {len(self.run.times)}: "
-            )
-            raise PlanError(text + "give it sigmas in place of a number of steps, or strength=1, or disable the plan")
+            counts = f"its start in {self.plan.steps} steps, the plan computes {len(self.run.times)}"
+            remedy = "give it strength=1, or sigmas where its call takes them, or disable the plan"
+            raise PlanError(f"the pipeline counts {counts}: {remedy}")

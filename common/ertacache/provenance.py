@@ -8,9 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16."""
-    parts = [part for p in module.parameters() for part in _parts(p)]
+def fingerprint(pipe) -> str:
+    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16.
+
+    pipe: a pipeline, whose transformers are looked at: Wan2.2 has two.
+    """
+    modules = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    parts = [part for module in modules if module is not None for p in module.parameters() for part in _parts(p)]
     if any(part.is_meta for part in parts):  # under sequential offload the weights are elsewhere
         return "offloaded"
     heads = [part.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for part in parts]

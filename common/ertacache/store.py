@@ -48,7 +48,7 @@ def find_plan(program, pipe, args, settings) -> tuple[Plan, Path]:
             return calibrate_budgets(program, pipe, args, settings, [_budget(args, settings["steps"])])[0]
     plan = Plan.load(path)
     plan.check(run, remedy)
-    made_for, found = plan.provenance.get("weights"), fingerprint(pipe.transformer)
+    made_for, found = plan.provenance.get("weights"), fingerprint(pipe)
     if made_for != found and "offloaded" not in (made_for, found):
         warnings.warn(f"the plan was calibrated on other weights ({made_for}, now {found}): {remedy}", stacklevel=2)
     return plan, path

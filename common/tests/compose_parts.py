@@ -19,7 +19,7 @@ from ertacache.provenance import fingerprint
 def flux_plan() -> BudgetPlan:
     """4 of 8 steps of the tiny FLUX; it knows its weights."""
     tiny = flux()
-    return replace(budget_plan(tiny, HALF), provenance={"weights": fingerprint(tiny.pipe.transformer)})
+    return replace(budget_plan(tiny, HALF), provenance={"weights": fingerprint(tiny.pipe)})
 
 
 @cache

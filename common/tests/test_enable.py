@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from threading import Thread
@@ -14,11 +15,23 @@ import torch
 from conftest import ROOT
 from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from test_rooms import CallCounter
-from tiny_pipelines import BUILDERS, STEPS, cogvideox, cogvideox_v2v, flux, flux_img2img, flux_inpaint, sd3_img2img, wan
+from tiny_pipelines import (
+    BUILDERS,
+    STEPS,
+    cogvideox,
+    cogvideox_v2v,
+    flux,
+    flux_img2img,
+    flux_inpaint,
+    sd3_img2img,
+    wan,
+    wan_two_models,
+)
 
 import ertacache
 from ertacache import BudgetPlan, Conditions, Plan, PlanError, ThresholdPlan, UserError
 from ertacache.pipelines import own_scheduler
+from ertacache.provenance import fingerprint
 from ertacache.solvers import first_order, solver_of
 
 HALF = (0, 1, 3, 5)
@@ -164,7 +177,7 @@ def test_a_pipeline_that_counts_its_start_in_uncached_steps_is_refused_before_a_
     ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
     with CallCounter(tiny.pipe.transformer) as calls:
         for strength in (0.75, 0.3):
-            with pytest.raises(PlanError, match="counts its start in 8 steps, the plan computes 4: give it sigmas"):
+            with pytest.raises(PlanError, match="counts its start in 8 steps, the plan computes 4: give it strength=1"):
                 tiny.run(strength=strength)
         assert calls.count == 0
         tiny.run(strength=1.0)
@@ -268,6 +281,29 @@ def test_other_weights_and_another_dtype_are_a_warning():
     ):
         with pytest.warns(UserWarning, match=text):
             ertacache.enable(tiny.pipe, other)
+
+
+def test_the_second_transformer_counts_as_weights_too():
+    tiny = wan_two_models()
+    plan = replace(budget_plan(tiny, HALF), provenance={"weights": fingerprint(tiny.pipe)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ertacache.enable(tiny.pipe, plan)
+    with torch.no_grad():
+        next(tiny.pipe.transformer_2.parameters()).add_(1.0)
+    with pytest.warns(UserWarning, match="other weights"):
+        ertacache.enable(tiny.pipe, plan)
+
+
+def test_how_weights_are_kept_binds_no_plan():
+    """A plan of an int8 model on one that is loaded in int4, or not quantised."""
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    for bits in (8, 4):
+        tiny.pipe.transformer.register_to_config(quantization_config={"bits": bits})
+        other = Conditions.of(tiny.pipe, STEPS, {})
+        assert other.model == plan.conditions.model
+        ertacache.enable(tiny.pipe, plan)
 
 
 def test_what_a_plan_cannot_follow_is_refused():

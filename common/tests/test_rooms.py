@@ -10,10 +10,10 @@ import torch
 from conftest import FOLDERS, ROOT
 
 from ertacache import cli
-from ertacache.calibration import fingerprint
 from ertacache.exact import candidate_grid, integrate, rate_of
 from ertacache.outputs import to_uint8
 from ertacache.plan import BudgetPlan, Conditions, Plan, ThresholdPlan
+from ertacache.provenance import fingerprint
 
 SEEDS = [3, 4]
 STEPS = 8
@@ -187,7 +187,7 @@ def test_the_shipped_plans_belong_to_the_shipped_demo(room):
     for path in paths:
         plan = Plan.load(path)
         plan.check(run, remedy="")
-        assert plan.provenance["weights"] == fingerprint(room.pipe.transformer), path.name
+        assert plan.provenance["weights"] == fingerprint(room.pipe), path.name
 
 
 @pytest.mark.parametrize("kind", [*SITES, "reference"])

@@ -241,6 +241,17 @@ def test_another_guidance_than_the_plans_is_one_warning(run, files):
     assert len([w for w in caught if "calibrated at" in str(w.message)]) == 1
 
 
+def test_where_a_run_drifts_more_steps_are_computed(run, pipe, plans, tmp_path):
+    """Calibration errors of next to nothing: every run is beyond them, from the second computed step on."""
+    plan = plans[2]
+    tiny = tuple(tuple(1e-9 for _ in row) for row in plan.prediction_errors)
+    dataclasses.replace(plan, prediction_errors=tiny).save(tmp_path / "tight.json")
+    words = ["generate", DEMO, "--plan", tmp_path / "tight.json", "--prompt", PROMPTS[0], *FLAGS]
+    assert f"{plan.nfe} steps computed" in run(*words, "--on-drift", "ignore")[-1]
+    skipped = plan.computed[1] - 1
+    assert f"{6 - skipped} steps computed, {skipped} skipped" in run(*words, "--on-drift", "compute")[-1]
+
+
 def test_a_video(run, tmp_path):
     import imageio.v3 as imageio
 

@@ -27,8 +27,8 @@ class Method:
 class Calls:
     """The loaded pipeline with its prompts; prompt j starts from the noise of seed + j, whatever the batches."""
 
-    def __init__(self, request: Request, prompts: list[str], seed: int, batch_size: int):
-        self.request, self.prompts, self.seed = request, prompts, seed
+    def __init__(self, request: Request, prompts: list[str], seed: int, batch_size: int, on_drift: str = "warn"):
+        self.request, self.prompts, self.seed, self.on_drift = request, prompts, seed, on_drift
         self.batches = [slice(b, min(b + batch_size, len(prompts))) for b in range(0, len(prompts), batch_size)]
         self.pipe = request.load()
 
@@ -36,7 +36,7 @@ class Calls:
         """changes: of the call's arguments."""
         disable(self.pipe)
         if plan is not None:
-            enable(self.pipe, plan)
+            enable(self.pipe, plan, on_drift=self.on_drift)
         return Method(name, self.pipe.scheduler, {**self.request.arguments, **changes}, plan)
 
     def run(self, method: Method, part: slice) -> tuple[np.ndarray, float]:

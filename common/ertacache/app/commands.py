@@ -118,6 +118,10 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="one .png or .mp4 a prompt goes there")] = Path("sample"),
     compare: Annotated[bool, typer.Option("--compare", help="also run uncached, and compare")] = False,
     fps: Annotated[int, typer.Option(min=1, help="frames a second of the .mp4 files")] = 8,
+    on_drift: Annotated[
+        Literal["warn", "compute", "ignore"],
+        typer.Option(help="where a run is unlike the plan's calibration: warn once, or compute more steps"),
+    ] = "warn",
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -135,7 +139,7 @@ def generate(
 
     flags = _flags(steps, guidance, height, width, frames, negative_prompt)
     request = Request(model, flags, settings or [], dtype, device, offload, revision)
-    generating.run(request, plan, prompt, prompts, seed, batch_size, out, compare, fps)
+    generating.run(request, plan, prompt, prompts, seed, batch_size, out, compare, fps, on_drift)
 
 
 @app.command()

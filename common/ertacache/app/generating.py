@@ -16,14 +16,16 @@ from ertacache.metrics import mean, psnr, ssim
 from ertacache.pipelines import summary
 
 
-def run(request: Request, source, prompt, prompts_file, seed, batch_size, out: Path, compare: bool, fps: int) -> None:
+def run(
+    request: Request, source, prompt, prompts_file, seed, batch_size, out: Path, compare: bool, fps: int, on_drift: str
+) -> None:
     """With `compare` every method runs once before, to warm up."""
     prompts = prompts_of(prompt, prompts_file)
     if compare and source is None:
         raise UserError("--compare without --plan: give the plan that is compared with the uncached run")
     plan = request.plan(source)
     ensure_writable(out)
-    calls = Calls(request, prompts, seed, batch_size)
+    calls = Calls(request, prompts, seed, batch_size, on_drift)
     names = {METHODS[plan.kind]: plan} if plan else {"baseline": None}
     if compare:
         names = {"baseline": None, **names}

@@ -38,6 +38,7 @@ class Run:
         self.weights = plan.weights_on(self.grid) if plan.kind == "budget" else None
         self.monitor = Monitor(plan) if getattr(plan, "predictor", ()) else None
         self.following, self.history, self.step = 0, [], None
+        self.companion = solver.companion() if compute_beyond is not None else None
         self.extendable = self.off_plan = self.was_off = False
         self.computed, self.uncached, self.clock = 0, 0.0, []  # steps, uncached steps in their place, time at each
         self.show([*computed, len(self.all_times)])
@@ -69,12 +70,14 @@ class Run:
         start, end = self.ends[place : place + 2]
         if self.weights is None:
             x = self.reuse(start, end, x, v)
+        elif not self.extendable:
+            x = self.jump(self.planned[start], x, v)
         else:
-            x = self.own_step(start, x, v) if self.off_plan else self.jump(self.planned[start], x, v)
+            x = self.jump_or_step(place, x, v)
         self.computed, self.following = self.computed + 1, place + 1
         self.uncached += self.plan.steps * (end - start) / len(self.all_times)
         if self.following == len(self.times):  # cached tensors die with the run
-            self.history, self.step = [], None
+            self.history, self.step, self.companion = [], None, None
         return x
 
     def leave_or_return(self, place: int) -> None:
@@ -84,15 +87,17 @@ class Run:
             start, end = self.ends[place : place + 2]
             self.show([*self.ends[: place + 1], *range(start + 1, end), *self.ends[place + 1 :]])
 
-    def own_step(self, start: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One step of the pipeline's own solver; the first one off the plan begins with what latents usually lack."""
-        if start in self.planned:
-            self.history = [v, *self.history][: self.plan.anchors]
-            if not self.was_off:
-                row = self.planned[start]
-                x = jump(x, self.history, self.plan.repair[row], self.plan.repair_scale[row])
-                self.step = self.solver.stepper(self.grid, self.all_times, start)
-        return self.step(start, x, v)
+    def jump_or_step(self, place: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The plan's jump, or off the plan a step of the pipeline's own solver, which goes along to know the history.
+
+        Leaving the plan begins with what the latents of this step usually lack.
+        """
+        row = self.planned.get(self.ends[place])
+        jumped = None if row is None else self.jump(row, x, v)  # keeps the output for the jumps to come
+        if self.off_plan and not self.was_off and row is not None:
+            x = jump(x, self.history, self.plan.repair[row], self.plan.repair_scale[row])
+        stepped = self.companion(self.grid, self.all_times, place, self.ends, x, v)
+        return stepped if self.off_plan else jumped
 
     def jump(self, row: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """A budget plan's jump; the solver's own where a run that began in the middle lacks outputs for it."""

@@ -81,6 +81,25 @@ class Flow:
         solver.set_begin_index(begin)
         return lambda i, x, v: solver.step(v, times[i], x, return_dict=False)[0]
 
+    def companion(self):
+        """step(grid, times, place, ends, x, v) by a copy that is called at every computed step, so that it knows them.
+
+        It goes from level ends[place] to ends[place + 1]; levels ahead may change from call to call. A multistep solver
+        corrects x by the step before only where that was one of its own length.
+        """
+        solver = copy.deepcopy(self.own)
+        solver.set_begin_index(0)
+
+        def step(
+            grid: torch.Tensor, times: torch.Tensor, place: int, ends: list[int], x: torch.Tensor, v: torch.Tensor
+        ):
+            solver.sigmas, solver.timesteps = grid[ends], times[ends[:-1]]
+            if place and ends[place] != ends[place - 1] + 1 and hasattr(solver, "last_sample"):
+                solver.last_sample = None
+            return solver.step(v, solver.timesteps[place], x, return_dict=False)[0]
+
+        return step
+
 
 class Rotation:
     """DDIM on v-prediction, x' = cos(Δθ) x + sin(Δθ) v. Levels: θ / (π/2), where ᾱ = cos²θ; times: training timesteps.
@@ -107,6 +126,10 @@ class Rotation:
     def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
         turn = (s_next - s).item() * np.pi / 2
         return float(np.cos(turn)), float(np.sin(turn))
+
+    def companion(self):
+        """As `Flow.companion`; DDIM has no history."""
+        return lambda grid, times, place, ends, x, v: self.stepper(grid, times, 0)(ends[place], x, v)
 
     def stepper(self, grid: torch.Tensor, times: torch.Tensor, begin: int):
         """step(i, x, v) between any two levels; DDIM has no history."""

@@ -4,13 +4,17 @@
 
 Milliseconds a computed step, medians of alternating runs (A B C A B C …) of the denoising loop on one batch: the bare
 loop of the model folder's generate.py with the plan; the stock pipeline that follows it; and the stock pipeline without
-a plan, at as many steps. "in the plan" is the part of the second that is spent in the plan's own code, drift included.
+a plan, at as many steps. "in the plan" is the part of the second that is spent in the plan's own code, drift included;
+"beyond the jump" leaves out the weighted sum, which the bare loop makes too.
 """
 
 import statistics
 import time
 
+import torch
+
 from ertacache import cli
+from ertacache.algorithm import jump
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts
 from ertacache.planned import PlannedScheduler
@@ -46,6 +50,15 @@ class Overhead:
 
     def plain(self) -> float:
         return stock_latents(self.pipe, self.prompts, self.seeds, {**self.settings, "steps": self.plan.nfe})[1]
+
+    def jump(self) -> float:
+        """One weighted sum."""
+        x = self.inputs.latents
+        history = [torch.randn_like(x) for _ in range(self.plan.anchors)]
+        start = time.perf_counter()
+        for _ in range(100):
+            jump(x, history, self.plan.weights[-1], self.plan.scale[-1])
+        return (time.perf_counter() - start) / 100
 
 
 class TimedPlan(PlannedScheduler):
@@ -83,6 +96,7 @@ def main():
         for name, run in kinds.items():
             seconds[name].append(run())
     seconds["in the plan"] = overhead.inside
+    seconds["beyond the jump"] = [inside - plan.nfe * overhead.jump() for inside in overhead.inside]
     milliseconds = {name: 1000 * statistics.median(found[1:]) / plan.nfe for name, found in seconds.items()}
     for name, value in milliseconds.items():
         print(

@@ -66,7 +66,7 @@ class Monitor:
         error = v.float()
         for weight, output in zip(weights, earlier, strict=False):
             error = error.add(output, alpha=-weight)
-        self.seen[place] = error.square().flatten(1).mean(1).sqrt()
+        self.seen[place] = torch.linalg.vector_norm(error.flatten(1), dim=1) / error[0].numel() ** 0.5
 
     def drifts(self, errors: Mapping[int, np.ndarray]) -> np.ndarray:
         """The drift of each sample [B] from its e_k, by place; [] without any."""

@@ -195,9 +195,9 @@ class PlannedScheduler:
         """From a computed step to the next. Same signature as the own scheduler's."""
 
         @functools.wraps(self.own.step)
-        def step(*args, **kwargs):
-            given, known = self.signature.bind(*args, **kwargs).arguments, self.signature.parameters
-            v, timestep, x = (given.pop(name) for name in ("model_output", "timestep", "sample"))
+        def step(model_output, timestep, sample, *args, **kwargs):
+            known, v, x = self.signature.parameters, model_output, sample
+            given = {**dict(zip(list(known)[3:], args, strict=False)), **kwargs}
             return_dict, _ = given.pop("return_dict", True), given.pop("generator", None)
             for name, value in given.items():
                 if value is not known[name].default and value != known[name].default:

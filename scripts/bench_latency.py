@@ -68,7 +68,7 @@ def origin(device: torch.device, dtype: torch.dtype) -> dict:
         libraries["cache-dit"] = version("cache-dit")
     except PackageNotFoundError:
         libraries["cache-dit"] = "not installed"
-    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,14 +1,18 @@
 import inspect
+import os
 import sys
 from functools import cache
 from pathlib import Path
 
-import pytest
-import torch
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # one each where several processes share the tests
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # of the programs that tests start, too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-torch.set_num_threads(2)
+torch.set_num_threads(int(THREADS))
 
 
 class Room:

@@ -42,13 +42,8 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
             f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
             "with --site output or --speedup"
         )
-    if on_drift == "compute" and getattr(pipe, "controlnet", None) is not None:
-        text = f"a {type(pipe).__name__} keeps lists of one entry a step, so that none can be added"
-        raise UserError(f"{text}: leave on_drift='compute' out")
-    if on_drift == "compute" and not getattr(plan, "predictor", ()):
-        raise PlanError(
-            f"the plan ({plan.title}) has no drift to look at: calibrate it anew, a budget plan, or leave out on_drift"
-        )
+    if on_drift == "compute":
+        _check_steps_can_be_added(pipe, plan)
     planned = PlannedScheduler(own, plan, on_drift, drift_limit)
     model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
     settings = {"dtype": str(model.dtype).removeprefix("torch.")}
@@ -56,6 +51,20 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
     plan.check(run, "calibrate one: ertacache.calibrate(pipe, prompts)")
     _warn_of_other_weights(plan, pipe)
     pipe.scheduler = planned
+
+
+def _check_steps_can_be_added(pipe, plan: Plan) -> None:
+    """Refuse on_drift="compute" where there is nothing to decide by, no grid to compute on, or no room for a step."""
+    problem, remedy = None, "leave on_drift='compute' out"
+    if getattr(pipe, "controlnet", None) is not None:
+        problem = f"a {type(pipe).__name__} keeps lists of one entry a step, so that none can be added"
+    elif not getattr(plan, "predictor", ()):
+        problem = f"the plan ({plan.title}) has no drift to look at"
+        remedy = "calibrate a budget plan anew, or " + remedy
+    elif plan.sigmas:
+        problem = f"the plan ({plan.title}) counts on a grid of its own, finer than the uncached run's"
+    if problem is not None:
+        raise PlanError(f"{problem}: {remedy}")
 
 
 def disable(pipe) -> None:

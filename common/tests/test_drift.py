@@ -139,7 +139,7 @@ def test_beyond_the_limit_every_step_is_computed(name):
     solver at first order are then the uncached run. Pipelines that loop over a part of the timesteps keep the plan."""
     tiny, computed = BUILDERS[name](), (0, 1, 3, 5)
     if getattr(tiny.pipe, "controlnet", None) is not None:
-        with pytest.raises(UserError, match="lists of one entry a step"):
+        with pytest.raises(PlanError, match="lists of one entry a step"):
             enabled(tiny, drifting(tiny, [EVERY], computed), on_drift="compute")
         return
     latents, calls, told = enabled(tiny, drifting(tiny, [EVERY], computed), on_drift="compute")
@@ -202,6 +202,10 @@ def test_bad_arguments_are_one_line():
     for plan in (budget_plan(tiny, HALF), threshold_plan(tiny, (2,))):
         with pytest.raises(PlanError, match="has no drift to look at"):
             ertacache.enable(tiny.pipe, plan, on_drift="compute")
+    own_grid = tuple(np.linspace(1, 0, 2 * STEPS + 1).tolist())
+    with pytest.raises(PlanError, match="grid of its own, finer"):
+        exact = replace(drifting(tiny, [1.0]), sigmas=own_grid, target="exact")
+        ertacache.enable(tiny.pipe, exact, on_drift="compute")
     for options, message in (({"on_drift": "stop"}, "give one of 'warn'"), ({"drift_limit": 0}, "above 0")):
         with pytest.raises(UserError, match=message):
             ertacache.enable(tiny.pipe, drifting(tiny, [1.0]), **options)

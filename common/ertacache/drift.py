@@ -53,7 +53,7 @@ class Monitor:
     """Watches one run of a plan. What it sees stays on the device until it is read."""
 
     def __init__(self, plan):
-        self.plan, self.seen = plan, {}  # place → e_k of each sample, [B]
+        self.plan, self.seen, self.share = plan, {}, 1.0  # place → norm of each sample's error, [B]
         self.errors = np.maximum(plan.prediction_errors, LEAST)  # of the calibration prompts, [P, N]
         self.usual = np.log(self.errors).mean(0)  # ln E_k, [N]
         self.calibrated = self.drifts({k: self.errors[:, k] for k in range(1, plan.nfe)})  # [P]
@@ -63,10 +63,11 @@ class Monitor:
         weights = self.plan.predictor[place]
         if not any(weights) or any(weights[len(earlier) :]):
             return
-        error = v.float()
-        for weight, output in zip(weights, earlier, strict=False):
-            error = error.add(output, alpha=-weight)
-        self.seen[place] = torch.linalg.vector_norm(error.flatten(1), dim=1) / error[0].numel() ** 0.5
+        error = v.float().add(earlier[0], alpha=-weights[0])  # in float32
+        for weight, output in zip(weights[1:], earlier[1:], strict=False):
+            error.add_(output, alpha=-weight)
+        self.share = len(v) / v.numel()  # of an element in the mean
+        self.seen[place] = torch.linalg.vector_norm(error.flatten(1), dim=1)
 
     def drifts(self, errors: Mapping[int, np.ndarray]) -> np.ndarray:
         """The drift of each sample [B] from its e_k, by place; [] without any."""
@@ -75,7 +76,7 @@ class Monitor:
 
     def readings(self) -> tuple[Reading, ...]:
         """Of each sample, over the steps seen so far; () before the second computed step. Waits for the device."""
-        drifts = self.drifts({k: e.double().cpu().numpy() for k, e in self.seen.items()})
+        drifts = self.drifts({k: e.double().cpu().numpy() * self.share**0.5 for k, e in self.seen.items()})
         return tuple(Reading(float(d), float(100 * np.mean(self.calibrated < d))) for d in drifts)
 
     def limit(self, factor: float | None = None) -> float:
@@ -87,4 +88,4 @@ class Monitor:
         if not self.seen:
             return False
         place = max(self.seen)
-        return self.seen[place].max().item() > factor * self.errors[:, place].max()
+        return self.seen[place].max().item() * self.share**0.5 > factor * self.errors[:, place].max()

@@ -53,7 +53,8 @@ class Run:
 
     def place_of(self, timestep) -> int:
         """The place that a timestep belongs to; of two with one timestep (UniPC rounds them), the one that follows."""
-        t = torch.as_tensor(timestep).flatten()[0].item()
+        first = timestep.flatten()[0] if getattr(timestep, "ndim", 0) else timestep
+        t = first.item() if isinstance(first, torch.Tensor) else float(first)
         places = [place for place, known in enumerate(self.times) if known == t]
         if not places:
             raise UserError(f"the pipeline steps at time {t:g}, none of this run's {len(self.times)}: disable the plan")

@@ -50,11 +50,6 @@ def read_rows(rows: Rows | None) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if name not in ("samples", "sample_prompts")} for row in rows]
 
 
-def computed_steps(plan) -> tuple[int, ...]:
-    """Ascending; they count on the plan's own grid, where it has one."""
-    return plan.computed if plan.kind == "budget" else tuple(sorted({*range(plan.steps)} - {*plan.cached}))
-
-
 def _title(plan) -> str:
     return f"{plan.nfe} of {plan.steps} steps: a {plan.kind} plan for {plan.provenance.get('model', 'a transformer')}"
 
@@ -66,7 +61,7 @@ def _sentence(plan) -> str:
     named = f" of `{plan.provenance['model']}`" if "model" in plan.provenance else ""
     sped = f"{plan.nfe} of {plan.steps} model calls, a speed-up of {plan.steps / plan.nfe:.2f}× in calls"
     text = f"An ERTACache {plan.kind} plan for the {model}{named} with {scheduler}: **{sped}**. {RULES[plan.kind]}"
-    steps = ", ".join(map(str, computed_steps(plan)))
+    steps = ", ".join(map(str, plan.computed))
     if plan.kind == "threshold":
         cached = ", ".join(map(str, plan.cached)) or "none"
         return f"{text} λ = {plan.threshold:g}, cached at site `{plan.site}`; skipped steps: {cached}."
@@ -197,7 +192,7 @@ def picture(plan) -> Image.Image:
 
     The panel is opaque and light, so that it reads on white and on dark pages.
     """
-    computed, grid = computed_steps(plan), plan.sigmas or plan.native_sigmas
+    computed, grid = plan.computed, plan.sigmas or plan.native_sigmas
     count = len(grid) - 1
     cell = min(56, max(4, 1400 // count))
     panel = Image.new("RGBA", (max(700, cell * count) + 2 * MARGIN, 240))

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +13,11 @@ class UserError(ValueError):
 
 class PlanError(UserError):
     """A plan that is damaged, or was not made for what it is asked to do."""
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, short and on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
 class ArgumentParser(argparse.ArgumentParser):

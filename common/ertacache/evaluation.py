@@ -247,7 +247,7 @@ class Evaluation:
         """Which steps of which grid are computed, and how far the first prompt is from the uncached run there."""
         native = self.inputs(slice(0, 1)).sigmas
         grid = plan.grid(native)
-        computed = plan.computed if plan.kind == "budget" else [i for i in range(plan.steps) if i not in plan.cached]
+        computed = plan.computed
         errors = None
         if torch.equal(grid, native) and seen:
             pairs = [(seen[i], self.trajectory[i]) for i in computed]

@@ -7,12 +7,11 @@ those of huggingface_hub's ModelHubMixin, which itself sets attributes on what i
 import os
 import re
 import tempfile
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ertacache.errors import UserError
+from ertacache.errors import UserError, reason_of
 from ertacache.files import unwritable, write_atomically
 
 FILES = ("plan.json", "plan.safetensors")  # of a plan in a folder or on the Hub
@@ -175,5 +174,4 @@ def _failure(what: str, error: Exception) -> UserError:
     for kind, remedy in known:
         if isinstance(error, kind):
             return UserError(f"{what}: {remedy}")
-    reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
-    return UserError(f"{what} ({reason}): check the id, network and hf auth login")
+    return UserError(f"{what} ({reason_of(error)}): check the id, network and hf auth login")

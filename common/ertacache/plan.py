@@ -131,6 +131,11 @@ class ThresholdPlan(Plan):
         return f"lambda={self.threshold:g}"
 
     @property
+    def computed(self) -> tuple[int, ...]:
+        """The steps that are not cached, ascending."""
+        return tuple(i for i in range(self.steps) if i not in self.cached)
+
+    @property
     def nfe(self) -> int:
         """Number of function evaluations: computed steps; with guidance each one calls the model for both branches."""
         return self.steps - len(self.cached)

@@ -33,15 +33,14 @@ class Run:
         self.solver, self.plan, self.compute_beyond = solver, plan, compute_beyond
         self.grid = plan.grid(solver.levels)
         self.all_times = solver.times_on(self.grid)
-        computed = plan.computed if plan.kind == "budget" else sorted({*range(plan.steps)} - {*plan.cached})
-        self.planned = {start: row for row, start in enumerate(computed)}  # computed step → its row of the weights
+        self.planned = {start: row for row, start in enumerate(plan.computed)}  # computed step → its row of the weights
         self.weights = plan.weights_on(self.grid) if plan.kind == "budget" else None
         self.monitor = Monitor(plan) if getattr(plan, "predictor", ()) else None
         self.following, self.history, self.step = 0, [], None
         self.companion = solver.companion() if compute_beyond is not None else None
         self.extendable = self.off_plan = self.was_off = False
         self.computed, self.uncached, self.clock = 0, 0.0, []  # steps, uncached steps in their place, time at each
-        self.show([*computed, len(self.all_times)])
+        self.show([*plan.computed, len(self.all_times)])
 
     def show(self, ends: list[int]) -> None:
         """Let the pipeline see these steps only. ends: from each computed step to the next, the last to the data."""

@@ -4,11 +4,10 @@ import importlib.util
 import json
 import math
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
 
-from ertacache.errors import UserError
+from ertacache.errors import UserError, reason_of
 
 
 def load_program(folder: str | Path) -> ModuleType:
@@ -115,9 +114,8 @@ def load_pipeline(pipeline_class, model: str | Path, device: str, dtype, offload
     except UserError:
         raise
     except Exception as error:  # hub, json, safetensors and torch all raise their own types here
-        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
         remedy = "the files are damaged, download them again" if path.is_dir() else "check the id, network and hf login"
-        raise UserError(f"cannot load --model {model} ({reason}): {remedy}, or try --model demo") from error
+        raise UserError(f"cannot load --model {model} ({reason_of(error)}): {remedy}, or try --model demo") from error
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -17,15 +17,16 @@ from ertacache.plan import Plan
 
 def plan_name(model: str, steps: int, threshold: float, site: str) -> str:
     """File name of a threshold plan: MODEL-STEPS-λ.json, with "-blocks" for that site."""
-    return f"{_short(model)}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
+    return f"{short_name(model)}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
 
 
 def budget_name(model: str, steps: int, budget: int, target: str = "reference") -> str:
     """File name of a budget plan: MODEL-STEPS-budget-N.json, with "-exact" for that target."""
-    return f"{_short(model)}-{steps}-budget-{budget}{'-exact' if target == 'exact' else ''}.json"
+    return f"{short_name(model)}-{steps}-budget-{budget}{'-exact' if target == 'exact' else ''}.json"
 
 
-def _short(model: str) -> str:
+def short_name(model: str | Path) -> str:
+    """The last part of a Hub id or path, as a part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-") or "model"
 
 

@@ -346,7 +346,7 @@ def test_the_picture_of_the_schedule(kind):
     cell = min(56, 1400 // count)
     left = (image.width - cell * count) // 2
     filled = [image.getpixel((left + i * cell + cell // 2, 148)) == (0x25, 0x63, 0xEB) for i in range(count)]
-    assert tuple(i for i in range(count) if filled[i]) == card.computed_steps(plan) and sum(filled) == plan.nfe
+    assert tuple(i for i in range(count) if filled[i]) == plan.computed and sum(filled) == plan.nfe
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------

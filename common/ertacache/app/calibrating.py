@@ -1,6 +1,5 @@
 """`ertacache calibrate`: plans from the pipeline's own call, as files."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from ertacache.errors import UserError
 from ertacache.files import ensure_writable
 from ertacache.pipeline_calibration import calibrate
 from ertacache.plan import BudgetPlan
-from ertacache.store import check_speedups
+from ertacache.store import check_speedups, short_name
 
 
 def run(request: Request, out: Path, speedups: str, prompt, prompts_file, seed, batch_size, search, force) -> None:
@@ -47,7 +46,7 @@ def run(request: Request, out: Path, speedups: str, prompt, prompts_file, seed, 
 def plan_paths(request: Request, out: Path, speedups: list[float]) -> dict[float, Path]:
     """Speed-up → NAME-N-of-T.json; of speed-ups with one N the first."""
     path = Path(request.source)
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", (path.resolve() if path.is_dir() else path).name).strip("-") or "model"
+    name = short_name(path.resolve() if path.is_dir() else path)
     budgets = {budget_of(request.steps, speedup): speedup for speedup in reversed(speedups)}
     found = {speedup: out / f"{name}-{budget}-of-{request.steps}.json" for budget, speedup in budgets.items()}
     return {speedup: found[speedup] for speedup in speedups if speedup in found}

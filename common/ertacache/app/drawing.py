@@ -64,7 +64,7 @@ def schedule(plan: Plan, width: int, blocks: str) -> Iterator[Text]:
     """
     grid = plan.sigmas or plan.native_sigmas
     steps, left, right = len(grid) - 1, f"σ {grid[0]:.3f}  ", f"  σ {grid[-1]:.3f}"
-    computed = set(plan.computed) if plan.kind == "budget" else {*range(steps)} - {*plan.cached}
+    computed = set(plan.computed)
     room = max(10, width - len(left) - len(right))
     cell = max(1, min(WIDEST, room // steps))
     across = room // cell // 10 * 10 if steps * cell > room else steps

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ertacache.errors import UserError
+from ertacache.errors import UserError, reason_of
 from ertacache.files import read_prompts
 
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
@@ -166,7 +166,7 @@ class Request:
         except Exception as error:  # hub, json, safetensors and torch all raise their own types here
             local = Path(self.source).is_dir()
             remedy = "the files are damaged, download them again" if local else "check the id, network and hf login"
-            raise UserError(f"cannot load {self.model} ({_short(error)}): {remedy}") from error
+            raise UserError(f"cannot load {self.model} ({reason_of(error)}): {remedy}") from error
 
     @contextlib.contextmanager
     def calling(self):
@@ -177,7 +177,7 @@ class Request:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             remedy = "check its arguments, or save memory with --offload model or a smaller --batch-size"
-            raise UserError(f"{self.pipeline.__name__}'s call failed ({_short(error)}): {remedy}") from error
+            raise UserError(f"{self.pipeline.__name__}'s call failed ({reason_of(error)}): {remedy}") from error
 
     def words(self) -> list[str]:
         """The arguments that were given, as the command line takes them."""
@@ -212,7 +212,3 @@ def _parsed(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _short(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")

@@ -44,23 +44,23 @@ class CallProgram:
         while self.open:
             self.open.pop().close()
 
-    def prepare(self, parts, prompts, seeds, **settings) -> "Call":
+    def prepare(self, pipe, prompts, seeds, **settings) -> "Call":
         return Call(self, list(prompts), list(seeds))
 
-    def denoise(self, parts, call: "Call", plan=None, on_step=None) -> torch.Tensor:
+    def denoise(self, pipe, inputs: "Call", plan=None, on_step=None) -> torch.Tensor:
         """The uncached run, by the pipeline's own solver."""
-        x, step = call.latents, call.solver.stepper(call.sigmas, call.times, 0)
-        for i in range(len(call.times)):
-            v = call.velocity(x)
+        x, step = inputs.latents, inputs.solver.stepper(inputs.sigmas, inputs.times, 0)
+        for i in range(len(inputs.times)):
+            v = inputs.velocity(x)
             on_step(i, x, v)
             x = step(i, x, v)
         return x
 
-    def velocity(self, parts, call: "Call", x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return call.velocity(x)
+    def velocity(self, pipe, inputs: "Call", x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return inputs.velocity(x)
 
-    def first_order(self, parts, call: "Call", i: int, k: int) -> tuple[float, float]:
-        return call.solver.first_order(call.sigmas[i], call.sigmas[k])
+    def first_order(self, pipe, inputs: "Call", i: int, k: int) -> tuple[float, float]:
+        return inputs.solver.first_order(inputs.sigmas[i], inputs.sigmas[k])
 
 
 class Call:

@@ -1,10 +1,12 @@
 """A model small enough to solve on paper: dx/ds = A x, as a program with the functions of a model folder."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ertacache import UserError
 from ertacache.algorithm import euler_step, follow, rectify
 from ertacache.sites import OutputSite
 
@@ -55,6 +57,17 @@ class Program:
 
     def __init__(self, rows=8):
         self.rows = rows
+
+    FOLDER = Path("toy")
+
+    def settings_of(self, pipe, steps=12):
+        return {"steps": steps}
+
+    def load(self, model="demo", device="cpu", dtype=torch.float32, offload="none"):
+        return Pipe(np.eye(2))
+
+    def decode(self, pipe, latents, inputs):
+        raise UserError("the toy makes no images")
 
     def prepare(self, pipe, prompts, seeds, *, steps, warp=1.0):
         size = (self.rows, pipe.transformer.config["rows"])

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ertacache.algorithm import follow, rectify
-from ertacache.solvers import ddim_step, dpm_step, predicted_data
+from ertacache.algorithm import rectify
+from ertacache.jump import follow
+from ertacache.steps import ddim_step, dpm_step, predicted_data
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
@@ -181,7 +182,7 @@ class Inputs:
 def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=None, negative_prompt=""):
     """Checked settings, with the sizes that the model was trained at where none are given."""
     from ertacache.errors import UserError
-    from ertacache.programs import check_frames, check_number, check_scheduler, check_size
+    from ertacache.model_folder import check_frames, check_number, check_scheduler, check_size
 
     check_scheduler(pipe, SCHEDULERS)
     if pipe.scheduler.config.prediction_type != "v_prediction":
@@ -257,7 +258,7 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     from diffusers import CogVideoXPipeline
 
     from ertacache.errors import UserError
-    from ertacache.programs import load_pipeline
+    from ertacache.load import load_pipeline
 
     pipe = load_pipeline(CogVideoXPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
     if pipe.transformer.config.patch_size_t is not None:

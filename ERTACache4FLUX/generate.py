@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ertacache.algorithm import euler_step, follow, rectify
+from ertacache.algorithm import euler_step, rectify
+from ertacache.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
@@ -98,7 +99,7 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
     """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.programs import check_number, check_scheduler, check_size
+    from ertacache.model_folder import check_number, check_scheduler, check_size
 
     check_scheduler(pipe, SCHEDULERS)
     sizes = {
@@ -152,7 +153,7 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
     from diffusers import FluxPipeline
 
-    from ertacache.programs import load_pipeline
+    from ertacache.load import load_pipeline
 
     return load_pipeline(FluxPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ertacache.algorithm import euler_step, follow, rectify
+from ertacache.algorithm import euler_step, rectify
+from ertacache.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("RFlowScheduler",)
@@ -117,7 +118,7 @@ class Inputs:
 def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):
     """Checked settings, with the pipeline's own sizes (Open-Sora 1.2: 480 × 854, 51 frames) where none are given."""
     from ertacache.errors import UserError
-    from ertacache.programs import check_number, check_scheduler
+    from ertacache.model_folder import check_number, check_scheduler
 
     check_scheduler(pipe, SCHEDULERS)
     sizes = {"height": height, "width": width, "frames": frames}
@@ -154,7 +155,7 @@ def decode(pipe, latents, inputs):
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a directory in diffusers' format, or of the weights that Open-Sora published."""
-    from ertacache.programs import load_pipeline
+    from ertacache.load import load_pipeline
     from opensora12 import OpenSoraPipeline
     from opensora12.convert import load_published
 

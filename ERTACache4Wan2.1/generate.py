@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ertacache.algorithm import follow, rectify
+from ertacache.algorithm import rectify
+from ertacache.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -145,7 +146,7 @@ class Inputs:
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):
     """Checked settings, with those of the demo or of the paper (832 × 480, 81 frames) where none are given."""
-    from ertacache.programs import check_frames, check_number, check_scheduler, check_size
+    from ertacache.model_folder import check_frames, check_number, check_scheduler, check_size
 
     check_scheduler(pipe, SCHEDULERS)
     demo = str(pipe.name_or_path) == str(FOLDER / "demo")
@@ -198,7 +199,7 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     from diffusers import WanPipeline
 
     from ertacache.errors import UserError
-    from ertacache.programs import load_pipeline
+    from ertacache.load import load_pipeline
 
     pipe = load_pipeline(WanPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
     if pipe.transformer_2 is not None or pipe.config.expand_timesteps:

@@ -26,7 +26,7 @@ import torch
 from ertacache.errors import ArgumentParser, UserError, run_program
 from ertacache.files import ensure_writable, write_atomically
 from ertacache.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program
 from ertacache.provenance import library_versions
 from random_models import MODELS, random_module
 

@@ -14,14 +14,15 @@ import time
 import torch
 
 from ertacache import cli
-from ertacache.algorithm import jump
+from ertacache.devices import synchronize
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.files import read_prompts
+from ertacache.from_folder import find_plan
+from ertacache.jump import jump
+from ertacache.model_folder import load_program
 from ertacache.planned import PlannedScheduler
-from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
 from ertacache.stock import stock_latents
-from ertacache.store import find_plan
 
 
 class Overhead:
@@ -35,7 +36,7 @@ class Overhead:
     def bare(self) -> float:
         start = time.perf_counter()
         self.program.denoise(self.pipe, self.inputs, self.plan)
-        cli.synchronize(self.pipe)
+        synchronize(self.pipe)
         return time.perf_counter() - start
 
     def planned(self) -> float:

@@ -15,10 +15,10 @@ folder that all of them see. Without GPUs add --multi_gpu all the same, accelera
 
 from pathlib import Path
 
-from ertacache import UserError, cli, parallel, store
-from ertacache.budget import budget_of
+from ertacache import UserError, cli, from_folder, parallel
 from ertacache.errors import ArgumentParser, run_program
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program
+from ertacache.names import budget_of, check_speedups
 
 
 def main():
@@ -33,14 +33,14 @@ def main():
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     thresholds, speedups = (cli.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
-    store.check_speedups(speedups)
+    check_speedups(speedups)
     options.device = parallel.device(options.device)
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
-    found = store.calibrate_plans(program, pipe, options, settings, thresholds, args.out) if thresholds else []
+    found = from_folder.calibrate_plans(program, pipe, options, settings, thresholds, args.out) if thresholds else []
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        found += store.calibrate_budgets(program, pipe, options, settings, budgets, args.out)
+        found += from_folder.calibrate_budgets(program, pipe, options, settings, budgets, args.out)
     for plan, path in found if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.steps / plan.nfe:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -26,10 +26,10 @@ from ertacache.errors import ArgumentParser, run_program
 from ertacache.evaluation import Evaluation
 from ertacache.files import ensure_writable, read_prompts, write_atomically
 from ertacache.methods import BUDGET_METHODS, METHODS, Comparison
+from ertacache.model_folder import load_program, world
+from ertacache.names import check_speedups
 from ertacache.peers import PEERS
-from ertacache.programs import load_program
 from ertacache.provenance import library_versions, machine
-from ertacache.store import check_speedups
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("fewer-steps", "fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "uniform", "ertacache", *PEERS, "budget")
@@ -134,7 +134,7 @@ def open_comparison(args, program, options) -> Comparison:
     options.device = parallel.device(options.device)
     pipe = cli.load(program, options)
     settings = cli.checked_settings(program, pipe, options)
-    held_out = [s.caption() for s in cli.world(program).sample_scenes(args.count, seed=100, held_out=True)]
+    held_out = [s.caption() for s in world(program).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}

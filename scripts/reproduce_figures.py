@@ -26,9 +26,10 @@ from ertacache import UserError, cli, outputs
 from ertacache.bench import Bench
 from ertacache.errors import run_program
 from ertacache.files import read_prompts, write_atomically
-from ertacache.programs import load_program
+from ertacache.from_folder import open_calibration
+from ertacache.model_folder import load_program, world
+from ertacache.names import check_speedups
 from ertacache.provenance import library_versions, machine
-from ertacache.store import check_speedups, open_calibration
 from reproduce import ROOT, evaluate, fastest, open_parser, paper, parse_arguments, room
 from trajectories import distances, on_plane, trajectory
 
@@ -156,7 +157,7 @@ def open_room(args):
 
 def captions(program, count: int, held_out: bool) -> list[str]:
     """Of the demo's grammar: of its held-out part (as evaluate.py takes them), or of its training part."""
-    scenes = cli.world(program).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
+    scenes = world(program).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
     return [scene.caption() for scene in scenes]
 
 

@@ -25,15 +25,15 @@ from scipy.stats import spearmanr
 
 import ertacache
 from ertacache import BudgetPlan, UserError, cli, metrics, outputs
-from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.budget import BudgetCalibration
 from ertacache.drift import Monitor
 from ertacache.errors import ArgumentParser, run_program
 from ertacache.evaluation import Evaluation
 from ertacache.files import read_prompts, write_atomically
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program, world
+from ertacache.names import budget_name, budget_of, check_speedups
 from ertacache.provenance import library_versions, machine
 from ertacache.stock import stock_latents
-from ertacache.store import budget_name, check_speedups
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = 8  # that the plans of `transfer` are fitted on
@@ -46,7 +46,7 @@ class Study:
         self.program, self.options, self.pipe = program, options, cli.load(program, options)
         self.settings = cli.checked_settings(program, self.pipe, options)
         self.budgets = [budget_of(self.settings["steps"], speedup) for speedup in speedups]
-        self.world, self.count, self.calls = cli.world(program), count, 0
+        self.world, self.count, self.calls = world(program), count, 0
         self.held_out = self.captions(count, seed=100, held_out=True)
         self.pipe.transformer.register_forward_pre_hook(self.tally)
 

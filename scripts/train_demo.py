@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ertacache import UserError
 from ertacache.errors import ArgumentParser, run_program
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program
 
 RECIPES = {
     "ERTACache4FLUX": "flux",

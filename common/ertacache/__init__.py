@@ -4,11 +4,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ertacache.budget_plan import BudgetPlan
     from ertacache.conditions import Conditions
     from ertacache.errors import PlanError, UserError
     from ertacache.pipeline_calibration import calibrate
     from ertacache.pipelines import disable, enable, summary
-    from ertacache.plan import BudgetPlan, Plan, ThresholdPlan
+    from ertacache.plan import Plan
+    from ertacache.threshold_plan import ThresholdPlan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +31,9 @@ _MODULES = {
     "errors": ("PlanError", "UserError"),
     "pipeline_calibration": ("calibrate",),
     "pipelines": ("disable", "enable", "summary"),
-    "plan": ("BudgetPlan", "Plan", "ThresholdPlan"),
+    "plan": ("Plan",),
+    "budget_plan": ("BudgetPlan",),
+    "threshold_plan": ("ThresholdPlan",),
 }
 
 

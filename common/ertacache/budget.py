@@ -19,14 +19,15 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from ertacache import drift, exact, parallel, planner
-from ertacache.algorithm import jump
+from ertacache import exact, parallel, planner
+from ertacache.budget_plan import BudgetPlan
 from ertacache.calibration import Calibration
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
 from ertacache.gram import Gram, products
+from ertacache.jump import jump
 from ertacache.ledger import digest
-from ertacache.plan import BudgetPlan, as_tuples
+from ertacache.plan import as_tuples
 from ertacache.planner import Schedule
 
 ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
@@ -196,7 +197,7 @@ class BudgetCalibration(Calibration):
         for name, scale, column, start in (("weights", "scale", -1, prior), ("repair", "repair_scale", -2, none)):
             solved = planner.solve_weights(total[:end, :end], total[:end, column], start)
             found[name], found[scale] = np.pad(solved[:outputs], (0, anchors - outputs)), 1 + solved[outputs:].sum()
-        found["predictor"], squares = drift.fit_predictor(grams[:, :outputs, :outputs], anchors - 1, self.fitted)
+        found["predictor"], squares = planner.fit_predictor(grams[:, :outputs, :outputs], anchors - 1, self.fitted)
         return found | {"prediction_errors": np.sqrt(squares / self.first.latents[0].numel())}
 
     def inputs_over(self, batch: int, schedule: Schedule):
@@ -293,8 +294,3 @@ class _Run:
 
     def __init__(self, inputs):
         self.inputs, self.x, self.history = inputs, inputs.latents, []
-
-
-def budget_of(steps: int, speedup: float) -> int:
-    """The number of computed steps for a speed-up of T/N, at least 2."""
-    return max(2, min(steps, round(steps / speedup)))

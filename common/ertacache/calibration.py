@@ -27,8 +27,8 @@ from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import write_atomically
 from ertacache.ledger import Ledger, Sums, digest
-from ertacache.plan import ThresholdPlan
 from ertacache.provenance import fingerprint, library_versions
+from ertacache.threshold_plan import ThresholdPlan
 
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
 LEAST_PHI = 0.01  # a multistep solver divides by the length of an interval, so that none may vanish

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ertacache.hub import HUB_ID, PICTURE, Rows
-from ertacache.report import MORE, TABLE, Source, check_row, provenance, read_source, sections
-from ertacache.standing import MISSING, markdown
+from ertacache.names import HUB_ID
 
+PICTURE = "schedule.png"
+MISSING = "–"
 RENAMED = {"guidance": "guidance_scale", "frames": "num_frames"}  # a model folder's settings → a pipeline's arguments
 OWN_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # which diffusers does not know
 GIVEN = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records a picture or a tensor of its calls
@@ -25,8 +25,8 @@ RULES = {
 }
 
 
-def model_card(plan, where: str, license: str | None, rows: Sequence[Mapping[str, Any]]):
-    """where: what the snippet gives to `enable`, a Hub id or a folder's name. rows: checked (`read_rows`)."""
+def model_card(plan, where: str, license: str | None, results: str | None):
+    """where: what the snippet gives to `enable`, a Hub id or a folder's name. results: Markdown, measured quality."""
     from huggingface_hub import ModelCard, ModelCardData
 
     model = str(plan.provenance.get("model", ""))
@@ -34,20 +34,9 @@ def model_card(plan, where: str, license: str | None, rows: Sequence[Mapping[str
     tags = ["ertacache", "diffusers", "caching", "acceleration", f"{plan.kind}-plan"]
     data = ModelCardData(base_model=base, library_name="ertacache", license=license, tags=tags)
     parts = [f"# {_title(plan)}", _sentence(plan), f"![computed and skipped steps]({PICTURE})"]
-    parts += ["## Use it", _usage(plan, where), "## Quality", _quality(plan), *_measured(rows)]
+    parts += ["## Use it", _usage(plan, where), "## Quality", _quality(plan), *([results] if results else [])]
     parts += ["## Provenance", _provenance(plan), "## How it was chosen", _choice(plan)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
-
-
-def read_rows(rows: Rows | None) -> list[dict[str, Any]]:
-    """Rows of `scripts/evaluate.py --json` from a file or a list, checked, without their samples."""
-    if isinstance(rows, str | Path):
-        rows = read_source(Path(rows).expanduser()).rows
-    else:
-        rows = rows or ()
-        for number, row in enumerate(rows, 1):
-            check_row(row, f"row {number}")
-    return [{name: row[name] for name in row if name not in ("samples", "sample_prompts")} for row in rows]
 
 
 def _title(plan) -> str:
@@ -131,17 +120,6 @@ def _quality(plan) -> str:
     left = None if count is None else count - fitted
     table = [["calibration", fitted, errors[0]], ["held out of the fit", left, errors[1]]]
     return f"Mean squared error of the final latents to {target}:\n\n" + _table(["prompts", "count", "error"], table)
-
-
-def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of each model folder and model, with what it was measured on."""
-    parts = []
-    for section in sections([Source("rows", "", list(rows))]):
-        columns = [*TABLE[:-1], *(name for name in MORE if any(row.get(name) is not None for row in section.rows))]
-        facts = {name: fact for name, fact in provenance(section)[0].items() if name != "file"}
-        text = f"Measured with `scripts/evaluate.py` on {section.folder}, model `{section.model}`"
-        parts += [f"{text}, against the uncached run ({_shown(facts)}):", markdown(section.rows, columns)]
-    return parts
 
 
 def _provenance(plan) -> str:

@@ -1,7 +1,6 @@
 """The command line of a model folder's `generate.py`: which runs, and what is written."""
 
 import argparse
-import inspect
 import statistics
 import sys
 import time
@@ -10,13 +9,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache import motion, outputs, scenes
+from ertacache import outputs
+from ertacache.budget_plan import TARGETS
+from ertacache.devices import synchronize
 from ertacache.errors import ArgumentParser, UserError
 from ertacache.files import ensure_writable, read_prompts, relative
+from ertacache.from_folder import find_plan
 from ertacache.metrics import METRICS, Lpips
 from ertacache.metrics import quality as measure
-from ertacache.plan import TARGETS
-from ertacache.store import find_plan
+from ertacache.model_folder import makes_videos, settings_parameters, world
 
 METHODS = {"threshold": "ertacache", "budget": "budget"}  # what a kind of plan is called in files and tables
 SETTINGS = {  # what a model folder may let one choose, with the type and help of its flag
@@ -64,24 +65,9 @@ def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Nam
     return parser.parse_args(arguments)
 
 
-def settings_parameters(program) -> dict:
-    """The settings that a model folder takes, with their defaults: steps, guidance, height, width, frames, …"""
-    parameters = inspect.signature(program.settings_of).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name != "pipe"}
-
-
 def checked_settings(program, pipe, args) -> dict:
     """The settings that the arguments ask for, checked by the model folder."""
     return program.settings_of(pipe, **{name: getattr(args, name) for name in settings_parameters(program)})
-
-
-def makes_videos(program) -> bool:
-    return "frames" in settings_parameters(program)
-
-
-def world(program):
-    """The grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
-    return motion if makes_videos(program) else scenes
 
 
 def parse_list(text: str) -> list[float]:
@@ -170,11 +156,6 @@ def run_interleaved(program, pipe, prompts, args, settings, methods):
     for run in runs.values():
         run["seconds"] = statistics.median(run["seconds"])
     return runs
-
-
-def synchronize(pipe) -> None:
-    if pipe._execution_device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def report(program, args, prompts, runs, plan, plan_path, out) -> None:

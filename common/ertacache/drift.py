@@ -16,29 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ertacache.planner import solve_weights
-
 LIMITS = {  # × the worst of the calibration prompts, by what is done beyond it; a single step scatters more than a run
     "warn": 1.25,  # a run's drift
     "compute": 2.0,  # a step's error
 }
 LEAST = 1e-12  # an error, so that it has a logarithm
-
-
-def fit_predictor(grams: np.ndarray, anchors: int, fitted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the prediction [anchors] (0 where there are fewer outputs), and each prompt's squared error [P].
-
-    grams: [P, R, R], scalar products of a computed step's output (row 0) and those before it, newest first, for each
-    prompt. fitted: how many prompts, the first ones, the weights are fitted on.
-    """
-    weights, total = np.zeros(anchors), grams[:fitted].sum(0)
-    count = grams.shape[1] - 1
-    if count == 0:
-        return weights, np.zeros(len(grams))
-    hold = np.array([1.0] + [0.0] * (count - 1))  # the newest output itself
-    weights[:count] = solve_weights(total[1:, 1:], total[1:, 0], hold)
-    error = np.concatenate([[1.0], -weights[:count]])
-    return weights, np.maximum(np.einsum("i,pij,j->p", error, grams, error), 0.0)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ertacache import cli, exact, metrics, outputs, parallel
+from ertacache import exact, metrics, outputs, parallel
 from ertacache.candidate import Candidate, Outcome, Run
+from ertacache.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.files import relative
 from ertacache.ledger import digest
+from ertacache.model_folder import world
 from ertacache.plan import Plan
-from ertacache.provenance import fingerprint, library_versions, machine, peak_memory, reset_peak_memory
+from ertacache.provenance import fingerprint, library_versions, machine
 from ertacache.shelf import Shelf
 from ertacache.stock import stock_latents
 
@@ -63,7 +65,7 @@ class Evaluation:
             inputs = self.inputs(part, settings, shift)
             start = time.perf_counter()
             latents = self.program.denoise(self.pipe, inputs, plan, on_step)
-            cli.synchronize(self.pipe)
+            synchronize(self.pipe)
             return Run(latents, inputs, time.perf_counter() - start)
 
         return run
@@ -234,14 +236,14 @@ class Evaluation:
         start = time.perf_counter()
         made = run(part)
         self.decode(made if made.inputs is not None else made._replace(inputs=inputs), part)
-        cli.synchronize(self.pipe)
+        synchronize(self.pipe)
         return made.seconds, time.perf_counter() - start
 
     def prompt_accuracy(self, found: Outcome) -> float | None:
         if self.options.model != "demo":
             return None
         pictures = [outputs.to_uint8(p) for p in found.pictures]
-        return cli.world(self.program).prompt_accuracy(self.prompts, pictures)
+        return world(self.program).prompt_accuracy(self.prompts, pictures)
 
     def timeline(self, plan: Plan, seen: dict[int, torch.Tensor]) -> dict:
         """Which steps of which grid are computed, and how far the first prompt is from the uncached run there."""

@@ -5,25 +5,22 @@ those of huggingface_hub's ModelHubMixin, which itself sets attributes on what i
 """
 
 import os
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ertacache.errors import UserError, reason_of
 from ertacache.files import unwritable, write_atomically
+from ertacache.names import HUB_ID
 
 FILES = ("plan.json", "plan.safetensors")  # of a plan in a folder or on the Hub
-CARD, PICTURE = "README.md", "schedule.png"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.safetensors)")
-Rows = str | Path | Sequence[Mapping[str, Any]]
+CARD = "README.md"
 
 
 class HubMixin:
     """What every plan inherits. license: of the plan, for the card, for example "apache-2.0".
 
-    rows: of `scripts/evaluate.py --json`, for the card: the file's path, or a list (common/docs/rows.md).
+    results: a finished Markdown table of measured quality for the card, for example
+    `ertacache.report.card_table("rows.json")`.
     """
 
     def save_pretrained(
@@ -33,7 +30,7 @@ class HubMixin:
         repo_id: str | None = None,
         push_to_hub: bool = False,
         license: str | None = None,
-        rows: Rows | None = None,
+        results: str | None = None,
         **push_to_hub_kwargs,
     ) -> str | None:
         """Write the folder, whole or not at all, over a plan that is there; then push it, when asked.
@@ -45,8 +42,8 @@ class HubMixin:
         name = repo_id or folder.resolve().name
         if push_to_hub_kwargs and not push_to_hub:
             raise UserError(f"{', '.join(push_to_hub_kwargs)} without push_to_hub=True: add it, or leave them out")
-        _write_folder(folder, self, str(self.generate_model_card(repo_id=name, license=license, rows=rows)))
-        return self.push_to_hub(name, license=license, rows=rows, **push_to_hub_kwargs) if push_to_hub else None
+        _write_folder(folder, self, str(self.generate_model_card(repo_id=name, license=license, results=results)))
+        return self.push_to_hub(name, license=license, results=results, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
     def from_pretrained(
@@ -87,7 +84,7 @@ class HubMixin:
         ignore_patterns: list[str] | str | None = None,
         delete_patterns: list[str] | str | None = None,
         license: str | None = None,
-        rows: Rows | None = None,
+        results: str | None = None,
     ) -> str:
         """Put the plan, its card and its picture into a repository, in one commit. Returns the commit's address.
 
@@ -96,9 +93,7 @@ class HubMixin:
         """
         from huggingface_hub import HfApi
 
-        from ertacache.card import read_rows
-
-        rows, api = read_rows(rows), HfApi(token=token)  # before a repository is made
+        api = HfApi(token=token)
         try:
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         except Exception as error:
@@ -107,22 +102,22 @@ class HubMixin:
         patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         patterns |= {"delete_patterns": delete_patterns}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, repo_id=repo_id, license=license, rows=rows)
+            self.save_pretrained(folder, repo_id=repo_id, license=license, results=results)
             try:
                 return api.upload_folder(repo_id=repo_id, folder_path=folder, **options, **patterns)
             except Exception as error:
                 raise _failure(f"cannot push to {repo_id}", error) from error
 
-    def generate_model_card(self, *, repo_id: str, license: str | None = None, rows: Rows | None = None):
+    def generate_model_card(self, *, repo_id: str, license: str | None = None, results: str | None = None):
         """The card, a huggingface_hub ModelCard. repo_id: where its snippet finds the plan, a Hub id or a folder."""
-        from ertacache.card import model_card, read_rows
+        from ertacache.card import model_card
 
-        return model_card(self, repo_id, license, read_rows(rows))
+        return model_card(self, repo_id, license, results)
 
 
 def _write_folder(folder: Path, plan, card: str) -> None:
     """All four files, first under a temporary name in the same place."""
-    from ertacache.card import picture, png
+    from ertacache.card import PICTURE, picture, png
 
     try:
         old = folder / CARD

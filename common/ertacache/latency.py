@@ -22,12 +22,14 @@ from ertacache.algorithm import uniform_cached
 from ertacache.baselines.stack import blocks_of
 from ertacache.baselines.teacache import TeaCachePolicy, teacache
 from ertacache.bench import Bench
-from ertacache.budget import ANCHORS, budget_of
+from ertacache.budget import ANCHORS
+from ertacache.budget_plan import BudgetPlan
 from ertacache.conditions import Conditions
+from ertacache.devices import peak_memory, reset_peak_memory
 from ertacache.errors import UserError
-from ertacache.plan import BudgetPlan, ThresholdPlan
-from ertacache.provenance import peak_memory, reset_peak_memory
+from ertacache.names import budget_of
 from ertacache.stock import stock_latents
+from ertacache.threshold_plan import ThresholdPlan
 
 SPEEDUP = 2  # T/N of every method
 PLANS = ("baseline", "threshold", "budget")

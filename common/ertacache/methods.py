@@ -11,11 +11,12 @@ import numpy as np
 from ertacache import BudgetPlan, ThresholdPlan
 from ertacache.algorithm import uniform_cached
 from ertacache.bench import Bench
-from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.budget import BudgetCalibration
 from ertacache.evaluation import Candidate, Evaluation
+from ertacache.from_folder import open_calibration
+from ertacache.names import budget_name, budget_of, plan_name
 from ertacache.peers import PEERS
 from ertacache.planner import adams_bashforth_weights, offline_weights, predictor_weights
-from ertacache.store import budget_name, open_calibration, plan_name
 from ertacache.sweep import nearest_settings
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")

@@ -10,15 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.budget import BudgetCalibration
+from ertacache.budget_plan import BudgetPlan
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable
+from ertacache.names import budget_of, check_speedups
 from ertacache.pipelines import check_parts, own_scheduler
-from ertacache.plan import BudgetPlan
 from ertacache.planner import Schedule
 from ertacache.recording import Call, CallProgram
-from ertacache.solvers import check_scheduler
-from ertacache.store import check_speedups
+from ertacache.schedulers import check_scheduler
 
 FOLDER = ".ertacache"  # here, for what an interrupted calibration goes on from
 OURS = ("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt")  # one noise a prompt

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from ertacache.conditions import Conditions
 from ertacache.drift import LIMITS, Reading
 from ertacache.errors import PlanError, UserError
-from ertacache.hub import HUB_ID
+from ertacache.names import HUB_ID
 from ertacache.plan import Plan
 from ertacache.planned import PlannedScheduler
 from ertacache.provenance import fingerprint

@@ -6,18 +6,14 @@ checksum over both. common/docs/plan-format.md describes the fields.
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
 
-from ertacache.algorithm import PHI_DEFINITIONS, adjusted_sigmas
 from ertacache.conditions import Conditions, differences
 from ertacache.errors import PlanError
 from ertacache.files import write_atomically
@@ -83,6 +79,8 @@ class Plan(HubMixin):
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan, of this kind (`Plan.load`: of any); a damaged, edited or newer file is a PlanError."""
+        from ertacache import budget_plan, threshold_plan  # noqa: F401 (registers both kinds)
+
         path = _json_path(path)
         fields, arrays = _read(path)
         kinds = {kind.kind: kind for kind in Plan.__subclasses__()}
@@ -94,169 +92,6 @@ class Plan(HubMixin):
         present = [name for name in found.OPTIONAL_ARRAYS if name in arrays]
         values |= {name: as_tuples(arrays[name].tolist()) for name in (*found.ARRAYS, *present)}
         return found(conditions, provenance=fields["provenance"], **values)
-
-
-@dataclass(frozen=True)
-class ThresholdPlan(Plan):
-    """The paper's plan for one λ: which steps are cached, on which grid, and how their velocity is rectified."""
-
-    kind = "threshold"
-    FIELDS = ("threshold", "cached", "site", "phi_definition", "rectified")
-    ARRAYS = ("phi", "k", "b", "native_sigmas")
-    DERIVED = ("nfe",)
-
-    conditions: Conditions
-    threshold: float  # λ > 0 of Eq. 12
-    cached: tuple[int, ...]  # S, ascending, in 1 … T−2
-    site: str  # where the residual is taken: "output" (Eq. 5) or "blocks" (around the transformer blocks)
-    native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
-    phi_definition: str = "none"  # "none" | "velocity" | "difference"
-    phi: tuple[float, ...] = ()  # [T], φ_i in [0, 1], 1 on computed steps
-    rectified: bool = False
-    k: tuple[float, ...] = ()  # [T], K_i, 0 where nothing is rectified
-    b: tuple[float, ...] = ()  # [T], B_i, −2 where nothing is rectified
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        for name, neutral in (("phi", 1.0), ("k", 0.0), ("b", -2.0)):
-            if not getattr(self, name):
-                object.__setattr__(self, name, (neutral,) * self.steps)
-        problem = self._problem()
-        if problem:
-            raise PlanError(f"not a valid plan: {problem}")
-
-    @property
-    def title(self) -> str:
-        """What sets this plan apart, for captions."""
-        return f"lambda={self.threshold:g}"
-
-    @property
-    def computed(self) -> tuple[int, ...]:
-        """The steps that are not cached, ascending."""
-        return tuple(i for i in range(self.steps) if i not in self.cached)
-
-    @property
-    def nfe(self) -> int:
-        """Number of function evaluations: computed steps; with guidance each one calls the model for both branches."""
-        return self.steps - len(self.cached)
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """[T+1], the adjusted grid under the conditions of the calibration."""
-        return tuple(adjusted_sigmas(np.array(self.native_sigmas), self.phi).tolist())
-
-    def grid(self, native: torch.Tensor) -> torch.Tensor:
-        """The adjusted grid for a native one of T+1 sigmas (Eq. 13–14); φ = 1 everywhere returns it unchanged."""
-        return torch.from_numpy(adjusted_sigmas(native.cpu().numpy(), self.phi)).to(native.device)
-
-    def _problem(self) -> str | None:
-        steps, inner = self.steps, range(1, self.steps - 1)
-        if steps < 3:
-            return f"steps = {steps}, at least 3 are needed"
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            return f"threshold λ = {self.threshold}, must be a finite number above 0"
-        if self.site not in SITES:
-            return f"site = {self.site!r}, must be one of {SITES}"
-        if self.phi_definition not in PHI_DEFINITIONS:
-            return f"phi_definition = {self.phi_definition!r}, must be one of {PHI_DEFINITIONS}"
-        if list(self.cached) != sorted(set(self.cached)) or any(i not in inner for i in self.cached):
-            return f"cached steps {list(self.cached)}, must ascend within 1 … {steps - 2}"
-        for name, length in (("phi", steps), ("k", steps), ("b", steps), ("native_sigmas", steps + 1)):
-            values = getattr(self, name)
-            if len(values) != length or not np.all(np.isfinite(values)):
-                return f"{name} must hold {length} finite numbers"
-        if any(not 0 <= p <= 1 or (p != 1 and i not in self.cached) for i, p in enumerate(self.phi)):
-            return "phi must be in [0, 1], and 1 on computed steps"
-        if np.any(np.diff(self.native_sigmas) >= 0):
-            return "native_sigmas must fall from noise to data"
-        return None
-
-
-@dataclass(frozen=True)
-class BudgetPlan(Plan):
-    """Exactly N model calls: the computed steps, and the jump from each of them to the next (planner.py)."""
-
-    kind = "budget"
-    FIELDS = ("target", "computed", "predicted_error", "held_out_error")
-    ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
-    OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale")
-    DERIVED = ("nfe", "anchors")
-
-    conditions: Conditions
-    computed: tuple[int, ...]  # 0 = c_1 < … < c_N < T
-    weights: tuple[tuple[float, ...], ...]  # [N, H], of the newest outputs, newest first; 0 where there are fewer
-    native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
-    target: str = "reference"  # what was aimed at: the uncached run, or the "exact" solution, which it approximates
-    sigmas: tuple[float, ...] = ()  # a grid of its own that `computed` counts on, falling; () for the run's native grid
-    scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
-    predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
-    held_out_error: float | None = None  # the same on calibration prompts that were left out of the fit
-    predictor: tuple[
-        tuple[float, ...], ...
-    ] = ()  # [N, H−1], of the outputs before a computed one, newest first: drift.py
-    prediction_errors: tuple[tuple[float, ...], ...] = ()  # [P, N], its root mean square on each calibration prompt
-    repair: tuple[tuple[float, ...], ...] = ()  # [N, H], of the outputs in what the latents of a computed step lack
-    repair_scale: tuple[float, ...] = ()  # [N], of the latent itself, as in `scale`
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if not self.scale:
-            object.__setattr__(self, "scale", (1.0,) * len(self.computed))
-        problem = self._problem()
-        if problem:
-            raise PlanError(f"not a valid plan: {problem}")
-
-    @property
-    def title(self) -> str:
-        """What sets this plan apart, for captions."""
-        return f"{self.steps / self.nfe:.2g}x" + (", exact" if self.target == "exact" else "")
-
-    @property
-    def nfe(self) -> int:
-        """N, the number of computed steps; with guidance each one calls the model for both branches."""
-        return len(self.computed)
-
-    @property
-    def anchors(self) -> int:
-        """H, the number of outputs that a jump combines, and that a run keeps."""
-        return len(self.weights[0])
-
-    def _problem(self) -> str | None:
-        if self.target not in TARGETS:
-            return f"target = {self.target!r}, must be one of {TARGETS}"
-        if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
-            return "sigmas must be empty, or fall"
-        computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
-        if not computed or computed[0] != 0 or computed != sorted(set(computed)) or computed[-1] >= end:
-            return f"computed steps {computed}, must ascend from 0 within 0 … {end - 1}"
-        lengths = {len(row) for row in self.weights}
-        if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
-            return f"weights and scale must hold a row for each of the {len(computed)} computed steps"
-        if not (np.all(np.isfinite(self.weights)) and np.all(np.isfinite(self.scale))):
-            return "weights and scale must be finite"
-        if len(self.native_sigmas) != self.steps + 1:
-            return f"native_sigmas must hold {self.steps + 1} numbers"
-        lengths = {len(getattr(self, name)) for name in ("predictor", "repair", "repair_scale")}
-        if lengths != ({len(computed)} if self.prediction_errors else {0}):
-            return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
-        if {len(row) for row in self.prediction_errors} - {len(computed)}:
-            return f"prediction_errors must hold {len(computed)} numbers a prompt"
-        return None
-
-    def grid(self, native: torch.Tensor) -> torch.Tensor:
-        """The grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
-        return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
-
-    def weights_on(self, sigmas: torch.Tensor) -> list[list[float]]:
-        """The weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
-
-        Grids differ from that of the calibration where the scheduler shifts them by the size of the picture.
-        """
-        ends = [*self.computed, len(sigmas) - 1]
-        run, made = (
-            np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
-        )
-        return (np.array(self.weights) * (run / made)[:, None]).tolist()
 
 
 def as_tuples(value):

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ertacache.algorithm import jump, rectify, residual, reuse
+from ertacache.algorithm import rectify, residual, reuse
 from ertacache.conditions import Conditions
 from ertacache.drift import LIMITS, Monitor
 from ertacache.errors import PlanError, UserError
+from ertacache.jump import jump
 from ertacache.plan import Plan
-from ertacache.solvers import Flow, Rotation, check_scheduler, solver_of
+from ertacache.schedulers import Flow, Rotation, check_scheduler, solver_of
 
 
 class Run:

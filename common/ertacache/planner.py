@@ -122,6 +122,22 @@ def solve_weights(normal: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> 
     return prior + np.linalg.solve(_with_ridge(normal), moment - normal @ prior)
 
 
+def fit_predictor(grams: np.ndarray, anchors: int, fitted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the prediction [anchors] (0 where there are fewer outputs), and each prompt's squared error [P].
+
+    grams: [P, R, R], scalar products of a computed step's output (row 0) and those before it, newest first, for each
+    prompt. fitted: how many prompts, the first ones, the weights are fitted on.
+    """
+    weights, total = np.zeros(anchors), grams[:fitted].sum(0)
+    count = grams.shape[1] - 1
+    if count == 0:
+        return weights, np.zeros(len(grams))
+    hold = np.array([1.0] + [0.0] * (count - 1))  # the newest output itself
+    weights[:count] = solve_weights(total[1:, 1:], total[1:, 0], hold)
+    error = np.concatenate([[1.0], -weights[:count]])
+    return weights, np.maximum(np.einsum("i,pij,j->p", error, grams, error), 0.0)
+
+
 def euler_weights(sigmas: np.ndarray, schedule: Schedule, anchors: int) -> np.ndarray:
     """The jumps of fewer Euler steps, [N, H]: s_{c_{k+1}} − s_{c_k} on the newest output, 0 on the others."""
     weights = np.zeros((len(schedule), anchors))

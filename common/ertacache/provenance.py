@@ -42,13 +42,3 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """MiB on a GPU since the reset, None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from ertacache.budget_plan import BudgetPlan
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.pipelines import own_scheduler
-from ertacache.plan import BudgetPlan
 from ertacache.planned import PlannedScheduler, Run
 from ertacache.planner import Schedule
-from ertacache.solvers import solver_of
+from ertacache.schedulers import solver_of
 
 THREAD = "ertacache-call"  # name of the threads
 

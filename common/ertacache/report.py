@@ -7,8 +7,10 @@ is in `scripts/report.py` and `scripts/page/`.
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ertacache.errors import UserError
 from ertacache.standing import (
@@ -19,6 +21,7 @@ from ertacache.standing import (
     cell,
     is_ours,
     margin,
+    markdown,
     ordered,
     reaches,
     speedup,
@@ -290,3 +293,23 @@ def listed(values: dict) -> str:
         ", ".join(f"{name} {value!r}" if value == "" else f"{name} {value}" for name, value in values.items())
         or MISSING
     )
+
+
+def card_table(rows: str | Path | Sequence[Mapping[str, Any]]) -> str:
+    """Markdown tables of measured quality for a plan's model card, one for each model folder and model.
+
+    rows: of `scripts/evaluate.py --json` (common/docs/rows.md), the file's path or a list. Only what was measured
+    becomes a number: a column without any value is left out, a single missing value is a dash.
+    """
+    if isinstance(rows, str | Path):
+        rows = read_source(Path(rows).expanduser()).rows
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"row {number}")
+    parts = []
+    for section in sections([Source("rows", "", list(rows))]):
+        columns = [*TABLE[:-1], *(name for name in MORE if any(row.get(name) is not None for row in section.rows))]
+        facts = {name: fact for name, fact in provenance(section)[0].items() if name != "file"}
+        where = ", ".join(f"{name} {fact}" for name, fact in facts.items())
+        text = f"Measured with `scripts/evaluate.py` on {section.folder}, model `{section.model}`"
+        parts += [f"{text}, against the uncached run ({where}):", markdown(section.rows, columns)]
+    return "\n\n".join(parts)

@@ -19,7 +19,7 @@ class Room:
     """A model folder, its shipped demo (float32 on the CPU), and how its stock pipeline is called."""
 
     def __init__(self, name, prompts, guidance, **options):
-        from ertacache.programs import load_program
+        from ertacache.model_folder import load_program
 
         self.name, self.prompts, self.guidance, self.options = name, prompts, guidance, options
         self.program = load_program(ROOT / name)

@@ -16,7 +16,7 @@ import bench_latency
 from ertacache import latency, peers
 from ertacache.baselines.stack import blocks_of
 from ertacache.latency import METHODS, NUMBERS, Latency, bisect_threshold, computed_steps, observed
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program
 from random_models import MODELS, random_module
 
 STEPS = 12

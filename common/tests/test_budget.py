@@ -8,8 +8,9 @@ import torch
 from toy import Pipe, Program
 
 from ertacache import BudgetPlan, Conditions, Plan, PlanError, ThresholdPlan, UserError
-from ertacache.budget import BudgetCalibration, budget_of
+from ertacache.budget import BudgetCalibration
 from ertacache.gram import Gram
+from ertacache.names import budget_of
 from ertacache.planner import euler_weights
 
 A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])

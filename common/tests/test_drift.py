@@ -13,10 +13,11 @@ from tiny_pipelines import BUILDERS, STEPS, flux
 
 import ertacache
 from ertacache import BudgetPlan, PlanError, UserError
-from ertacache.algorithm import jump
-from ertacache.drift import LIMITS, Monitor, fit_predictor
+from ertacache.drift import LIMITS, Monitor
 from ertacache.gram import products
+from ertacache.jump import jump
 from ertacache.planned import GrowingTimes, PlannedScheduler
+from ertacache.planner import fit_predictor
 
 EVERY, NEVER = 1e-9, 1e9  # errors of the calibration prompts that any run is beyond, and none is
 

@@ -32,7 +32,7 @@ import ertacache
 from ertacache import BudgetPlan, Conditions, Plan, PlanError, ThresholdPlan, UserError
 from ertacache.pipelines import own_scheduler
 from ertacache.provenance import fingerprint
-from ertacache.solvers import first_order, solver_of
+from ertacache.schedulers import first_order, solver_of
 
 HALF = (0, 1, 3, 5)
 

@@ -7,8 +7,9 @@ import torch
 from diffusers import FluxPipeline
 
 from ertacache.algorithm import uniform_cached
-from ertacache.plan import Plan, ThresholdPlan
+from ertacache.plan import Plan
 from ertacache.scenes import sample_scenes
+from ertacache.threshold_plan import ThresholdPlan
 
 PROMPTS = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
 SEEDS = [3, 4]

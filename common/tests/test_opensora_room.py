@@ -9,7 +9,7 @@ from opensora import random_pipeline
 from test_rooms import CallCounter
 
 from ertacache import BudgetPlan, Conditions, ThresholdPlan, UserError
-from ertacache.programs import load_program
+from ertacache.model_folder import load_program
 
 PROMPTS, SEEDS, STEPS = ["a red circle", "a red circle moving left"], [3, 4], 6
 SIZES = {"height": 48, "width": 64, "frames": 17}

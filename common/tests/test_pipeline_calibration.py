@@ -19,7 +19,7 @@ from ertacache import UserError
 from ertacache.budget import BudgetCalibration
 from ertacache.planned import PlannedScheduler
 from ertacache.recording import THREAD
-from ertacache.solvers import first_order
+from ertacache.schedulers import first_order
 
 PROMPTS = ["a red star", "a small blue ring", "green stripes", "a dotted ground", "two rings"]
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import FOLDERS, ROOT
 
-from ertacache import cli
+from ertacache.budget_plan import BudgetPlan
+from ertacache.conditions import Conditions
 from ertacache.exact import candidate_grid, integrate, rate_of
+from ertacache.model_folder import world
 from ertacache.outputs import to_uint8
-from ertacache.plan import BudgetPlan, Conditions, Plan, ThresholdPlan
+from ertacache.plan import Plan
 from ertacache.provenance import fingerprint
+from ertacache.threshold_plan import ThresholdPlan
 
 SEEDS = [3, 4]
 STEPS = 8
@@ -198,7 +201,7 @@ def test_the_shipped_plan_beats_fewer_steps(room, kind):
     plans = [Plan.load(p) for p in (program.FOLDER / "cache").glob("demo-*.json")]
     plans = [p for p in plans if kind in (getattr(p, "site", None), getattr(p, "target", None))]
     plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
-    prompts = [s.caption() for s in cli.world(program).sample_scenes(count, seed=5, held_out=True)]
+    prompts = [s.caption() for s in world(program).sample_scenes(count, seed=5, held_out=True)]
     inputs = program.prepare(pipe, prompts, range(count), steps=steps)
     exact = program.denoise(pipe, inputs)
     mine = program.denoise(pipe, inputs, plan)
@@ -220,11 +223,11 @@ def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_u
 
 
 def test_the_demo_shows_what_the_prompt_says(room):
-    program, pipe, world = room.program, room.pipe, cli.world(room.program)
-    prompts = [s.caption() for s in world.sample_scenes(20, seed=6, held_out=True)]
+    program, pipe, grammar = room.program, room.pipe, world(room.program)
+    prompts = [s.caption() for s in grammar.sample_scenes(20, seed=6, held_out=True)]
     inputs = program.prepare(pipe, prompts, range(20), steps=30)
     results = program.decode(pipe, program.denoise(pipe, inputs), inputs)
-    assert world.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
+    assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

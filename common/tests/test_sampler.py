@@ -8,7 +8,7 @@ import pytest
 from conftest import FOLDERS, ROOT
 from toy import Program
 
-from ertacache.programs import Sampler, StepwiseSampler, load_program
+from ertacache.model_folder import Sampler, StepwiseSampler, load_program
 from ertacache.recording import CallProgram
 
 STEPWISE = {"prepare", "denoise", "velocity", "first_order"}

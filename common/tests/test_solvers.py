@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ertacache.solvers import ddim_step, dpm_step, predicted_data
+from ertacache.steps import ddim_step, dpm_step, predicted_data
 
 
 def level(angle):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ertacache import UserError, cli, metrics, outputs
 from ertacache.errors import run_program
+from ertacache.model_folder import settings_parameters
 
 SEEDS = [3, 4]
 
@@ -38,7 +39,7 @@ def same_as_stock(room, pipe, steps, guidance=None, **sizes):
     guidance = room.guidance if guidance is None else guidance
     prompts, seeds = (room.prompts, SEEDS) if steps < 10 else (room.prompts[:1], SEEDS[:1])
     settings |= {"steps": steps, "guidance": guidance}
-    if "negative_prompt" in cli.settings_parameters(room.program):
+    if "negative_prompt" in settings_parameters(room.program):
         settings["negative_prompt"] = ""
     inputs = room.program.prepare(pipe, prompts, seeds, **settings)
     pipe.set_progress_bar_config(disable=True)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ertacache import UserError
-from ertacache.algorithm import euler_step, follow, rectify
+from ertacache.algorithm import euler_step, rectify
+from ertacache.jump import follow
 from ertacache.sites import OutputSite
 
 

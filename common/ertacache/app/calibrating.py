@@ -8,12 +8,11 @@ import typer
 
 from ertacache import cli, parallel
 from ertacache.app.request import Request, prompts_of
-from ertacache.budget import budget_of
+from ertacache.budget_plan import BudgetPlan
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable
+from ertacache.names import budget_of, check_speedups, short_name
 from ertacache.pipeline_calibration import calibrate
-from ertacache.plan import BudgetPlan
-from ertacache.store import check_speedups, short_name
 
 
 def run(request: Request, out: Path, speedups: str, prompt, prompts_file, seed, batch_size, search, force) -> None:

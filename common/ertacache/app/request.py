@@ -38,7 +38,7 @@ class Request:
         import diffusers
         from transformers.utils import logging
 
-        from ertacache.programs import check_model_directory
+        from ertacache.load import check_model_directory
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -59,7 +59,7 @@ class Request:
         """The model's model_index.json, on disk."""
         from huggingface_hub import hf_hub_download
 
-        from ertacache.hub import HUB_ID
+        from ertacache.names import HUB_ID
 
         path = Path(self.source)
         if not path.is_dir() and not HUB_ID.fullmatch(self.model):
@@ -145,7 +145,7 @@ class Request:
         import torch
 
         from ertacache import parallel
-        from ertacache.programs import load_pipeline
+        from ertacache.load import load_pipeline
 
         device = parallel.device(self.device)
         dtype = getattr(torch, self.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))

@@ -1,33 +1,19 @@
 """The plans in a model folder's cache/: finds the one that a run asks for, and calibrates what is not there."""
 
 import math
-import re
 import sys
 import warnings
 from pathlib import Path
 
 from ertacache import parallel
-from ertacache.budget import BudgetCalibration, budget_of
-from ertacache.calibration import Calibration, fingerprint
+from ertacache.budget import BudgetCalibration
+from ertacache.calibration import Calibration
 from ertacache.conditions import Conditions
 from ertacache.errors import UserError
 from ertacache.files import ensure_writable, read_prompts
+from ertacache.names import budget_name, budget_of, check_speedups, plan_name
 from ertacache.plan import Plan
-
-
-def plan_name(model: str, steps: int, threshold: float, site: str) -> str:
-    """File name of a threshold plan: MODEL-STEPS-λ.json, with "-blocks" for that site."""
-    return f"{short_name(model)}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"
-
-
-def budget_name(model: str, steps: int, budget: int, target: str = "reference") -> str:
-    """File name of a budget plan: MODEL-STEPS-budget-N.json, with "-exact" for that target."""
-    return f"{short_name(model)}-{steps}-budget-{budget}{'-exact' if target == 'exact' else ''}.json"
-
-
-def short_name(model: str | Path) -> str:
-    """The last part of a Hub id or path, as a part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-") or "model"
+from ertacache.provenance import fingerprint
 
 
 def find_plan(program, pipe, args, settings) -> tuple[Plan, Path]:
@@ -75,12 +61,6 @@ def _budget(args, steps: int) -> int:
     if not 2 <= budget <= steps:
         raise UserError(f"{flag}: give a number of computed steps from 2 to {steps}")
     return budget
-
-
-def check_speedups(values: list[float], flag: str = "--speedups") -> None:
-    for value in values:
-        if not (math.isfinite(value) and value >= 1):
-            raise UserError(f"{flag} {value:g}: a speed-up is a number of at least 1")
 
 
 def open_calibration(program, pipe, args, settings, work: Path, kind=Calibration, **options):

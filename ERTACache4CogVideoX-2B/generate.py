@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ertacache.algorithm import rectify
-from ertacache.jump import follow
-from ertacache.steps import ddim_step, dpm_step, predicted_data
+from ertacache.numerics.jump import follow
+from ertacache.numerics.steps import ddim_step, dpm_step, predicted_data
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
@@ -104,7 +104,7 @@ def solver_on(pipe, inputs):
 def first_order(pipe, inputs, i, k):
     """(a, w) of x_k = a x_i + w v_i, the turn over the steps i … k−1 by DDIM alone: what budget plans improve on."""
     if type(pipe.scheduler).__name__ != "CogVideoXDDIMScheduler":
-        from ertacache.errors import UserError
+        from ertacache.utils.errors import UserError
 
         raise UserError("the DPM scheduler draws noise in each step, a budget plan cannot: use --threshold, or DDIM")
     turn = (inputs.sigmas[k] - inputs.sigmas[i]).item() * np.pi / 2
@@ -113,7 +113,7 @@ def first_order(pipe, inputs, i, k):
 
 def open_site(pipe, inputs, site):
     """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
-    from ertacache.sites import BlocksSite, OutputSite
+    from ertacache.numerics.cache_sites import BlocksSite, OutputSite
 
     if site == "output":
         return OutputSite()
@@ -181,8 +181,8 @@ class Inputs:
 
 def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=None, negative_prompt=""):
     """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.errors import UserError
-    from ertacache.model_folder import check_frames, check_number, check_scheduler, check_size
+    from ertacache.demos.model_folder import check_frames, check_number, check_scheduler, check_size
+    from ertacache.utils.errors import UserError
 
     check_scheduler(pipe, SCHEDULERS)
     if pipe.scheduler.config.prediction_type != "v_prediction":
@@ -257,8 +257,8 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
     from diffusers import CogVideoXPipeline
 
-    from ertacache.errors import UserError
-    from ertacache.load import load_pipeline
+    from ertacache.pipelines.load import load_pipeline
+    from ertacache.utils.errors import UserError
 
     pipe = load_pipeline(CogVideoXPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
     if pipe.transformer.config.patch_size_t is not None:
@@ -269,12 +269,12 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli import generate
+    from ertacache.cli.model_folder import generate
 
     generate(sys.modules[__name__])
 
 
 if __name__ == "__main__":
-    from ertacache.errors import run_program
+    from ertacache.utils.errors import run_program
 
     run_program(main)

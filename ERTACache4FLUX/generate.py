@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ertacache.algorithm import euler_step, rectify
-from ertacache.jump import follow
+from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
@@ -62,7 +62,7 @@ def first_order(pipe, inputs, i, k):
 
 def open_site(pipe, inputs, site):
     """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
-    from ertacache.sites import BlocksSite, OutputSite
+    from ertacache.numerics.cache_sites import BlocksSite, OutputSite
 
     if site == "output":
         return OutputSite()
@@ -99,7 +99,7 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
     """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.model_folder import check_number, check_scheduler, check_size
+    from ertacache.demos.model_folder import check_number, check_scheduler, check_size
 
     check_scheduler(pipe, SCHEDULERS)
     sizes = {
@@ -153,7 +153,7 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
     from diffusers import FluxPipeline
 
-    from ertacache.load import load_pipeline
+    from ertacache.pipelines.load import load_pipeline
 
     return load_pipeline(FluxPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
 
@@ -161,12 +161,12 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli import generate
+    from ertacache.cli.model_folder import generate
 
     generate(sys.modules[__name__])
 
 
 if __name__ == "__main__":
-    from ertacache.errors import run_program
+    from ertacache.utils.errors import run_program
 
     run_program(main)

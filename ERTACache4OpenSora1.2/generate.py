@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ertacache.algorithm import euler_step, rectify
-from ertacache.jump import follow
+from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("RFlowScheduler",)
@@ -59,8 +59,8 @@ def first_order(pipe, inputs, i, k):
 
 def open_site(pipe, inputs, site):
     """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
-    from ertacache.errors import UserError
-    from ertacache.sites import BlocksSite, OutputSite
+    from ertacache.numerics.cache_sites import BlocksSite, OutputSite
+    from ertacache.utils.errors import UserError
 
     if site == "output":
         return OutputSite()
@@ -117,8 +117,8 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):
     """Checked settings, with the pipeline's own sizes (Open-Sora 1.2: 480 × 854, 51 frames) where none are given."""
-    from ertacache.errors import UserError
-    from ertacache.model_folder import check_number, check_scheduler
+    from ertacache.demos.model_folder import check_number, check_scheduler
+    from ertacache.utils.errors import UserError
 
     check_scheduler(pipe, SCHEDULERS)
     sizes = {"height": height, "width": width, "frames": frames}
@@ -155,7 +155,7 @@ def decode(pipe, latents, inputs):
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a directory in diffusers' format, or of the weights that Open-Sora published."""
-    from ertacache.load import load_pipeline
+    from ertacache.pipelines.load import load_pipeline
     from opensora12 import OpenSoraPipeline
     from opensora12.convert import load_published
 
@@ -167,12 +167,12 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli import generate
+    from ertacache.cli.model_folder import generate
 
     generate(sys.modules[__name__])
 
 
 if __name__ == "__main__":
-    from ertacache.errors import run_program
+    from ertacache.utils.errors import run_program
 
     run_program(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ertacache.algorithm import rectify
-from ertacache.jump import follow
+from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -85,8 +85,8 @@ def first_order(pipe, inputs, i, k):
 
 def open_site(pipe, inputs, site):
     """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
-    from ertacache.errors import UserError
-    from ertacache.sites import BlocksSite, OutputSite
+    from ertacache.numerics.cache_sites import BlocksSite, OutputSite
+    from ertacache.utils.errors import UserError
 
     if site == "output":
         return OutputSite()
@@ -146,7 +146,7 @@ class Inputs:
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):
     """Checked settings, with those of the demo or of the paper (832 × 480, 81 frames) where none are given."""
-    from ertacache.model_folder import check_frames, check_number, check_scheduler, check_size
+    from ertacache.demos.model_folder import check_frames, check_number, check_scheduler, check_size
 
     check_scheduler(pipe, SCHEDULERS)
     demo = str(pipe.name_or_path) == str(FOLDER / "demo")
@@ -198,8 +198,8 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
     """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
     from diffusers import WanPipeline
 
-    from ertacache.errors import UserError
-    from ertacache.load import load_pipeline
+    from ertacache.pipelines.load import load_pipeline
+    from ertacache.utils.errors import UserError
 
     pipe = load_pipeline(WanPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
     if pipe.transformer_2 is not None or pipe.config.expand_timesteps:
@@ -210,12 +210,12 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli import generate
+    from ertacache.cli.model_folder import generate
 
     generate(sys.modules[__name__])
 
 
 if __name__ == "__main__":
-    from ertacache.errors import run_program
+    from ertacache.utils.errors import run_program
 
     run_program(main)

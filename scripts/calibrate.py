@@ -15,10 +15,13 @@ folder that all of them see. Without GPUs add --multi_gpu all the same, accelera
 
 from pathlib import Path
 
-from ertacache import UserError, cli, from_folder, parallel
-from ertacache.errors import ArgumentParser, run_program
-from ertacache.model_folder import load_program
-from ertacache.names import budget_of, check_speedups
+from ertacache import UserError
+from ertacache.calibration import from_folder
+from ertacache.cli import model_folder
+from ertacache.demos.model_folder import load_program
+from ertacache.plans.names import budget_of, check_speedups
+from ertacache.utils import parallel
+from ertacache.utils.errors import ArgumentParser, run_program
 
 
 def main():
@@ -29,14 +32,14 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")
     args, rest = parser.parse_known_args()
     program = load_program(args.folder)
-    options = cli.parse_arguments(program, rest)
+    options = model_folder.parse_arguments(program, rest)
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
-    thresholds, speedups = (cli.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
+    thresholds, speedups = (model_folder.parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
     check_speedups(speedups)
     options.device = parallel.device(options.device)
-    pipe = cli.load(program, options)
-    settings = cli.checked_settings(program, pipe, options)
+    pipe = model_folder.load(program, options)
+    settings = model_folder.checked_settings(program, pipe, options)
     found = from_folder.calibrate_plans(program, pipe, options, settings, thresholds, args.out) if thresholds else []
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]

@@ -21,15 +21,17 @@ import os
 import sys
 from pathlib import Path
 
-from ertacache import UserError, cli, parallel
-from ertacache.errors import ArgumentParser, run_program
-from ertacache.evaluation import Evaluation
-from ertacache.files import ensure_writable, read_prompts, write_atomically
-from ertacache.methods import BUDGET_METHODS, METHODS, Comparison
-from ertacache.model_folder import load_program, world
-from ertacache.names import check_speedups
-from ertacache.peers import PEERS
-from ertacache.provenance import library_versions, machine
+from ertacache import UserError
+from ertacache.caches.registry import PEERS
+from ertacache.cli import model_folder
+from ertacache.demos.model_folder import load_program, world
+from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, Comparison
+from ertacache.evaluation.runner import Evaluation
+from ertacache.plans.names import check_speedups
+from ertacache.utils import parallel
+from ertacache.utils.errors import ArgumentParser, run_program
+from ertacache.utils.files import ensure_writable, read_prompts, write_atomically
+from ertacache.utils.provenance import library_versions, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("fewer-steps", "fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "uniform", "ertacache", *PEERS, "budget")
@@ -99,7 +101,12 @@ def parse_arguments():
     add("--latency-prompts", type=int, help="prompts of the timed batch (default: --batch-size)")
     text = "leave the distance to the finely integrated solution out, which takes 6 runs or more"
     add("--exact", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add("--samples", type=int, default=0, help="pictures or videos of each row that are kept, for scripts/report.py")
+    add(
+        "--samples",
+        type=int,
+        default=0,
+        help="pictures or videos of each row that are kept, for scripts/report/report.py",
+    )
     add("--clip", metavar="MODEL", help="hub id or directory of a CLIP model, for clip_similarity and clip_score")
     add("--plans", type=Path, help="folder of the stored plans (default: cache/ of the model folder)")
     add("--store", action="store_true", help="keep the plans that are calibrated here")
@@ -118,8 +125,8 @@ def parse_arguments():
         if getattr(args, name) is not None and getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: give a whole number of at least {least}")
-    args.speedups = cli.parse_list(args.speedups) if args.speedups else []
-    args.thresholds = cli.parse_list(args.thresholds) if args.thresholds else []
+    args.speedups = model_folder.parse_list(args.speedups) if args.speedups else []
+    args.thresholds = model_folder.parse_list(args.thresholds) if args.thresholds else []
     check_speedups(args.speedups)
     return args, rest
 
@@ -132,8 +139,8 @@ def open_comparison(args, program, options) -> Comparison:
     if any(site not in ("output", "blocks") for site in sites):
         raise UserError(f"--sites {args.sites}: choose from output, blocks")
     options.device = parallel.device(options.device)
-    pipe = cli.load(program, options)
-    settings = cli.checked_settings(program, pipe, options)
+    pipe = model_folder.load(program, options)
+    settings = model_folder.checked_settings(program, pipe, options)
     held_out = [s.caption() for s in world(program).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = read_prompts(options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
@@ -148,7 +155,7 @@ def main():
     programs = [load_program(folder) for folder in args.folders]
     every_row = []
     for program in programs:
-        comparison = open_comparison(args, program, cli.parse_arguments(program, rest))
+        comparison = open_comparison(args, program, model_folder.parse_arguments(program, rest))
         rows = []
         for row in comparison.rows(args.methods, args.speedups, args.thresholds):
             rows.append(row)

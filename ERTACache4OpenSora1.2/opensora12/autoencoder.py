@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 from .temporal import TemporalAutoencoder
 

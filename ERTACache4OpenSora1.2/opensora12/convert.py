@@ -20,8 +20,8 @@ from diffusers.models.modeling_utils import load_state_dict
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ertacache.errors import ArgumentParser, UserError, run_program
-from ertacache.files import ensure_writable
+from ertacache.utils.errors import ArgumentParser, UserError, run_program
+from ertacache.utils.files import ensure_writable
 
 from .autoencoder import AutoencoderOpenSora
 from .layers import inverse_frequencies

@@ -13,7 +13,7 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 
 def inverse_frequencies(channels: int, device=None) -> torch.Tensor:

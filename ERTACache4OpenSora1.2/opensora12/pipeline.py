@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 from .autoencoder import AutoencoderOpenSora
 from .prompts import append_scores, clean

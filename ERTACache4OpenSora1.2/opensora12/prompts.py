@@ -3,7 +3,7 @@
 from diffusers import PixArtAlphaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 
 def append_scores(

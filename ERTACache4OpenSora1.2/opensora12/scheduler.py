@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 
 def timestep_shift(

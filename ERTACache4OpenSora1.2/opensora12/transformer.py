@@ -17,7 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import nn
 
-from ertacache.errors import UserError
+from ertacache.utils.errors import UserError
 
 from .layers import PatchEmbed, RotaryEmbedding, STDiT3Block, pack_text
 

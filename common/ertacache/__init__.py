@@ -4,13 +4,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ertacache.budget_plan import BudgetPlan
-    from ertacache.conditions import Conditions
-    from ertacache.errors import PlanError, UserError
-    from ertacache.pipeline_calibration import calibrate
-    from ertacache.pipelines import disable, enable, summary
-    from ertacache.plan import Plan
-    from ertacache.threshold_plan import ThresholdPlan
+    from ertacache.calibration.from_pipeline import calibrate
+    from ertacache.pipelines.enable import disable, enable
+    from ertacache.pipelines.summary import summary
+    from ertacache.plans.budget import BudgetPlan
+    from ertacache.plans.plan import Plan
+    from ertacache.plans.requirements import Conditions
+    from ertacache.plans.threshold import ThresholdPlan
+    from ertacache.utils.errors import PlanError, UserError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,13 +28,12 @@ __all__ = [
     "summary",
 ]
 _MODULES = {
-    "conditions": ("Conditions",),
-    "errors": ("PlanError", "UserError"),
-    "pipeline_calibration": ("calibrate",),
-    "pipelines": ("disable", "enable", "summary"),
-    "plan": ("Plan",),
-    "budget_plan": ("BudgetPlan",),
-    "threshold_plan": ("ThresholdPlan",),
+    "calibration.from_pipeline": ("calibrate",),
+    "pipelines.enable": ("disable", "enable"),
+    "pipelines.summary": ("summary",),
+    "plans": ("BudgetPlan", "Plan", "ThresholdPlan"),
+    "plans.requirements": ("Conditions",),
+    "utils.errors": ("PlanError", "UserError"),
 }
 
 

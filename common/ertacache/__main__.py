@@ -1,6 +1,6 @@
 """`python -m ertacache`, and `accelerate launch -m ertacache`: the command line."""
 
-from ertacache.app import main
+from ertacache.cli import main
 
 if __name__ == "__main__":
     main()

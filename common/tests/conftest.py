@@ -1,6 +1,5 @@
 import inspect
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 torch.set_num_threads(int(THREADS))
 
 
@@ -19,7 +17,7 @@ class Room:
     """A model folder, its shipped demo (float32 on the CPU), and how its stock pipeline is called."""
 
     def __init__(self, name, prompts, guidance, **options):
-        from ertacache.model_folder import load_program
+        from ertacache.demos.model_folder import load_program
 
         self.name, self.prompts, self.guidance, self.options = name, prompts, guidance, options
         self.program = load_program(ROOT / name)

@@ -59,7 +59,7 @@ def random_pipeline(folder):
     """The tiny models with a tokenizer and a random text encoder, made in `folder`."""
     from transformers import T5Config, T5EncoderModel
 
-    from demos.text import train_sentencepiece
+    from recipes.text import train_sentencepiece
 
     tokenizer = train_sentencepiece(folder, ["a red circle moving left", "aesthetic score: 6.5."])
     torch.manual_seed(0)

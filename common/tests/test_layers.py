@@ -43,7 +43,7 @@ def arrows(library: Path) -> dict[str, set[str]]:
 
 def layer(module: str) -> int | None:
     """Number of a module's layer, 0 at the top; None for the package itself, which looks names up when asked."""
-    package = (module.split(".") + [""])[1]
+    package = [*module.split("."), ""][1]
     return next((number for number, packages in enumerate(LAYERS) if package in packages), None)
 
 

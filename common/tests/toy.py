@@ -8,8 +8,8 @@ import torch
 
 from ertacache import UserError
 from ertacache.algorithm import euler_step, rectify
-from ertacache.jump import follow
-from ertacache.sites import OutputSite
+from ertacache.numerics.cache_sites import OutputSite
+from ertacache.numerics.jump import follow
 
 
 class LinearModel(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""The embedded demos: their scenes, and the contract of a model folder."""

@@ -1,0 +1,1 @@
+"""Measuring: methods, rows, metrics, latency, ranking, reports."""

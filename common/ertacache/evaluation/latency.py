@@ -1,0 +1,289 @@
+"""What caching costs and saves on a pipeline whose weights say nothing: latency, computed steps, peak memory.
+
+Plans are made from the schedule alone: every second step computed, K, B and φ neutral, first-order weights. Whatever a
+calibrated plan does in a run is done here too. Plans run in the folder's `denoise`, other caches in the stock pipeline,
+and each is timed in turn with the uncached run of its own kind (A B C A B C …). What a jump or a rectified step costs
+does not depend on the numbers in it; what another cache decides does, so its threshold is searched for.
+"""
+
+import gc
+import statistics
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial, wraps
+
+import torch
+
+from ertacache.algorithm import uniform_cached
+from ertacache.caches import registry, third_party
+from ertacache.caches.block_stack import blocks_of
+from ertacache.caches.fitting import Bench
+from ertacache.caches.teacache import TeaCachePolicy, teacache
+from ertacache.calibration.budget import ANCHORS
+from ertacache.pipelines.uncached import stock_latents
+from ertacache.plans.budget import BudgetPlan
+from ertacache.plans.names import budget_of
+from ertacache.plans.requirements import Conditions
+from ertacache.plans.threshold import ThresholdPlan
+from ertacache.utils.devices import peak_memory, reset_peak_memory
+from ertacache.utils.errors import UserError
+
+SPEEDUP = 2  # T/N of every method
+PLANS = ("baseline", "threshold", "budget")
+SEARCHED = {
+    "first-block": third_party.first_block,
+    "dbcache": third_party.cache_dit,
+}  # their threshold decides how many steps
+METHODS = (*PLANS, "teacache", *SEARCHED)
+PROMPT = "a red circle"  # the text states are of full length whatever it says (Open-Sora: of its own)
+NUMBERS = ("computed", "latency_s", "baseline_latency_s", "speedup_latency", "speedup_nfe", "overhead")
+
+
+# --- plans from the schedule alone -------------------------------------------------------------------------------
+
+
+def computed_steps(steps: int) -> tuple[int, ...]:
+    """T/SPEEDUP evenly spread steps, the first and the last among them."""
+    cached = uniform_cached(steps, budget_of(steps, SPEEDUP))
+    return tuple(i for i in range(steps) if i not in cached)
+
+
+def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPlan:
+    """The other steps are reused, and rectified by nothing (K = 0, B = −2)."""
+    steps = settings["steps"]
+    return ThresholdPlan(
+        conditions=Conditions.of(pipe, steps, settings),
+        threshold=1.0,
+        cached=uniform_cached(steps, budget_of(steps, SPEEDUP)),
+        site="output",
+        native_sigmas=tuple(sigmas.tolist()),
+        rectified=True,
+    )
+
+
+def first_order_budget_plan(program, pipe, settings, inputs) -> BudgetPlan:
+    """The same steps with the solver's own jumps, over as many anchors as a fitted plan has at least."""
+    steps, computed = settings["steps"], computed_steps(settings["steps"])
+    jumps = [program.first_order(pipe, inputs, i, k) for i, k in zip(computed, [*computed[1:], steps], strict=True)]
+    return BudgetPlan(
+        conditions=Conditions.of(pipe, steps, settings),
+        computed=computed,
+        weights=tuple((w, *[0.0] * (ANCHORS[0] - 1)) for _, w in jumps),
+        scale=tuple(a for a, _ in jumps),
+        native_sigmas=tuple(inputs.sigmas.tolist()),
+    )
+
+
+# --- other caches at half of the steps ---------------------------------------------------------------------------
+
+
+def fixed_share(policy: TeaCachePolicy, computed: tuple[int, ...]):
+    """A TeaCache that does all of its work, and then computes at these steps whatever it found."""
+
+    def decide(state, block, arguments) -> bool:
+        policy(state, block, arguments)
+        return state.step in computed
+
+    return decide
+
+
+def bisect_threshold(count: Callable[[float], float], target: float, tolerance: float = 0, tries: int = 10) -> float:
+    """The threshold whose `count` comes nearest to the target, by bisection of its logarithm between 1e-5 and 10.
+
+    count(threshold): of computed steps, falls as the threshold rises. Stops once it is within the tolerance.
+    """
+    low, high, tried = 1e-5, 10.0, {}
+    for _ in range(tries):
+        middle = (low * high) ** 0.5
+        tried[middle] = count(middle)
+        if abs(tried[middle] - target) <= tolerance:
+            break
+        low, high = (middle, high) if tried[middle] > target else (low, middle)
+    return min(tried, key=lambda threshold: abs(tried[threshold] - target))
+
+
+# --- counting and compiling --------------------------------------------------------------------------------------
+
+
+class Passes:
+    """How often the last blocks have run."""
+
+    total = 0
+
+    def counting(self, forward):
+        @wraps(forward)
+        def counted(*args, **kwargs):
+            self.total += 1
+            return forward(*args, **kwargs)
+
+        return counted
+
+
+@contextmanager
+def observed(model: torch.nn.Module, backend: str | None = None):
+    """Counts passes through the last block of each class, and with a backend compiles each block, in this context.
+
+    A block's own `forward` is wrapped, inside of what other caches hang around it. So a skipped block is not counted,
+    and their decisions stay outside of the compiled part: compiled with it, they would make torch compile anew at
+    every step, and beyond its limit run uncompiled without a word. That limit is an error here.
+    """
+    passes, blocks = Passes(), blocks_of(model)
+    for block in blocks if backend else ():
+        block.forward = torch.compile(block.forward, backend=backend)
+    for block in {type(block): block for block in blocks}.values():
+        block.forward = passes.counting(block.forward)
+    strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True) if backend else nullcontext()
+    try:
+        with strict:
+            yield passes
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+        if backend:
+            torch._dynamo.reset()
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What the runs of a method gave; the first one, which warms up, is not in `seconds`."""
+
+    run: Callable[[], float] | None = None
+    seconds: list[float] = field(default_factory=list)
+    passes: int = 0
+    memory: float | None = None
+    error: str | None = None
+
+
+class Latency:
+    """One pipeline on one prompt.
+
+    settings: of the folder's `prepare`. repeats: timed runs of each method; the median counts.
+    """
+
+    def __init__(self, program, pipe, settings, repeats: int):
+        self.program, self.pipe, self.settings, self.repeats = program, pipe, settings, repeats
+        self.steps, self.model, self.device = settings["steps"], pipe.transformer, pipe._execution_device
+        self.bench = Bench(pipe, settings, [PROMPT], 1)
+        self.passes, self.uncached = Passes(), 0
+        self.thresholds: dict[str, float] = {}
+
+    @cached_property
+    def inputs(self):
+        return self.program.prepare(self.pipe, [PROMPT], [0], **self.settings)
+
+    def rows(self, methods: list[str], backend: str | None = None) -> list[dict]:
+        """A row for each method, in their order; with a backend the transformer's blocks are compiled by it."""
+        found = {}
+        with observed(self.model, backend) as self.passes:
+            for uncached, names in ((self.loop, PLANS), (self.stock, [m for m in METHODS if m not in PLANS])):
+                names = [name for name in names if name in methods]
+                if names:
+                    found |= self.measure(names, uncached)
+        return [self.row(name, *found[name], backend) for name in methods]
+
+    def measure(self, names: list[str], uncached: Callable[[], float]) -> dict[str, tuple[Record, Record]]:
+        """Each method's record, with that of the uncached run, which begins each round."""
+        first = Record(uncached)
+        records = {"baseline": first} | {name: Record() for name in names if name != "baseline"}
+        for number in range(self.repeats + 1):
+            for name, record in records.items():
+                if first.error is None and record.error is None:
+                    self.attempt(name, record, warm=number > 0)
+        for record in records.values():
+            record.error = record.error or first.error
+        return {name: (records[name], first) for name in names}
+
+    def attempt(self, name: str, record: Record, warm: bool) -> None:
+        """One run; what goes wrong ends up in the record, so that the other methods go on."""
+        try:
+            record.run = record.run or self.run_of(name)
+            reset_peak_memory(self.device)
+            before = self.passes.total
+            seconds = record.run()
+            record.passes = self.passes.total - before
+            record.memory = peak_memory(self.device)
+            record.seconds += [seconds] if warm else []
+            if name == "baseline":
+                self.uncached = record.passes
+        except Exception as error:  # of torch, its compiler, and of other people's caches
+            record.error = describe(error)
+        if record.error:
+            release_memory()
+
+    def run_of(self, name: str) -> Callable[[], float]:
+        """A function that runs a method once and gives the seconds of its denoising loop."""
+        if name == "threshold":
+            return partial(self.loop, neutral_threshold_plan(self.pipe, self.settings, self.inputs.sigmas))
+        if name == "budget":
+            return partial(self.loop, first_order_budget_plan(self.program, self.pipe, self.settings, self.inputs))
+        if name == "teacache":
+            policy = fixed_share(TeaCachePolicy(1.0, (1.0, 0.0), self.steps), computed_steps(self.steps))
+            return partial(self.stock, lambda: teacache(self.model, policy))
+        reason = registry.PEERS[name].unfit(self.bench)
+        if reason:
+            raise UserError(f"{name} {reason}")
+        return partial(self.stock, partial(SEARCHED[name], self.bench, self.threshold_of(name)))
+
+    def loop(self, plan=None) -> float:
+        inputs = self.inputs
+        self.synchronize()
+        start = time.perf_counter()
+        self.program.denoise(self.pipe, inputs, plan)
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def stock(self, cache=nullcontext) -> float:
+        with cache():
+            return stock_latents(self.pipe, [PROMPT], [0], self.settings)[1]
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def threshold_of(self, name: str) -> float:
+        """Of a cache, so that it computes about T/SPEEDUP steps: within a twentieth of T, if the search gets there."""
+
+        def count(threshold: float) -> float:
+            before = self.passes.total
+            self.stock(partial(SEARCHED[name], self.bench, threshold))
+            return self.steps * (self.passes.total - before) / self.uncached
+
+        if name not in self.thresholds:
+            self.thresholds[name] = bisect_threshold(count, budget_of(self.steps, SPEEDUP), self.steps // 20)
+        return self.thresholds[name]
+
+    def row(self, name: str, record: Record, first: Record, backend: str | None) -> dict:
+        row = empty_row(name, self.settings, backend)
+        row |= {"threshold": self.thresholds.get(name), "error": record.error}
+        if record.error is None:
+            latency, baseline = statistics.median(record.seconds), statistics.median(first.seconds)
+            computed = self.steps * record.passes / first.passes
+            numbers = (computed, latency, baseline, baseline / latency, self.steps / computed)
+            row |= zip(NUMBERS, (*numbers, latency * self.steps / (computed * baseline) - 1), strict=True)
+            row["peak_memory_mib"] = record.memory
+        return row
+
+
+def empty_row(name: str, settings: dict, backend: str | None, error: str | None = None) -> dict:
+    """The row of a method without its numbers: what is said of a model that could not even be made."""
+    row = {"method": name, "compile": backend or "no", "steps": settings["steps"]}
+    nothing = dict.fromkeys((*NUMBERS, "peak_memory_mib", "threshold"))
+    return {**row, **nothing, "settings": dict(settings), "error": error}
+
+
+def describe(error: Exception) -> str:
+    """One line of an error."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}", 200, placeholder=" …")
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Plans in stock diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""Errors, files, processes, devices, provenance, media, checkpoints: what every package uses."""

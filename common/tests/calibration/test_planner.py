@@ -1,0 +1,190 @@
+"""Schedules and weights on problems that can be solved by hand or by trying everything."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from ertacache import UserError
+from ertacache.calibration.gram import Gram
+from ertacache.calibration.planner import (
+    adams_bashforth_weights,
+    best_schedules,
+    candidate_schedules,
+    euler_weights,
+    jump_costs,
+    neighbours,
+    offline_weights,
+    predictor_weights,
+    projection_bound,
+    solve_weights,
+)
+
+
+def trajectory(steps, seed=0, batch=3, size=40):
+    """An Euler run through random outputs that change slowly, more at the beginning than at the end."""
+    rng = np.random.default_rng(seed)
+    x, latents, velocities, v = rng.normal(size=(batch, size)), [], [], rng.normal(size=(batch, size))
+    for i in range(steps):
+        v = v + rng.normal(size=(batch, size)) * 0.5 / (1 + i)
+        latents.append(torch.from_numpy(x))
+        velocities.append(torch.from_numpy(v))
+        x = x - v / steps
+    return [*latents, torch.from_numpy(x)], velocities
+
+
+def gram_of(steps, seed=0):
+    return Gram.of(*trajectory(steps, seed))
+
+
+def residual(latents, velocities, history, target):
+    """‖(x_k − x_c) − projection on the outputs of the history‖², by a library's least squares."""
+    y = (latents[target] - latents[history[0]]).flatten().numpy()
+    basis = np.stack([velocities[c].flatten().numpy() for c in history], 1)
+    return np.square(y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]).sum()
+
+
+# --- the Gram matrix -----------------------------------------------------------------------------------------------
+
+
+def test_gram_holds_the_scalar_products():
+    latents, velocities = trajectory(4)
+    gram = Gram.of(latents, velocities)
+    assert gram.steps == 4 and gram.prompts == 3 and gram.elements == 120
+    assert gram.matrix[1, gram.v(2)] == pytest.approx((latents[1] * velocities[2]).sum().item(), rel=1e-12)
+
+
+def test_halves_add_up_to_the_whole_also_through_files(tmp_path):
+    latents, velocities = trajectory(5, batch=4)
+    whole = Gram.of(latents, velocities)
+    halves = [Gram.of([x[s] for x in latents], [v[s] for v in velocities]) for s in (slice(2), slice(2, 4))]
+    halves[0].save(tmp_path / "half.safetensors")
+    merged = Gram.load(tmp_path / "half.safetensors") + halves[1]
+    assert np.allclose(merged.matrix, whole.matrix, rtol=1e-10, atol=0)
+    assert (merged.elements, merged.prompts) == (whole.elements, whole.prompts)
+
+
+def test_gram_matrices_of_different_step_counts_are_not_added():
+    with pytest.raises(UserError, match="Gram matrices of 4 and 5 steps"):
+        gram_of(4) + gram_of(5)
+
+
+# --- costs and schedules -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchors", [1, 2, 3])
+def test_costs_are_least_squares(anchors):
+    latents, velocities = trajectory(6)
+    costs = jump_costs(Gram.of(latents, velocities), anchors)
+    none = 6
+    cases = [(4, 2, 1), (5, 4, 3), (2, 0), (0,)]
+    for case in cases:
+        history = case[:anchors]
+        if len(history) < anchors and history[-1] != 0:
+            continue
+        place = (*history, *[none] * (anchors - len(history)))
+        for target in range(history[0] + 1, 7):
+            wanted = residual(latents, velocities, history, target)
+            assert costs[(*place, target)] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+        assert np.isinf(costs[(*place, history[0])])
+
+
+def cost_of(costs, schedule, power):
+    anchors, none = costs.ndim - 1, len(costs) - 1
+    jumps = []
+    for n, target in enumerate([*schedule[1:], none], start=1):
+        history = schedule[max(0, n - anchors) : n][::-1]
+        jumps.append(costs[(*history, *[none] * (anchors - len(history)), target)])
+    return max(jumps) if np.isinf(power) else np.sum(np.power(jumps, power))
+
+
+@pytest.mark.parametrize("anchors", [1, 2, 3])
+@pytest.mark.parametrize("power", [0.5, 1.0, np.inf])
+def test_dynamic_programming_equals_trying_everything(anchors, power):
+    costs = jump_costs(gram_of(8, seed=1), anchors)
+    found = best_schedules(costs, 8, power)
+    for budget in range(1, 9):
+        all_schedules = [(0, *rest) for rest in combinations(range(1, 8), budget - 1)]
+        least = min(cost_of(costs, schedule, power) for schedule in all_schedules)
+        assert found[budget] in all_schedules
+        assert cost_of(costs, found[budget], power) == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+def test_steps_go_where_the_outputs_change():
+    """Outputs change in the first third only: that is where all computed steps but the newest belong."""
+    rng = np.random.default_rng(0)
+    v = [rng.normal(size=(1, 50))]
+    for i in range(29):
+        v.append(v[-1] + (rng.normal(size=(1, 50)) if i < 9 else 0))
+    x = np.cumsum([rng.normal(size=(1, 50)), *(-u / 30 for u in v)], axis=0)
+    gram = Gram.of([torch.from_numpy(a) for a in x], [torch.from_numpy(u) for u in v])
+    for schedule in candidate_schedules(gram, [11])[11].values():
+        assert schedule[:10] == tuple(range(10))
+
+
+def test_candidates_have_the_size_that_was_asked_for_and_differ():
+    found = candidate_schedules(gram_of(12), [2, 5, 12])
+    for budget, schedules in found.items():
+        assert all(len(s) == budget and s[0] == 0 and list(s) == sorted(set(s)) for s in schedules.values())
+        assert len(set(schedules.values())) == len(schedules)
+    assert set(found[12].values()) == {tuple(range(12))}
+
+
+def test_neighbours_move_one_step_by_one():
+    assert set(neighbours((0, 2, 3), 5)) == {(0, 1, 3), (0, 2, 4)}
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_euler_steps_as_weights():
+    weights = euler_weights(np.array([1.0, 0.7, 0.5, 0.2, 0.0]), (0, 2), 3)
+    assert np.allclose(weights, [[-0.5, 0, 0], [-0.5, 0, 0]])
+
+
+def test_fitted_weights_are_never_worse_than_the_prior():
+    rng = np.random.default_rng(0)
+    for rank in (1, 3):  # also with anchors that are nearly equal
+        basis = rng.normal(size=(100, rank)) @ rng.normal(size=(rank, 3)) + 1e-9 * rng.normal(size=(100, 3))
+        y, prior = rng.normal(size=100), np.array([-0.3, 0.0, 0.0])
+        weights = solve_weights(basis.T @ basis, basis.T @ y, prior)
+        assert np.square(y - basis @ weights).sum() <= np.square(y - basis @ prior).sum() * (1 + 1e-12)
+        assert np.abs(weights).max() < 1e3
+
+
+def test_the_bound_is_the_projection_on_all_outputs():
+    latents, velocities = trajectory(6)
+    gram = Gram.of(latents, velocities)
+    wanted = residual([latents[0]] * 6 + [latents[6]], velocities, (0, 3, 5), 6) / gram.elements
+    assert projection_bound(gram, (0, 3, 5)) == pytest.approx(wanted, rel=1e-6)
+    assert projection_bound(gram, tuple(range(6))) < 1e-12
+
+
+def test_adams_bashforth_is_exact_for_linear_outputs():
+    """∫ s ds from 1 to 0 on an uneven grid, from the second step on."""
+    sigmas = np.array([1.0, 0.8, 0.35, 0.1, 0.0])
+    weights = adams_bashforth_weights(sigmas)
+    for k in range(1, 4):
+        jump = weights[k, 0] * sigmas[k] + weights[k, 1] * sigmas[k - 1]
+        assert jump == pytest.approx((sigmas[k + 1] ** 2 - sigmas[k] ** 2) / 2, abs=1e-12)
+    assert np.allclose(weights.sum(1), np.diff(sigmas))
+
+
+def test_weights_without_a_replay_are_least_squares_on_the_reference():
+    latents, velocities = trajectory(8)
+    gram, schedule = Gram.of(latents, velocities), (0, 2, 5)
+    weights, _ = offline_weights(gram, schedule, 2)
+    found = latents[8] - latents[5] - weights[2, 0] * velocities[5] - weights[2, 1] * velocities[2]
+    assert found.square().sum().item() == pytest.approx(residual(latents, velocities, (5, 2), 8), rel=1e-3)
+    sigmas = np.linspace(1, 0, 9)
+    every, _ = predictor_weights(gram, [(1.0, -1 / 8)] * 8, tuple(range(8)), 2)
+    assert np.allclose(every, euler_weights(sigmas, tuple(range(8)), 2), atol=1e-4)  # but for the ridge
+
+
+def test_prediction_follows_the_solvers_own_steps():
+    """With x' = a x + w v and the same output at every step, a jump over n steps is a^n x + w (1 + a + … ) v."""
+    v = torch.ones(1, 5, dtype=torch.float64)
+    gram = Gram.of([v * i for i in range(5)], [v] * 4)
+    weights, scale = predictor_weights(gram, [(0.5, 0.3)] * 4, (0, 1), 1)
+    assert scale == pytest.approx([0.5, 0.125]) and weights[:, 0] == pytest.approx([0.3, 0.3 * 1.75], rel=1e-5)

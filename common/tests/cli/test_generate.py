@@ -1,0 +1,243 @@
+"""What a person types: right input gives files, wrong input one line on stderr, exit code 2, and nothing written."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from diffusers import FluxPipeline
+from PIL import Image
+
+from conftest import ROOT
+from ertacache.cli import model_folder
+from ertacache.utils.errors import run_program
+
+PROMPT = ["--prompt", "a big red star at the left on a plain white background"]
+
+
+@pytest.fixture
+def program(flux, demo, tmp_path, monkeypatch):
+    """The program with a cache of its own, and the demo loaded once."""
+    (tmp_path / "room" / "cache").mkdir(parents=True)
+    shutil.copytree(flux.FOLDER / "prompts", tmp_path / "room" / "prompts")
+    monkeypatch.setattr(flux, "FOLDER", tmp_path / "room")
+    real = flux.load
+    monkeypatch.setattr(flux, "load", lambda model, *rest: demo if model == "demo" else real(model, *rest))
+    return flux
+
+
+def run(program, *arguments):
+    run_program(lambda: model_folder.generate(program, [str(a) for a in arguments]))
+
+
+def refused(program, capsys, out, *arguments):
+    """The message of a refusal, after checking its form."""
+    with pytest.raises(SystemExit) as stop:
+        run(program, *arguments)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert stop.value.code == 2 and captured.out == ""
+    assert len([line for line in lines if line.startswith("error: ")]) == 1 and lines[-1].startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert not out.exists() or not list(out.iterdir())
+    return lines[-1]
+
+
+def test_a_new_threshold_is_calibrated_stored_and_used_again(program, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
+    out = tmp_path / "sample"
+    arguments = [*PROMPT, "--steps", 8, "--threshold", 0.3, "--out", out]
+    run(program, *arguments, "--calibration-prompts", tmp_path / "few.txt", "--compare")
+    assert sorted(p.name for p in (tmp_path / "room" / "cache").iterdir()) == [
+        "demo-8-0.3.json",
+        "demo-8-0.3.safetensors",
+    ]
+    names = ["000-baseline.png", "000-ertacache.png", "comparison.png", "metrics.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["schema"] == 1 and metrics["steps"] == 8 and metrics["nfe"] < 8 and metrics["prompts"] == 1
+    assert metrics["plan"] == "cache/demo-8-0.3.json"
+    assert metrics["speedup"] == metrics["latency_s"]["baseline"] / metrics["latency_s"]["cached"]
+    pair = [np.asarray(Image.open(out / f"000-{m}.png"), float) for m in ("baseline", "ertacache")]
+    psnr = 10 * np.log10(255**2 / np.square(pair[0] - pair[1]).mean())
+    assert metrics["quality"]["psnr"] == pytest.approx(psnr, abs=0.5)  # from floats, not from the rounded files
+    assert set(metrics["quality"]["prompt_accuracy"]) == {"baseline", "cached"}
+    stored = (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes()
+    capsys.readouterr()
+    run(program, *arguments)
+    assert (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes() == stored
+    assert "calibrating" not in capsys.readouterr().err
+    assert json.loads((out / "metrics.json").read_text())["latency_s"]["baseline"] is None
+
+
+def test_a_speedup_spends_exactly_its_calls(program, tmp_path):
+    (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
+    arguments = [*PROMPT, "--steps", 8, "--calibration-prompts", tmp_path / "few.txt", "--out", tmp_path / "out"]
+    run(program, *arguments, "--speedup", 2, "--compare")
+    assert (tmp_path / "room" / "cache" / "demo-8-budget-4.json").exists()
+    names = ["000-baseline.png", "000-budget.png", "comparison.png", "metrics.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["method"], metrics["nfe"], metrics["plan"]) == ("budget", 4, "cache/demo-8-budget-4.json")
+    assert metrics["quality"]["psnr"] > 25
+    run(program, *arguments, "--budget", 4)
+    assert [p.name for p in (tmp_path / "room" / "cache").glob("*.json")] == ["demo-8-budget-4.json"]
+
+
+def test_running_twice_gives_identical_pictures(program, tmp_path):
+    for name in ("a", "b"):
+        run(program, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)
+    assert (tmp_path / "a" / "000-baseline.png").read_bytes() == (tmp_path / "b" / "000-baseline.png").read_bytes()
+
+
+def test_a_plan_file_can_be_named(program, tmp_path):
+    run(program, *PROMPT, "--plan", ROOT / "ERTACache4FLUX" / "cache" / shipped(), "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["nfe"] < 30 and metrics["method"] == "ertacache"
+
+
+def shipped():
+    return sorted(p.name for p in (ROOT / "ERTACache4FLUX" / "cache").glob("demo-30-*.json"))[0]
+
+
+BASELINE = ["--baseline", "--steps", 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", " ", *BASELINE], "--prompt is empty"),
+        (["--prompts", "EMPTY", *BASELINE], "no prompts in"),
+        (["--prompts", "/no/such/file", *BASELINE], "cannot read prompts from /no/such/file"),
+        ([*PROMPT, "--prompts", "EMPTY", *BASELINE], "exclude each other"),
+        (PROMPT, "--threshold λ, --speedup S, --budget N, --plan FILE or --baseline"),
+        ([*PROMPT, "--budget", 1], "--budget 1: give a number of computed steps from 2 to 30"),
+        ([*PROMPT, "--budget", 31], "--budget 31: give a number of computed steps from 2 to 30"),
+        ([*PROMPT, "--speedup", 0.5], "--speedup 0.5: a speed-up is a number of at least 1"),
+        ([*PROMPT, "--speedup", "inf"], "--speedup inf: a speed-up is a number of at least 1"),
+        ([*PROMPT, "--speedup", 2, "--threshold", 0.1], "not allowed with argument --speedup"),
+        ([*PROMPT, "--threshold", 0], "--threshold 0.0"),
+        ([*PROMPT, "--threshold", -0.1], "--threshold -0.1"),
+        ([*PROMPT, "--threshold", "nan"], "--threshold nan"),
+        ([*PROMPT, "--threshold", "low"], "argument --threshold: invalid float value: 'low' (see --help)"),
+        ([*PROMPT, "--treshold", 0.1], "unrecognized arguments: --treshold 0.1 (see --help)"),
+        ([*PROMPT, "--threshold", "inf"], "--threshold inf"),
+        ([*PROMPT, "--steps", 2, "--baseline"], "--steps 2: give a number of at least 3"),
+        ([*PROMPT, "--guidance", "nan", *BASELINE], "--guidance nan"),
+        ([*PROMPT, "--height", 100, *BASELINE], "--height 100: must be a multiple of 8 for this model, for example 96"),
+        ([*PROMPT, "--width", 4, *BASELINE], "--width 4"),
+        ([*PROMPT, "--height", 0, *BASELINE], "--height 0"),
+        ([*PROMPT, "--repeats", 0, *BASELINE], "--repeats 0"),
+        ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "EMPTY"], "no prompts in"),
+        ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "/none"], "cannot read prompts from /none"),
+        ([*PROMPT, "--plan", "/no/plan.json"], "no plan file /no/plan"),
+        ([*PROMPT, "--device", "cuda", *BASELINE, "--model", "RANDOM"], "no CUDA device"),
+        ([*PROMPT, "--offload", "model", *BASELINE, "--model", "RANDOM", "--device", "cpu"], "--offload model"),
+        ([*PROMPT, "--model", "/no/such/model", *BASELINE], "/no/such/model: no such directory"),
+        ([*PROMPT, "--model", "gone", *BASELINE], "--model gone: no such directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(program, random_directory, tmp_path, capsys, arguments, words):
+    (tmp_path / "empty.txt").write_text("# only a comment\n\n")
+    names = {"EMPTY": tmp_path / "empty.txt", "RANDOM": random_directory}
+    if "cuda" in arguments and __import__("torch").cuda.is_available():
+        return
+    out = tmp_path / "out"
+    message = refused(program, capsys, out, *[names.get(a, a) for a in arguments], "--out", out)
+    assert words in message, message
+    assert not list((tmp_path / "room" / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", 20], "the plan is for 30 steps, the run has 20"),
+        (["--model", "RANDOM"], "the plan is for another model"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(program, random_directory, tmp_path, capsys, arguments, words):
+    plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
+    arguments = [random_directory if a == "RANDOM" else a for a in arguments]
+    out = tmp_path / "out"
+    assert words in refused(program, capsys, out, *PROMPT, *arguments, "--plan", plan, "--out", out)
+
+
+def test_another_guidance_or_size_is_one_warning(program, tmp_path):
+    plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
+    with pytest.warns(UserWarning, match="guidance 3.5, now 2.0") as caught:
+        run(program, *PROMPT, "--guidance", 2, "--height", 32, "--plan", plan, "--out", tmp_path / "out")
+    assert len([w for w in caught if w.category is UserWarning]) == 1 and "height 64, now 32" in str(caught[0].message)
+
+
+def test_other_weights_of_the_same_architecture_are_one_warning(program, demo, tmp_path, monkeypatch):
+    plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
+    other = copy.deepcopy(demo.transformer)
+    other.proj_out.bias.data += 1
+    pipe = FluxPipeline(**{**demo.components, "transformer": other})
+    monkeypatch.setattr(program, "load", lambda *_: pipe)
+    with pytest.warns(UserWarning, match="calibrated on other weights"):
+        run(program, *PROMPT, "--plan", plan, "--out", tmp_path / "out")
+
+
+BREAKAGES = {
+    "model_index": (lambda d: (d / "model_index.json").unlink(), "no model_index.json"),
+    "index_damaged": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    "component": (lambda d: shutil.rmtree(d / "vae"), "vae is missing or empty"),
+    "shard": (lambda d: sorted((d / "transformer").glob("*-00002-*"))[0].unlink(), "00002-of"),
+    "weights": (lambda d: (d / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "the weights of"),
+    "truncated": (lambda d: os.truncate(d / "vae" / "diffusion_pytorch_model.safetensors", 1000), "cannot load"),
+    "config": (lambda d: (d / "vae" / "config.json").write_text("{"), "cannot load"),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_half_downloaded_model_is_named(program, random_directory, tmp_path, capsys, breakage):
+    damage, words = BREAKAGES[breakage]
+    model = shutil.copytree(random_directory, tmp_path / "model")
+    damage(model)
+    out = tmp_path / "out"
+    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", model, "--out", out)
+    assert words in message and str(model) in message
+
+
+def test_another_pipeline_class_is_named(program, random_directory, tmp_path, capsys):
+    model = shutil.copytree(random_directory, tmp_path / "model")
+    index = (model / "model_index.json").read_text().replace('"FluxPipeline"', '"WanPipeline"')
+    (model / "model_index.json").write_text(index)
+    message = refused(program, capsys, tmp_path / "o", *PROMPT, *BASELINE, "--model", model, "--out", tmp_path / "o")
+    assert "holds a WanPipeline, this folder runs FluxPipeline" in message
+
+
+def test_a_hub_id_without_a_network_is_one_line(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", "nobody/no-such-model", "--out", out)
+    assert "cannot load --model nobody/no-such-model" in message and "network" in message
+
+
+def test_an_unwritable_output_folder_is_named_before_any_work(program, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "sample"
+    assert f"cannot write to {out}" in refused(program, capsys, out, *PROMPT, *BASELINE, "--out", out)
+
+
+def test_run_sh_is_the_main_job(tmp_path):
+    """As a person starts it, with everything at its default but the output folder."""
+    environment = {**os.environ, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["sh", ROOT / "ERTACache4FLUX" / "run.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["prompts"] == 4 and metrics["nfe"] < 30 and metrics["quality"]["ssim"] > 0.9
+    assert metrics["quality"]["prompt_accuracy"]["baseline"] == 1.0
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000 and "of 30 steps computed" in done.stdout
+
+
+def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "generate.py", "--steps", "2", "--baseline", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT / "ERTACache4FLUX", capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == "error: --steps 2: give a number of at least 3"

@@ -1,0 +1,188 @@
+"""What evaluation.py measures, on dx/ds = A x, and the scripts that print tables, on the demo."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from ertacache import UserError
+from ertacache.caches.registry import PEERS
+from ertacache.calibration.budget import BudgetCalibration
+from ertacache.evaluation.method import Candidate
+from ertacache.evaluation.metrics import Clip, latent_psnr
+from ertacache.evaluation.runner import Evaluation
+from ertacache.utils.shelf import Shelf
+from toy import Pipe, Program
+
+A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
+SETTINGS = {"steps": 12}
+
+
+class Pictures(Program):
+    """Latents of 16 × 16 rows of three, shown as they are."""
+
+    FOLDER = Path("toy")
+
+    def __init__(self):
+        super().__init__(rows=256)
+
+    def decode(self, pipe, latents, inputs):
+        return latents.reshape(-1, 16, 16, 3).numpy() / 20 + 0.5
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    options = Namespace(batch_size=2, model="toy")
+    return Evaluation(Pictures(), Pipe(A), ["a", "b", "c"], range(3), SETTINGS, options, work=tmp_path, exact=True)
+
+
+def plan(tmp_path, target):
+    options = {"settings": SETTINGS, "batch_size": 4, "work": tmp_path, "progress": False, "target": target}
+    return BudgetCalibration(Pictures(), Pipe(A), list("defghijk"), range(10, 18), **options).plans([6])[6]
+
+
+def test_both_distances_say_what_a_plan_aims_at(evaluation, tmp_path):
+    uncached = evaluation.row(evaluation.uncached())
+    plans = (evaluation.planned("budget", target, plan(tmp_path, target)) for target in ("exact", "reference"))
+    exact, reference = (evaluation.row(candidate, asked=2) for candidate in plans)
+    assert uncached["psnr"] is None and uncached["latent_psnr"] is None and uncached["nfe"] == 12
+    assert reference["psnr"] > exact["psnr"] and reference["latent_psnr"] > exact["latent_psnr"]
+    assert exact["exact_psnr"] > uncached["exact_psnr"] + 6 and exact["nfe"] == 6
+    assert reference["exact_psnr"] == pytest.approx(uncached["exact_psnr"], abs=1)
+    assert [row["asked"] for row in (uncached, exact, reference)] == [None, 2, 2]
+    assert exact["timeline"]["error"] is None and len(exact["timeline"]["sigmas"]) == 25  # a grid of its own
+    errors = reference["timeline"]["error"]
+    assert len(errors) == 6 and errors[0] == 0 and 0 < max(errors) < 0.1
+
+
+def test_fewer_steps_on_a_shifted_grid(evaluation):
+    shifts = (None, 1.0, 3.0)
+    native, same, other = (evaluation.row(evaluation.fewer_steps("fewer", str(s), 6, s)) for s in shifts)
+    assert native["latent_psnr"] == pytest.approx(same["latent_psnr"], abs=1e-3)  # the toy's own grid is uniform
+    assert abs(native["latent_psnr"] - other["latent_psnr"]) > 1 and other["settings"]["shift"] == 3.0
+
+
+def test_finished_rows_are_not_measured_again(evaluation):
+    calls = []
+
+    def run(part, on_step=None):
+        calls.append(part)
+        return evaluation.own()(part)
+
+    candidate = Candidate("same", "same", "peer", run, run, SETTINGS)
+    first = evaluation.row(candidate, asked=2)
+    assert calls == [slice(0, 2), slice(2, 4)] and first["latent_psnr"] is None and first["speedup_nfe"] == 1
+    assert evaluation.row(candidate, asked=3) == {**first, "asked": 3} and len(calls) == 2
+
+
+def test_a_shelf_keeps_values_and_arrays_by_key_and_identity(tmp_path):
+    made = []
+    shelf, other = Shelf(tmp_path, "one"), Shelf(tmp_path, "two")
+    for place in (shelf, shelf, other):
+        assert place.keep(["a", 1], lambda: made.append("value") or {"x": [1.5, None]}) == {"x": [1.5, None]}
+        kept = place.keep_arrays("b", lambda: made.append("arrays") or {"y": np.arange(3)})
+        assert np.array_equal(kept["y"], [0, 1, 2])
+    assert made == ["value", "arrays", "value", "arrays"]
+
+
+def test_latency_is_measured_in_turn_with_the_uncached_run(evaluation):
+    evaluation.repeats, order = 3, []
+
+    def timed(name, seconds):
+        def run(part, on_step=None):
+            order.append(name)
+            return evaluation.own()(part)._replace(seconds=seconds)
+
+        return run
+
+    candidate = Candidate("half", "half", "peer", timed("B", 0.5), timed("A", 1.0), SETTINGS)
+    found = evaluation.latency(candidate)
+    assert "".join(order) == "ABABABAB" and found["latency_s"] == 0.5 and found["speedup_latency"] == 2
+    assert found["end_to_end_s"] > 0 and found["speedup_end_to_end"] > 0
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, demo):
+    """A random CLIP with the demo's tokenizer, as a directory."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    text = {**small, "vocab_size": len(demo.tokenizer), "max_position_embeddings": 16, "eos_token_id": 0}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=32), demo.tokenizer).save_pretrained(folder)
+    return Clip(str(folder))
+
+
+def test_clip_compares_pictures_frames_and_prompts(clip):
+    videos = np.random.default_rng(0).random((2, 3, 32, 32, 3))
+    assert clip.similarity(videos, videos) == pytest.approx(1)
+    assert clip.similarity(videos, videos[:, ::-1] ** 3) < 0.9999
+    prompts = ["a big red star", "a small blue ring"]
+    scores = [clip.score([p], v[None]) for p, v in zip(prompts, videos, strict=True)]
+    assert min(scores) >= 0 and clip.score(prompts, videos) == pytest.approx(np.mean(scores), abs=1e-3)
+    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+        Clip("./nowhere")
+    none = Clip(None)
+    assert none.similarity(videos, videos) is None and none.score(prompts, videos) is None
+
+
+def test_latent_psnr():
+    reference = np.array([[0.0, 4.0], [0.0, 2.0]])
+    assert latent_psnr(reference, reference + 0.4) == pytest.approx((20 + 20 * np.log10(5)) / 2)
+    assert latent_psnr(reference, reference) is None
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / name), str(ROOT / "ERTACache4FLUX"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_table_of_the_demo(tmp_path):
+    methods = ["--methods", "fewer-steps,first-block,budget", "--speedups", "3", "--no-exact", "--samples", "1"]
+    files = ["--json", str(tmp_path / "rows.json"), "--csv", str(tmp_path / "rows.csv")]
+    how = ["--count", "2", "--latency-repeats", "1", "--work", str(tmp_path / "work")]
+    done = script("evaluate.py", *methods, *files, *how)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    none, fewer, budget, peer = rows
+    assert [row["method"] for row in rows] == ["none", "fewer-steps", "budget", "first-block"]
+    assert [row["nfe"] for row in rows[:3]] == [30, 10, 10] and budget["psnr"] > fewer["psnr"] + 6
+    assert budget["speedup_flops"] == pytest.approx(3, rel=0.01) and budget["exact_psnr"] is None
+    assert peer["label"] == f"first-block ({PEERS['first-block'].written(peer['settings']['value'])})"
+    assert 2 < peer["speedup_flops"] < 4.5 and peer["nfe"] == pytest.approx(30 / peer["speedup_flops"])
+    assert 25 < peer["psnr"] < 70 and none["psnr"] is None and none["speedup_latency"] == 1
+    assert all((tmp_path / path).exists() for row in rows for path in row["samples"]) and len(none["samples"]) == 1
+    assert budget["plan"] == "ERTACache4FLUX/cache/demo-30-budget-10.json"
+    assert done.stdout.count("\n| ") == 5 and "2 prompts" in done.stdout
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 5
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    assert script("evaluate.py", *methods, *files, *how).stdout == done.stdout
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}  # all rows were finished
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("evaluate.py", "--methods magic --speedups 2", "--methods magic: choose from"),
+        ("evaluate.py", "--methods budget", "give either --speedups"),
+        ("evaluate.py", "--methods budget --speedups 2 --samples -1", "--samples -1: give a whole number"),
+        ("evaluate.py", "--methods budget --speedups 2 --sites edge", "--sites edge: choose from output, blocks"),
+        ("evaluate.py", "--methods budget --thresholds 0.1", "--thresholds has no meaning for budget"),
+        ("evaluate.py", "--methods budget --speedups 0.5", "a speed-up is a number of at least 1"),
+        ("bench/study.py", "transfer --sizes 48", "--sizes 48: write HEIGHTxWIDTH"),
+        ("bench/study.py", "prompts --counts two", "'two' is no list of numbers"),
+        ("bench/study.py", "prompts --model other/model", "use the demo"),
+    ],
+)
+def test_what_cannot_be_measured(name, arguments, words):
+    done = script(name, *arguments.split())
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr

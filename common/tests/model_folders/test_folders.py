@@ -1,0 +1,246 @@
+"""Every model folder on its trained demo: exact where it must be, and really skipping calls."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import FOLDERS, ROOT
+from ertacache.demos.model_folder import world
+from ertacache.numerics.ode import candidate_grid, integrate, rate_of
+from ertacache.plans.budget import BudgetPlan
+from ertacache.plans.plan import Plan
+from ertacache.plans.requirements import Conditions
+from ertacache.plans.threshold import ThresholdPlan
+from ertacache.utils.media import to_uint8
+from ertacache.utils.provenance import fingerprint
+from helpers import CallCounter
+
+SEEDS = [3, 4]
+STEPS = 8
+SITES = ["output", "blocks"]
+
+
+def prepare(room, steps=STEPS, **settings):
+    return room.program.prepare(room.pipe, room.prompts, SEEDS, steps=steps, **settings)
+
+
+def make_plan(room, inputs, cached, site="output", **changes):
+    settings = room.program.settings_of(room.pipe, steps=STEPS)
+    conditions = Conditions.of(room.pipe, settings.pop("steps"), settings)
+    return ThresholdPlan(conditions, 0.1, cached, site, tuple(inputs.sigmas.tolist()), **changes)
+
+
+def blocks_of(transformer):
+    return transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
+
+
+def hooks_of(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "dtype"),
+    [(8, 1, torch.float32), (8, 2, torch.float32), (8, 2, torch.bfloat16), (30, 1, torch.float32)],
+)
+def test_without_a_plan_it_is_the_stock_pipeline_bit_for_bit(room, steps, count, dtype):
+    pipe = room.pipe if dtype == torch.float32 else room.program.load("demo", dtype=dtype)
+    prompts, seeds = room.prompts[:count], SEEDS[:count]
+    ours = room.program.denoise(pipe, room.program.prepare(pipe, prompts, seeds, steps=steps))
+    assert torch.equal(ours, room.stock(pipe, prompts, seeds, steps))
+
+
+def test_decoding_is_the_stock_pipelines(room):
+    inputs = prepare(room)
+    ours = room.program.decode(room.pipe, room.program.denoise(room.pipe, inputs), inputs)
+    assert np.array_equal(ours, room.stock(room.pipe, room.prompts, SEEDS, STEPS, output_type="np"))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_an_empty_plan_is_no_plan_exactly(room, site):
+    inputs = prepare(room)
+    empty = make_plan(room, inputs, (), site=site)
+    assert torch.equal(room.program.denoise(room.pipe, inputs, empty), room.program.denoise(room.pipe, inputs))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_cached_steps_make_no_model_call(room, site):
+    inputs = prepare(room)
+    plan, model = make_plan(room, inputs, (1, 2, 5), site=site), room.pipe.transformer
+    with CallCounter(model) as whole, CallCounter(blocks_of(model)[0]) as blocks:
+        room.program.denoise(room.pipe, inputs)
+        uncached = whole.count
+        room.program.denoise(room.pipe, inputs, plan)
+    cached = whole.count - uncached
+    assert blocks.count == whole.count and plan.nfe == STEPS - 3
+    assert cached / uncached == plan.nfe / STEPS  # in calls: one or, with separate guidance branches, two a step
+
+
+def test_a_budget_plan_makes_exactly_its_calls(room):
+    inputs, model = prepare(room), room.pipe.transformer
+    settings = room.program.settings_of(room.pipe, steps=STEPS)
+    conditions = Conditions.of(room.pipe, settings.pop("steps"), settings)
+    grid, computed = tuple(inputs.sigmas.tolist()), (0, 1, 4, 6)
+    pairs = [room.program.first_order(room.pipe, inputs, i, k) for i, k in ((0, 1), (1, 4), (4, 6), (6, 8))]
+    plan = BudgetPlan(conditions, computed, tuple((w,) for _, w in pairs), grid, scale=tuple(a for a, _ in pairs))
+    seen = []
+    with CallCounter(model) as whole:
+        room.program.denoise(room.pipe, inputs)
+        uncached = whole.count
+        x = room.program.denoise(room.pipe, inputs, plan, lambda i, x, v: seen.append((i, x, v)))
+    assert (whole.count - uncached) / uncached == len(computed) / STEPS and [i for i, *_ in seen] == list(computed)
+    (_, x0, v0), (_, x1, _) = seen[:2]
+    assert torch.allclose(x1, pairs[0][0] * x0 + pairs[0][1] * v0, atol=1e-5) and x.isfinite().all()
+
+
+def test_output_site_is_eq_5_and_6(room):
+    seen, inputs = [], prepare(room)
+    room.program.denoise(room.pipe, inputs, make_plan(room, inputs, (2, 3)), lambda i, x, v: seen.append((x, v)))
+    (x1, v1), (x2, v2), (x3, v3) = seen[1:4]
+    assert torch.equal(v2, x2 + (v1 - x1)) and torch.equal(v3, x3 + (v1 - x1))
+
+
+def test_blocks_site_reuses_nothing_but_the_residual_of_the_blocks(room):
+    """With the residual of this very step, the model without its blocks gives the model's own output."""
+    inputs = prepare(room)
+    with room.program.open_site(room.pipe, inputs, "blocks") as site:
+        x, t = inputs.latents, inputs.times[2]
+        v = room.program.velocity(room.pipe, inputs, x, t)
+        assert torch.allclose(site.reuse(x, t, site.residual(x, v)), v, atol=5e-5)
+
+
+def test_rectification_and_grid_of_the_plan_are_used(room):
+    inputs = prepare(room)
+    plain = make_plan(room, inputs, (2, 3))
+    k, b = [0.0] * STEPS, [-2.0] * STEPS
+    k[2], b[2] = 0.4, -1.96
+    rectified = replace(plain, k=tuple(k), b=tuple(b), rectified=True)
+    seen = {}
+    room.program.denoise(room.pipe, inputs, rectified, lambda i, x, v: seen.update({i: (x, v)}))
+    raw = seen[2][0] + (seen[1][1] - seen[1][0])
+    assert torch.allclose(seen[2][1], raw - (0.1 * raw + 0.01), atol=1e-5)
+    phi = tuple(0.5 if i == 2 else 1.0 for i in range(STEPS))
+    adjusted = replace(plain, phi=phi, phi_definition="velocity")
+    moved = room.program.denoise(room.pipe, inputs, adjusted)
+    assert moved.isfinite().all() and not torch.equal(moved, room.program.denoise(room.pipe, inputs, plain))
+
+
+def test_another_grid_keeps_the_ends_and_returns_the_native_one_untouched(room):
+    inputs = prepare(room)
+    assert torch.equal(inputs.on(inputs.sigmas.clone()).times, inputs.times)
+    grid = inputs.sigmas.clone()
+    grid[2] = (grid[1] + grid[2]) / 2
+    native, times = inputs.times.tolist(), inputs.on(grid).times.tolist()
+    cut = 1 if room.name == "ERTACache4Wan2.1" else 1e-2  # UniPC cuts its native times to whole numbers
+    assert times[0] == pytest.approx(native[0], abs=cut) and times[3] == pytest.approx(native[3], abs=cut)
+    assert native[2] < times[2] < native[1]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_batch_gives_what_single_prompts_give(room, site):
+    inputs = prepare(room)
+    plan = make_plan(room, inputs, (1, 2, 4), site=site)
+    together = room.program.denoise(room.pipe, inputs, plan)
+    for row, (prompt, seed) in enumerate(zip(room.prompts, SEEDS, strict=True)):
+        alone = room.program.denoise(room.pipe, room.program.prepare(room.pipe, [prompt], [seed], steps=STEPS), plan)
+        assert torch.allclose(alone[0], together[row], atol=5e-4)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_no_state_is_left_after_a_run_or_an_interrupted_one(room, site):
+    inputs = prepare(room)
+    plan = make_plan(room, inputs, (1, 2, 4), site=site)
+    before = hooks_of(room.pipe.transformer)
+    first = room.program.denoise(room.pipe, inputs, plan)
+
+    def interrupt(i, x, v):
+        if i == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        room.program.denoise(room.pipe, inputs, plan, interrupt)
+    assert hooks_of(room.pipe.transformer) == before
+    assert torch.equal(room.program.denoise(room.pipe, inputs, plan), first)
+
+
+def test_the_shipped_plans_belong_to_the_shipped_demo(room):
+    paths = sorted((room.program.FOLDER / "cache").glob("demo-*.json"))
+    assert len(paths) >= 4
+    settings = room.program.settings_of(room.pipe)
+    run = Conditions.of(room.pipe, settings.pop("steps"), settings | {"dtype": "float32"})
+    for path in paths:
+        plan = Plan.load(path)
+        plan.check(run, remedy="")
+        assert plan.provenance["weights"] == fingerprint(room.pipe), path.name
+
+
+@pytest.mark.parametrize("kind", [*SITES, "reference"])
+def test_the_shipped_plan_beats_fewer_steps(room, kind):
+    """On held-out prompts, at about 2×, against the uncached run."""
+    program, pipe, count = room.program, room.pipe, 8
+    steps = program.settings_of(pipe)["steps"]
+    plans = [Plan.load(p) for p in (program.FOLDER / "cache").glob("demo-*.json")]
+    plans = [p for p in plans if kind in (getattr(p, "site", None), getattr(p, "target", None))]
+    plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
+    prompts = [s.caption() for s in world(program).sample_scenes(count, seed=5, held_out=True)]
+    inputs = program.prepare(pipe, prompts, range(count), steps=steps)
+    exact = program.denoise(pipe, inputs)
+    mine = program.denoise(pipe, inputs, plan)
+    fewer = program.denoise(pipe, program.prepare(pipe, prompts, range(count), steps=plan.nfe))
+    share = 0.1 if kind == "reference" else 1.0  # of the squared error, that is 10 dB
+    assert (mine - exact).square().mean() < share * (fewer - exact).square().mean()
+
+
+def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_uncached_run(room):
+    program, pipe = room.program, room.pipe
+    steps = program.settings_of(pipe)["steps"]
+    plan = BudgetPlan.load(program.FOLDER / "cache" / f"demo-{steps}-budget-{steps // 2}-exact.json")
+    inputs = program.prepare(pipe, room.prompts, SEEDS, steps=steps)
+    grid, rate = candidate_grid(inputs.sigmas, 50), rate_of(program, pipe, inputs)
+    solution = integrate(program, pipe, inputs, grid, rate, substeps=2)
+    uncached, planned = (program.denoise(pipe, inputs, p) for p in (None, plan))
+    assert plan.nfe == steps // 2
+    assert (planned - solution).square().mean() < 0.5 * (uncached - solution).square().mean()
+
+
+def test_the_demo_shows_what_the_prompt_says(room):
+    program, pipe, grammar = room.program, room.pipe, world(room.program)
+    prompts = [s.caption() for s in grammar.sample_scenes(20, seed=6, held_out=True)]
+    inputs = program.prepare(pipe, prompts, range(20), steps=30)
+    results = program.decode(pipe, program.denoise(pipe, inputs), inputs)
+    assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+class TestTheProgramAsText:
+    def test_importing_it_does_no_work(self, folder):
+        code = f"import sys; sys.path[:0] = [{str(ROOT / 'common')!r}, {str(ROOT / folder)!r}]; import generate; "
+        code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_the_first_function_is_the_loop_and_fits_on_a_screen(self, folder):
+        lines = (ROOT / folder / "generate.py").read_text().splitlines()
+        functions = [n for n, line in enumerate(lines) if line.startswith("def ")]
+        assert lines[functions[0]].startswith("def denoise(") and functions[1] - functions[0] <= 42
+        assert len(lines) <= 320
+
+    def test_run_sh_is_posix(self, folder):
+        for script in (ROOT / folder / "run.sh", *sorted((ROOT / "scripts").rglob("*.sh"))):
+            subprocess.run(["sh", "-n", script], check=True)
+            assert script.read_text().startswith("#!/bin/sh")
+
+
+def test_the_four_loops_read_alike():
+    """Between the rooms only the solver's lines of denoise() differ."""
+
+    def loop(folder):
+        source = (ROOT / folder / "generate.py").read_text()
+        body = source[source.index("    if plan is not None:") : source.index("    return x\n")]
+        lines = [line.split("#")[0].rstrip() for line in body.splitlines()]
+        return [line for line in lines if not line.strip().startswith(("x = ", "x, "))]
+
+    first, *others = (loop(folder) for folder in FOLDERS)
+    assert len(first) >= 12 and all(other == first for other in others)

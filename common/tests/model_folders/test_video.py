@@ -1,0 +1,232 @@
+"""The video rooms: schedulers, guidance, sizes, and what a person types."""
+
+import copy
+import json
+import shutil
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+)
+from PIL import Image
+
+from conftest import ROOMS, open_room
+from ertacache import UserError
+from ertacache.cli import model_folder
+from ertacache.demos.model_folder import settings_parameters
+from ertacache.evaluation import metrics
+from ertacache.utils import media
+from ertacache.utils.errors import run_program
+
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="module", params=[key for key in ROOMS if key != "flux"])
+def room(request):
+    return open_room(request.param)
+
+
+def with_scheduler(room, scheduler):
+    return type(room.pipe)(**{**room.pipe.components, "scheduler": scheduler})
+
+
+def same_as_stock(room, pipe, steps, guidance=None, **sizes):
+    settings = {name.removeprefix("num_"): value for name, value in {**room.options, **sizes}.items()}
+    guidance = room.guidance if guidance is None else guidance
+    prompts, seeds = (room.prompts, SEEDS) if steps < 10 else (room.prompts[:1], SEEDS[:1])
+    settings |= {"steps": steps, "guidance": guidance}
+    if "negative_prompt" in settings_parameters(room.program):
+        settings["negative_prompt"] = ""
+    inputs = room.program.prepare(pipe, prompts, seeds, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    stock = room.stock(pipe, prompts, seeds, steps, guidance=guidance, **sizes)
+    return torch.equal(room.program.denoise(pipe, inputs), stock)
+
+
+# --- parity off the beaten track ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
+def test_guidance_of_any_size_is_the_stock_pipelines(room, guidance):
+    assert same_as_stock(room, room.pipe, 4, guidance)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 60])
+def test_step_counts_that_do_not_divide_1000_are_the_stock_pipelines(room, steps):
+    assert same_as_stock(room, room.pipe, steps)
+
+
+@pytest.mark.parametrize("sizes", [{"height": 48, "width": 80}, {"num_frames": 25}, {"num_frames": 1}])
+def test_other_sizes_are_the_stock_pipelines(room, sizes):
+    assert same_as_stock(room, room.pipe, 4, **sizes)
+    settings = {name.removeprefix("num_"): value for name, value in sizes.items()}
+    inputs = room.program.prepare(room.pipe, room.prompts, SEEDS, steps=3, **settings)
+    videos = room.program.decode(room.pipe, inputs.latents, inputs)
+    wanted = {"frames": 17, "height": 64, "width": 64, **settings}
+    assert videos.shape == (2, wanted["frames"], wanted["height"], wanted["width"], 3)
+
+
+@pytest.mark.parametrize("steps", [3, 8, 60])
+@pytest.mark.parametrize("key", ["wan", "cogvideox"])
+def test_the_other_known_scheduler_is_the_stock_pipelines(key, steps):
+    room = open_room(key)
+    config = room.pipe.scheduler.config
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    other = euler if room.name.endswith("2.1") else CogVideoXDPMScheduler.from_config(config)
+    assert same_as_stock(room, with_scheduler(room, other), steps)
+
+
+def test_a_stochastic_scheduler_draws_the_same_noise_in_every_run():
+    room = open_room("cogvideox")
+    pipe = with_scheduler(room, CogVideoXDPMScheduler.from_config(room.pipe.scheduler.config))
+    inputs = room.program.prepare(pipe, room.prompts, SEEDS, steps=5)
+    first, again = (room.program.denoise(pipe, inputs) for _ in range(2))
+    alone = room.program.denoise(pipe, room.program.prepare(pipe, room.prompts[1:], SEEDS[1:], steps=5))
+    assert torch.equal(first, again) and torch.allclose(first[1:], alone, atol=5e-4)
+
+
+def test_running_leaves_the_pipelines_scheduler_usable(room):
+    inputs = room.program.prepare(room.pipe, room.prompts, SEEDS, steps=6)
+    before = copy.deepcopy(vars(room.pipe.scheduler))
+    room.program.denoise(room.pipe, inputs)
+    assert repr(before) == repr(vars(room.pipe.scheduler))
+
+
+def test_rotary_positions_reach_the_model():
+    """CogVideoX-5B has rotary embeddings; a random model of that kind must match its stock pipeline too."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    room = open_room("cogvideox")
+    torch.manual_seed(0)
+    config = {k: v for k, v in room.pipe.transformer.config.items() if not k.startswith("_")}
+    transformer = CogVideoXTransformer3DModel(**{**config, "num_layers": 2, "use_rotary_positional_embeddings": True})
+    scheduler = CogVideoXDPMScheduler.from_config(room.pipe.scheduler.config)
+    pipe = type(room.pipe)(**{**room.pipe.components, "transformer": transformer, "scheduler": scheduler})
+    assert same_as_stock(room, pipe, 4)
+
+
+# --- command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(room, tmp_path, monkeypatch):
+    """The program in a folder of its own, with the shipped demo and prompts and an empty cache."""
+    folder = tmp_path / "room"
+    (folder / "cache").mkdir(parents=True)
+    shutil.copytree(room.program.FOLDER / "prompts", folder / "prompts")
+    (folder / "demo").symlink_to(room.program.FOLDER / "demo")
+    monkeypatch.setattr(room.program, "FOLDER", folder)
+    return room.program
+
+
+def run(program, *arguments):
+    run_program(lambda: model_folder.generate(program, [str(a) for a in arguments]))
+
+
+def test_a_new_threshold_is_calibrated_and_gives_videos_and_a_comparison(program, room, tmp_path):
+    (tmp_path / "few.txt").write_text("a red ring\na blue circle moving up slowly\n")
+    out = tmp_path / "sample"
+    few = ["--steps", 6, "--threshold", 0.9, "--calibration-prompts", tmp_path / "few.txt"]
+    run(program, "--prompt", room.prompts[0], *few, "--compare", "--out", out)
+    names = ["000-baseline.mp4", "000-ertacache.mp4", "comparison.png", "metrics.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    video = imageio.imread(out / "000-baseline.mp4")
+    assert video.shape == (17, 64, 64, 3)
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["nfe"] < 6 and found["quality"]["temporal_psnr"] > 10 and found["quality"]["psnr"] > 10
+    assert set(found["quality"]["prompt_accuracy"]) == {"baseline", "cached"}
+    assert Image.open(out / "comparison.png").width > 3 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--frames", "0"], "--frames 0: "),
+        (["--frames", "16"], "--frames 16: "),
+        (["--height", "3"], "--height 3: "),
+        (["--steps", "2"], "--steps 2: give a number of at least 3"),
+        (["--guidance", "nan"], "--guidance nan"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(program, capsys, tmp_path, flags, words):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        run(program, "--prompt", "a red circle", "--baseline", *flags, "--out", out)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and words in lines[-1]
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("key", ["wan", "cogvideox"])
+@pytest.mark.parametrize(("setting", "value"), [("frames", 18), ("height", 60), ("width", 72)])
+def test_sizes_between_multiples_are_refused(key, setting, value):
+    room = open_room(key)
+    with pytest.raises(UserError, match=f"--{setting} {value}: must be a multiple of"):
+        room.program.settings_of(room.pipe, **{setting: value})
+
+
+def test_cogvideox_refuses_frames_that_its_vae_would_decode_to_another_number():
+    room = open_room("cogvideox")
+    with pytest.raises(UserError, match=r"--frames 13: must be a multiple of 8 plus 1 .* for example 9 or 17"):
+        room.program.settings_of(room.pipe, frames=13)
+
+
+def test_an_unknown_scheduler_is_named_with_those_that_are_known(room):
+    other = DDIMScheduler() if room.name.endswith("2.1") else DPMSolverMultistepScheduler()
+    with pytest.raises(UserError, match=f"{type(other).__name__}, this loop knows {room.program.SCHEDULERS[0]}"):
+        room.program.settings_of(with_scheduler(room, other))
+
+
+def test_flux_refuses_an_unknown_scheduler_too(flux, demo):
+    pipe = FluxPipeline(**{**demo.components, "scheduler": DPMSolverMultistepScheduler()})
+    with pytest.raises(UserError, match="DPMSolverMultistepScheduler, this loop knows FlowMatchEuler"):
+        flux.settings_of(pipe)
+
+
+def test_a_plan_warns_once_about_other_frames_and_guidance(program, room, tmp_path, recwarn):
+    (tmp_path / "few.txt").write_text("a red circle\n")
+    few = ["--prompt", room.prompts[0], "--steps", 4, "--threshold", 0.9, "--out", tmp_path / "out"]
+    run(program, *few, "--calibration-prompts", tmp_path / "few.txt")
+    recwarn.clear()
+    run(program, *few, "--frames", 25, "--guidance", 2)
+    texts = [str(w.message) for w in recwarn if "calibrated at" in str(w.message)]
+    assert len(texts) == 1 and "frames 17, now 25" in texts[0] and f"guidance {room.guidance}, now 2.0" in texts[0]
+
+
+# --- measures ----------------------------------------------------------------------------------------------------
+
+
+def test_temporal_psnr_sees_flicker_and_not_a_constant_error():
+    rng = np.random.default_rng(0)
+    video = rng.uniform(0.2, 0.8, (5, 16, 16, 3))
+    shifted, flicker = video + 0.1, video + 0.1 * (-1.0) ** np.arange(5)[:, None, None, None]
+    assert metrics.temporal_psnr(video, shifted) > 200  # rounding only
+    # Differences are wrong by 0.2, halved 0.1: 20 dB.
+    assert metrics.temporal_psnr(video, flicker) == pytest.approx(20, abs=1e-6)
+    none = metrics.Lpips.__new__(metrics.Lpips)
+    none.network = None
+    found = metrics.quality(video[None], flicker[None], none)
+    assert found["psnr"] == pytest.approx(20, abs=1e-6) and found["lpips"] is None
+    assert metrics.quality(video, flicker, none)["temporal_psnr"] is None
+
+
+def test_first_middle_last():
+    videos = np.arange(2 * 5 * 4 * 6 * 3).reshape(2, 5, 4, 6, 3)
+    strips = media.first_middle_last(videos)
+    assert strips.shape == (2, 4, 20, 3)
+    assert np.array_equal(strips[1, :, 7:13], videos[1, 2]) and np.array_equal(strips[0, :, 14:], videos[0, 4])
+
+
+def test_mp4_keeps_the_colours_and_odd_files_do_not_remain(tmp_path):
+    video = np.full((4, 32, 48, 3), (0.9, 0.2, 0.1), np.float32)
+    media.save_mp4(tmp_path / "a.mp4", video, fps=8)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    read = imageio.imread(tmp_path / "a.mp4")
+    assert read.shape == (4, 32, 48, 3) and np.abs(read / 255 - video).max() < 0.03

@@ -1,0 +1,144 @@
+"""Prints the measured tables of common/docs/works-with.md: the FLUX demo with shipped plans against itself uncached.
+
+python common/tests/compose_psnr.py [--captions 8]; what needs torchao, bitsandbytes or peft is left out without it.
+"""
+
+import argparse
+import importlib.util
+import warnings
+
+import numpy as np
+import torch
+from diffusers import FluxImg2ImgPipeline
+from PIL import Image
+
+import ertacache
+from conftest import ROOT, Room
+from ertacache import Plan
+from ertacache.demos.scenes import sample_scenes
+from ertacache.evaluation.metrics import psnr
+from ertacache.utils.media import to_uint8
+
+STEPS, BUDGETS, STRENGTHS = 30, (15, 10), (1.0, 0.9, 0.7, 0.5)
+
+
+def torchao(config: str):
+    def apply(pipe):
+        from torchao import quantization
+
+        quantization.quantize_(pipe.transformer, getattr(quantization, config)())
+
+    return apply
+
+
+def bitsandbytes(layer: str, **options):
+    def apply(pipe):
+        import bitsandbytes
+
+        make = getattr(bitsandbytes.nn, layer)
+        for name, old in list(pipe.transformer.named_modules()):
+            if type(old) is torch.nn.Linear:
+                new = make(old.in_features, old.out_features, old.bias is not None, **options)
+                new.load_state_dict(old.state_dict())
+                pipe.transformer.set_submodule(name, new.to("cpu"))
+
+    return apply
+
+
+def lora(std: float):
+    """Random LoRA of rank 4 on the attention, both factors from N(0, std²)."""
+
+    def apply(pipe):
+        from peft import LoraConfig
+
+        pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        torch.manual_seed(0)
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=std)
+
+    return apply
+
+
+VARIANTS = {  # name → the package that it needs, and what it does to the pipeline
+    "float32": ("torch", lambda pipe: None),
+    "bfloat16": ("torch", lambda pipe: pipe.to(torch.bfloat16)),
+    "torch.compile, inductor": ("torch", lambda pipe: pipe.transformer.compile(fullgraph=True)),
+    "int8 weights (torchao)": ("torchao", torchao("Int8WeightOnlyConfig")),
+    "int8 weights and activations (torchao)": ("torchao", torchao("Int8DynamicActivationInt8WeightConfig")),
+    "int8 (bitsandbytes)": ("bitsandbytes", bitsandbytes("Linear8bitLt", has_fp16_weights=False)),
+    "nf4 (bitsandbytes)": ("bitsandbytes", bitsandbytes("Linear4bit", quant_type="nf4")),
+    "LoRA, std 0.02": ("peft", lora(0.02)),
+    "LoRA, std 0.05": ("peft", lora(0.05)),
+}
+
+
+def mean_psnr(references: np.ndarray, pictures: np.ndarray) -> str:
+    """In dB, over the pictures."""
+    return f"{np.mean([psnr(*pair) for pair in zip(references, pictures, strict=True)]):.1f}"
+
+
+def plan_of(budget: int) -> Plan:
+    return Plan.load(ROOT / f"ERTACache4FLUX/cache/demo-30-budget-{budget}.json")
+
+
+def variants(captions: list[str], open_demo) -> np.ndarray:
+    """Prints a row each. Returns the uncached pictures of the float32 demo."""
+    print("| variant | uncached, to float32 | 15 of 30 | 10 of 30 |\n|---|---|---|---|")
+    truth = None
+    for name, (package, apply) in VARIANTS.items():
+        if not importlib.util.find_spec(package):
+            continue
+        room = open_demo()
+        apply(room.pipe)
+        uncached, found = room.stock(room.pipe, captions, range(len(captions)), STEPS, "np"), []
+        for plan in map(plan_of, BUDGETS):
+            ertacache.enable(room.pipe, plan)
+            found.append(mean_psnr(uncached, room.stock(room.pipe, captions, range(len(captions)), STEPS, "np")))
+            ertacache.disable(room.pipe)
+        distance = "–" if truth is None else mean_psnr(truth, uncached)
+        truth = uncached if truth is None else truth
+        print(f"| {name} | {distance} | {' | '.join(found)} |", flush=True)
+    return truth
+
+
+def image_to_image(captions: list[str], room: Room, pictures: np.ndarray) -> None:
+    """A row a strength: PSNR to the uncached run, of as many plain steps, and to an uncached run from that begin."""
+    titles = ("strength", "computed", "begins at, uncached", "with the plan", "PSNR", "plain steps", "same begin")
+    print("|", " | ".join(titles), "|\n|" + "---|" * len(titles))
+    images = [Image.fromarray(picture) for picture in to_uint8(pictures[::-1])]
+    pipe = FluxImg2ImgPipeline.from_pipe(room.pipe)
+    pipe.set_progress_bar_config(disable=True)
+
+    def call(strength, steps=STEPS):
+        return room.stock(pipe, captions, range(len(captions)), steps, "np", image=images, strength=strength)
+
+    for strength in STRENGTHS:
+        for plan in map(plan_of, BUDGETS):
+            begin = plan.computed[int(plan.nfe - plan.nfe * strength)]
+            same = (STEPS - begin) / STEPS - 1e-9  # the pipeline rounds its first step down
+            ertacache.enable(pipe, plan)
+            found = call(strength)
+            ertacache.disable(pipe)
+            uncached = call(strength)
+            pairs = (uncached, found), (uncached, call(strength, plan.nfe)), (call(same), found)
+            numbers = [mean_psnr(*pair) for pair in pairs]
+            row = (strength, f"{plan.nfe} of {STEPS}", int(STEPS - STEPS * strength), begin, *numbers)
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--captions", type=int, default=8, help="held-out captions (seeds 0, 1, …)")
+    captions = [scene.caption() for scene in sample_scenes(parser.parse_args().captions, seed=0, held_out=True)]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    def open_demo() -> Room:
+        return Room("ERTACache4FLUX", captions, 3.5, height=64, width=64)
+
+    image_to_image(captions, open_demo(), variants(captions, open_demo))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Plans in stock diffusers pipelines: exact where they must be, exactly N model calls, and nothing left behind."""
+
+import copy
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from threading import Thread
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+import ertacache
+from conftest import ROOT
+from ertacache import Conditions, Plan, PlanError, UserError
+from ertacache.numerics.schedulers import solver_of
+from ertacache.pipelines.enable import own_scheduler
+from ertacache.utils.provenance import fingerprint
+from helpers import HALF, CallCounter, budget_plan, threshold_plan
+from tiny_pipelines import (
+    BUILDERS,
+    STEPS,
+    cogvideox,
+    cogvideox_v2v,
+    flux,
+    flux_img2img,
+    flux_inpaint,
+    sd3_img2img,
+    wan,
+    wan_two_models,
+)
+
+
+@pytest.fixture(params=BUILDERS)
+def tiny(request):
+    return BUILDERS[request.param]()
+
+
+def to_first_order(pipe):
+    """A multistep solver without its history: what first-order weights mean exactly."""
+    changes = {"solver_order": 1}
+    if "disable_corrector" in pipe.scheduler.config:
+        changes["disable_corrector"] = list(range(STEPS))
+    if "solver_order" in pipe.scheduler.config:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+
+
+# --- every pipeline ----------------------------------------------------------------------------------------------
+
+
+def test_all_steps_computed_is_the_plain_run(tiny):
+    """A threshold plan without cached steps bit for bit; a budget plan of first-order jumps to float tolerance, against
+    the scheduler switched to first order."""
+    plain = tiny.run()
+    ertacache.enable(tiny.pipe, threshold_plan(tiny, ()))
+    assert torch.equal(tiny.run(), plain)
+    ertacache.disable(tiny.pipe)
+    to_first_order(tiny.pipe)
+    plain = tiny.run()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, range(STEPS)))
+    assert torch.allclose(tiny.run(), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["budget", "threshold"])
+def test_at_half_the_steps_it_makes_half_the_calls(tiny, kind):
+    plan = budget_plan(tiny, HALF) if kind == "budget" else threshold_plan(tiny, (2, 4, 5, 6))
+    plain, own = tiny.run(), tiny.pipe.scheduler
+    ertacache.enable(tiny.pipe, plan)
+    begin = 1 if "strength" in tiny.arguments else 0  # 0.75 of 4 computed steps
+    with CallCounter(tiny.pipe.transformer) as calls:
+        planned = tiny.run()
+    assert calls.count == (plan.nfe - begin) * tiny.branches
+    assert planned.isfinite().all() and not torch.equal(planned, plain)
+    told = ertacache.summary(tiny.pipe)
+    first = plan.computed[begin] if kind == "budget" else (0, 1, 3, 7)[begin]
+    assert (told.computed, told.computed + told.skipped) == (plan.nfe - begin, STEPS - first)
+    ertacache.disable(tiny.pipe)
+    assert tiny.pipe.scheduler is own and torch.equal(tiny.run(), plain)
+
+
+def test_ddim_of_diffusers():
+    tiny = cogvideox()
+    tiny.pipe.scheduler = DDIMScheduler(
+        prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    plain = tiny.run()
+    for plan in (budget_plan(tiny, range(STEPS)), threshold_plan(tiny, ())):
+        ertacache.enable(tiny.pipe, plan)
+        assert torch.allclose(tiny.run(), plain, atol=1e-4)
+        ertacache.disable(tiny.pipe)
+
+
+# --- plans of the rooms ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["output", "reference", "exact"])
+def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_room(room, kind):
+    """Bit for bit in float32: the jumps and steps are the same arithmetic."""
+    steps, prompts, seeds = room.program.settings_of(room.pipe)["steps"], room.prompts[:1], [3]
+    plans = [Plan.load(p) for p in (room.program.FOLDER / "cache").glob("demo-*.json")]
+    plans = [p for p in plans if kind in (getattr(p, "site", None), getattr(p, "target", None))]
+    plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
+    inputs = room.program.prepare(room.pipe, prompts, seeds, steps=steps)
+    ours = room.program.denoise(room.pipe, inputs, plan)
+    ertacache.enable(room.pipe, plan)
+    try:
+        stock = room.stock(room.pipe, prompts, seeds, steps)
+        assert ertacache.summary(room.pipe).computed == plan.nfe
+        assert ertacache.summary(room.pipe).skipped == steps - plan.nfe
+    finally:
+        ertacache.disable(room.pipe)
+    assert torch.equal(stock, ours)
+
+
+# --- image to image ----------------------------------------------------------------------------------------------
+
+
+def test_a_jump_that_lacks_outputs_is_of_first_order():
+    tiny = flux_img2img()
+    plain = budget_plan(tiny, HALF, anchors=2)
+    rows = list(plain.weights)
+    fitted = replace(plain, weights=(rows[0], (9.0, 9.0), *rows[2:]))  # the second jump wants two outputs
+    for strength, same in ((0.75, True), (1.0, False)):  # from the second computed step on, or from the first
+        results = []
+        for plan in (plain, fitted):
+            ertacache.enable(tiny.pipe, plan)
+            results.append(tiny.run(strength=strength))
+        assert torch.equal(*results) == same
+
+
+def test_inpainting_keeps_the_noise_level_of_the_computed_steps():
+    """Outside the mask the model sees (1 − s) image + s noise, with s of the time that it is told."""
+    tiny = flux_inpaint()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    seen = []
+    tiny.pipe.transformer.register_forward_pre_hook(
+        lambda m, a, kw: seen.append((kw["hidden_states"].clone(), kw["timestep"].item())), with_kwargs=True
+    )
+    final = tiny.run()
+    (x0, s0), (x1, s1), (x2, s2) = ((x[0, :16], s) for x, s in seen)  # the first 2 of 8 rows of tokens: above the mask
+    image = final[0, :16]
+    noise = (x0 - (1 - s0) * image) / s0
+    assert len({s0, s1, s2}) == 3
+    for x, s in ((x1, s1), (x2, s2)):
+        assert torch.allclose(x, (1 - s) * image + s * noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [sd3_img2img, cogvideox_v2v])
+def test_a_pipeline_that_counts_its_start_in_uncached_steps_is_refused_before_a_call(build):
+    tiny = build()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    with CallCounter(tiny.pipe.transformer) as calls:
+        for strength in (0.75, 0.3):
+            with pytest.raises(PlanError, match="counts its start in 8 steps, the plan computes 4: give it strength=1"):
+                tiny.run(strength=strength)
+        assert calls.count == 0
+        tiny.run(strength=1.0)
+        assert calls.count == 4
+
+
+def test_with_sigmas_it_counts_its_start_in_computed_steps():
+    tiny = sd3_img2img()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    with CallCounter(tiny.pipe.transformer) as calls:
+        tiny.run(sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    assert calls.count == 3 and ertacache.summary(tiny.pipe).skipped == 4
+
+
+# --- what cannot confuse it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned():
+    tiny = wan()
+    ertacache.enable(
+        tiny.pipe, threshold_plan(tiny, (2, 4, 5), phi_definition="velocity", phi=(1, 1, 0.5, 1, 1, 1, 1, 1))
+    )
+    return tiny
+
+
+def test_an_interrupted_run_leaves_nothing_behind(planned):
+    first = planned.run()
+
+    def stop(pipe, i, t, tensors):
+        if i == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    def skip_the_rest(pipe, i, t, tensors):
+        pipe._interrupt = i == 1
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        planned.run(callback_on_step_end=stop)
+    assert torch.equal(planned.run(), first)
+    planned.run(callback_on_step_end=skip_the_rest)
+    assert ertacache.summary(planned.pipe).computed == 2 and torch.equal(planned.run(), first)
+
+
+def test_another_number_of_steps_is_refused_before_a_call_and_forgotten(planned):
+    first = planned.run()
+    with CallCounter(planned.pipe.transformer) as calls, pytest.raises(PlanError) as refused:
+        planned.run(steps=5)
+    assert calls.count == 0 and torch.equal(planned.run(), first)
+    for part in ("for 8 steps", "the run has 5", "num_inference_steps=8", "ertacache.calibrate("):
+        assert part in str(refused.value)
+
+
+def test_two_pipelines_in_threads(planned):
+    other = flux()
+    ertacache.enable(other.pipe, budget_plan(other, HALF))
+    alone = [planned.run(), other.run()]
+    found = {}
+    threads = [Thread(target=lambda t=t: found.update({id(t): t.run()})) for t in (planned, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found[id(planned)], alone[0]) and torch.equal(found[id(other)], alone[1])
+
+
+def test_several_images_of_a_prompt():
+    tiny = flux()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    both = tiny.run(num_images_per_prompt=2, generator=seeds)
+    for row, seed in enumerate((0, 1)):
+        assert torch.allclose(both[row], tiny.run(seed=seed)[0], atol=1e-5)
+
+
+def test_enabling_again_replaces_the_plan_and_a_refused_plan_does_not(planned):
+    own = own_scheduler(planned.pipe)
+    plan = planned.pipe.scheduler.plan
+    wrong = replace(plan, conditions=replace(plan.conditions, model={**plan.conditions.model, "num_layers": 7}))
+    other = replace(plan, conditions=replace(plan.conditions, scheduler={"class": "EulerDiscreteScheduler"}))
+    for bad, message in ((wrong, "num_layers 7 ≠ 1"), (other, "EulerDiscreteScheduler ≠ UniPC")):
+        with pytest.raises(PlanError, match=message):
+            ertacache.enable(planned.pipe, bad)
+        assert planned.pipe.scheduler.plan is plan
+    ertacache.enable(planned.pipe, replace(plan, cached=(2, 3)))
+    planned.run()
+    assert ertacache.summary(planned.pipe).computed == 6
+    ertacache.disable(planned.pipe)
+    ertacache.disable(planned.pipe)
+    assert planned.pipe.scheduler is own
+
+
+def test_other_weights_and_another_dtype_are_a_warning():
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    half = replace(plan, conditions=replace(plan.conditions, settings={"dtype": "bfloat16"}))
+    for other, text in (
+        (half, "dtype bfloat16, now float32"),
+        (replace(plan, provenance={"weights": "0f"}), "0f, now"),
+    ):
+        with pytest.warns(UserWarning, match=text):
+            ertacache.enable(tiny.pipe, other)
+
+
+def test_the_second_transformer_counts_as_weights_too():
+    tiny = wan_two_models()
+    plan = replace(budget_plan(tiny, HALF), provenance={"weights": fingerprint(tiny.pipe)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ertacache.enable(tiny.pipe, plan)
+    with torch.no_grad():
+        next(tiny.pipe.transformer_2.parameters()).add_(1.0)
+    with pytest.warns(UserWarning, match="other weights"):
+        ertacache.enable(tiny.pipe, plan)
+
+
+def test_how_weights_are_kept_binds_no_plan():
+    """A plan of an int8 model on one that is loaded in int4, or not quantised."""
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    for bits in (8, 4):
+        tiny.pipe.transformer.register_to_config(quantization_config={"bits": bits})
+        other = Conditions.of(tiny.pipe, STEPS, {})
+        assert other.model == plan.conditions.model
+        ertacache.enable(tiny.pipe, plan)
+
+
+def test_what_a_plan_cannot_follow_is_refused():
+    tiny = cogvideox()
+    plan = threshold_plan(tiny, (2,))
+    with pytest.raises(UserError, match="follows no plan"):
+        ertacache.summary(tiny.pipe)
+    with pytest.raises(UserError, match="without a transformer"):
+        ertacache.enable(SimpleNamespace(scheduler=tiny.pipe.scheduler), plan)
+    with pytest.raises(PlanError, match="around the blocks"):
+        ertacache.enable(tiny.pipe, replace(plan, site="blocks"))
+    tiny.pipe.scheduler = CogVideoXDPMScheduler.from_config(tiny.pipe.scheduler.config)
+    with pytest.raises(UserError, match=r"CogVideoXDPMScheduler; plans know FlowMatchEuler.*RFlowScheduler"):
+        ertacache.enable(tiny.pipe, plan)
+    random = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(UserError, match="stochastic_sampling = True: a plan needs stochastic_sampling = False"):
+        solver_of(random)
+    tiny = flux()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    tiny.run()
+    x, t = torch.zeros(1, 4, 16), tiny.pipe.scheduler.timesteps[0]
+    with pytest.raises(UserError, match="per_token_timesteps"):
+        tiny.pipe.scheduler.step(x, t, x, per_token_timesteps=torch.ones(1, 4))
+    with pytest.raises(UserError, match="at time 123, none of this run's 4"):
+        tiny.pipe.scheduler.step(x, torch.tensor(123.0), x)
+
+
+# --- the object --------------------------------------------------------------------------------------------------
+
+
+def test_copies_and_saved_pipelines(planned, tmp_path):
+    first, own = planned.run(), own_scheduler(planned.pipe)
+    for copied in (copy.copy(planned.pipe), copy.deepcopy(planned.pipe)):
+        assert torch.equal(replace(planned, pipe=copied).run(), first)
+        ertacache.disable(copied)
+        assert type(copied.scheduler) is type(own) and ertacache.summary(planned.pipe).computed == 5
+    assert isinstance(planned.pipe.scheduler, type(own))
+    tiny = flux()
+    tiny.pipe.save_pretrained(tmp_path / "plain")
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    tiny.pipe.save_pretrained(tmp_path / "enabled")
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert (tmp_path / "enabled" / name).read_text() == (tmp_path / "plain" / name).read_text()
+
+
+def test_the_summary():
+    tiny = flux()
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    assert str(ertacache.summary(tiny.pipe)) == "plan 2x for 8 steps: no call yet"
+    tiny.run()
+    tiny.run()
+    told = ertacache.summary(tiny.pipe)
+    assert (told.calls, told.computed, told.skipped, told.all_computed, told.all_skipped) == (2, 4, 4, 8, 8)
+    assert told.seconds_saved > 0
+    assert str(told).startswith("plan 2x for 8 steps. Last call: 4 steps computed, 4 skipped, about ")
+    assert str(told).endswith("All: 2 calls, 8 computed, 8 skipped.")
+
+
+def test_a_plan_from_a_file_a_directory_and_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    path = plan.save(tmp_path / "plan.json")
+    for source in (plan, path, str(path), tmp_path, str(tmp_path)):
+        ertacache.enable(tiny.pipe, source)
+        assert tiny.pipe.scheduler.plan == plan
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: {"someone/plan": str(tmp_path)}[repo])
+    ertacache.enable(tiny.pipe, "someone/plan")
+    assert tiny.pipe.scheduler.plan == plan
+    with pytest.raises(UserError, match=r"no plan at someone/else .*check the id, network"):
+        ertacache.enable(tiny.pipe, "someone/else")
+    for missing in ("plans/none.json", "../none", str(tmp_path / "none.json")):
+        with pytest.raises(PlanError, match="no plan file"):
+            ertacache.enable(tiny.pipe, missing)
+
+
+def test_importing_the_package_is_light():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'common')!r}); import ertacache; "
+    code += "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules; "
+    code += "[getattr(ertacache, name) for name in ertacache.__all__]; assert not hasattr(ertacache, 'nothing')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_script_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    script = text.split("## One line on your pipeline")[1].split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "15 steps computed, 15 skipped" in done.stdout, done.stderr

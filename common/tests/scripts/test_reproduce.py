@@ -1,0 +1,219 @@
+"""The paper's numbers as data, their joining with measured rows, and the programs behind scripts/reproduce_*.sh."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+import figures
+import tables
+from conftest import FOLDERS, ROOT
+from ertacache import UserError
+from ertacache.evaluation.methods import METHODS
+from ertacache.utils import media
+from tables import asked, fastest, join, paper, requests, table
+from toy import Pipe, Program
+from trajectories import on_plane, trajectory
+
+TABLES = ("table1", "table2", "table3", "table4")
+SCRIPTS = sorted((ROOT / "scripts" / "reproduce").glob("*.sh"))
+TOY = {
+    "folder": "toy",
+    "rows": [
+        {"name": "Toy", "method": "none", "speedup": 1, "psnr": None},
+        {"name": "Other", "method": "teacache", "speedup": Decimal("2.00"), "psnr": Decimal("20.10")},
+        {"name": "Lost", "method": "pab", "speedup": Decimal("1.5"), "psnr": Decimal("9.0")},
+        {"name": "Slow", "method": "ertacache", "lambda": Decimal("0.1"), "speedup": 2, "psnr": Decimal("30.0")},
+        {"name": "Fast", "method": "ertacache", "lambda": Decimal("0.3"), "speedup": 3, "psnr": Decimal("25.0")},
+    ],
+}
+
+
+def measured(method, asked=None, threshold=None, **values):
+    settings = {} if threshold is None else {"threshold": threshold}
+    return {"method": method, "label": method, "asked": asked, "settings": settings, "speedup_nfe": 2.0, **values}
+
+
+def cells(rows):
+    lines = table(["speedup", "vbench", "psnr"], join(TOY, rows)).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_measured_and_printed_numbers_never_share_a_column():
+    rows = [measured("none"), measured("teacache", 2.0, speedup_end_to_end=1.874, psnr=40.0)]
+    rows += [measured("ertacache", 3.0, psnr=33.333), measured("budget", 2.0, psnr=60.0)]
+    head, _, *body = cells(rows)
+    assert head[:5] == ["method", "measured as", "speed-up", "speed-up, paper", "VBench (%), paper"]
+    assert head[5:] == ["PSNR (dB)", "PSNR (dB), paper", "T/NFE"]
+    assert body == [
+        ["Toy", "none", "–", "1×", "–", "–", "–", "2.00×"],
+        ["Other", "teacache", "1.87×", "2.00×", "–", "40.00", "20.10", "2.00×"],
+        ["Lost", "–", "–", "1.5×", "–", "–", "9.0", "–"],
+        ["Slow", "–", "–", "2×", "–", "–", "30.0", "–"],
+        ["Fast", "ertacache", "–", "3×", "–", "33.33", "25.0", "2.00×"],
+        ["not in the paper", "budget", "–", "–", "–", "60.00", "–", "2.00×"],
+    ]
+
+
+def test_rows_that_came_from_a_threshold_are_joined_by_it():
+    _, _, *body = cells(
+        [measured("ertacache", threshold=0.3, psnr=1.0), measured("ertacache", threshold=0.2, psnr=2.0)]
+    )
+    assert [row[0] for row in body if row[5] != "–"] == ["Fast", "not in the paper"]
+
+
+def test_the_parts_of_the_ablation_find_their_rows():
+    (wan, _), names = paper("table3")["models"], ["uniform", "policy", "policy + time (velocity)"]
+    names += ["policy + time (difference)", "policy + rectification", "policy + time (velocity) + rectification"]
+    pairs = join(wan, [measured(name, 2.17) for name in names])
+    found = [(printed and printed["name"], row["method"]) for printed, row in pairs]
+    assert found == [
+        ("Uniform Cache", "uniform"),
+        ("Offline Policy", "policy"),
+        ("+ Time Adjustment", "policy + time (velocity)"),
+        ("+ Time Adjustment", "policy + time (difference)"),
+        ("+ Error Rectification", "policy + time (velocity) + rectification"),
+        (None, "policy + rectification"),
+    ]
+
+
+def test_what_evaluate_is_asked_for():
+    assert requests(TOY, full=False, extra=["budget"]) == [
+        ("teacache", "--speedups", "2.00"),
+        ("pab", "--speedups", "1.5"),
+        ("ertacache,budget", "--speedups", "2,3"),
+    ]
+    full = requests(TOY, full=True, extra=["budget"])
+    assert ("ertacache", "--thresholds", "0.1,0.3") in full and ("budget", "--speedups", "2,3") in full
+
+
+@pytest.mark.parametrize(("name", "count"), [("table1", 22), ("table2", 3), ("table3", 8), ("table4", 8)])
+def test_the_data_of_the_paper(name, count):
+    printed = paper(name)
+    assert sum(len(model["rows"]) for model in printed["models"]) == count and printed["table"] == int(name[-1])
+    for model in printed["models"]:
+        assert model["folder"] in FOLDERS
+        columns = model.get("columns") or printed["columns"]
+        assert all(set(row) & set(columns) for row in model["rows"])
+        for row in (asked(model, row) for row in model["rows"]):
+            assert row["method"] in METHODS
+            assert all(0 < row[key] < 1 for key in ("ssim", "lpips", "clip", "lambda") if row.get(key) is not None)
+            if "latency_s" in row and "speedup" in columns:  # a speed-up is a ratio of latencies, as printed
+                ratio = model["rows"][0]["latency_s"] / row["latency_s"]
+                assert float(ratio) == pytest.approx(float(row["speedup"]), abs=0.011)
+
+
+def test_what_the_paper_prints_in_two_places_is_the_same():
+    (_, _, wan), (flux,), ablations = (paper(name)["models"] for name in TABLES[:3])
+    for model, ablation in zip((wan, flux), ablations, strict=True):
+        ours, whole = model["rows"][-1], ablation["rows"][-1]
+        for key in ("vbench", "clip", "lpips", "ssim", "psnr"):
+            if key in whole:
+                assert float(ours[key]) == pytest.approx(float(whole[key]), abs=0.005)
+    (opensora, *_), (_, cost) = paper("table1")["models"], paper("table4")["models"]
+    assert [cost["rows"][i]["latency_s"] for i in (0, 1, 3)] == [opensora["rows"][i]["latency_s"] for i in (0, 6, 8)]
+    assert str(fastest("ERTACache4FLUX", "ertacache")["psnr"]) == "20.5146"
+
+
+def test_trajectories_in_the_plane():
+    start, along, across = np.array([1.0, 2, 3]), np.array([4.0, 0, 0]), np.array([0, 0, 2.0])
+    paths = {"uncached": np.stack([start, start + along]), "policy": np.stack([start, start + along / 2 + across])}
+    found = on_plane(paths)
+    assert np.allclose(found["uncached"], [[0, 0], [1, 0]]) and np.allclose(found["policy"], [[0, 0], [0.5, 0.5]])
+
+
+def test_a_trajectory_is_the_run():
+    program, pipe = Program(), Pipe(np.eye(3))
+    inputs = program.prepare(pipe, ["a"], [0], steps=4)
+    path = trajectory(program, pipe, inputs)
+    wanted = program.denoise(pipe, inputs)[0].flatten().numpy()
+    assert path.shape == (5, wanted.size) and np.array_equal(path[-1], wanted)
+
+
+def test_first_and_last_frame(tmp_path):
+    """Of a video whose frames go from black to white: black on the left, white on the right."""
+    media.save_mp4(tmp_path / "a.mp4", np.linspace(0, 1, 9)[:, None, None, None] * np.ones((1, 64, 64, 3)), 8)
+    found = figures.first_and_last(tmp_path / "a.mp4")
+    assert found.shape == (64, 64 + figures.GAP + 64, 3)
+    assert found[:, :60].max() < 0.1 and found[:, 72:].min() > 0.9
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_figure_2_of_the_demo(tmp_path):
+    prompts = tmp_path / "calibration.txt"
+    prompts.write_text("a big red star at the left on a plain white background\na small blue ring in the centre\n")
+    arguments = ["--calibration-prompts", str(prompts), "--prompts", str(prompts), "--seed", "0", "--batch-size", "1"]
+    arguments += ["--count", "2", "--steps", "6", "--speedup", "2"]
+    done = run("reproduce/figures.py", "figure2", *arguments, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / "figure2a.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["prompt"], row["step"]) for row in rows] == [(p, str(i)) for p in "01" for i in range(1, 6)]
+    assert all(0.001 < float(row[name]) < 2 for row in rows for name in ("residual", "output"))
+    expected, found = (np.array([float(row[name]) for row in rows]) for name in ("teacache", "output"))
+    assert expected.mean() == pytest.approx(found.mean(), rel=1e-3)  # least squares on these very runs
+    assert np.square(expected - found).sum() < np.square(found - found.mean()).sum()
+
+    plane = json.loads((tmp_path / "out" / "figure2b.json").read_text())
+    ends = {row["run"]: (row["along"], row["across"]) for row in plane["rows"] if row["step"] == 6}
+    assert ends["uncached"] == pytest.approx((1, 0), abs=1e-4) and ends["policy"][1] > 0
+    apart = plane["relative ℓ2 distance at the end"]
+    assert apart["uncached"] == 0 < apart["policy"] < 0.5 and plane["computed"]["policy"] < 6
+    for name in ("figure2a.png", "figure2b.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        (tables, "table7", "invalid choice: 'table7'"),
+        (tables, "table1 --folders ERTACache4Sora", "--folders ERTACache4Sora: choose from"),
+        (tables, "table2 --folders ERTACache4Wan2.1", "--folders ERTACache4Wan2.1: table2 is about ERTACache4FLUX"),
+        (tables, "table1 --model random", "no pictures, so no table1: use demo or full"),
+        (tables, "table2 --prompts nowhere.txt", "cannot read prompts from nowhere.txt"),
+        (tables, "table4 --model full", "--model full needs --prompts FILE"),
+        (tables, "table2 --extra magic", "--extra magic: choose from"),
+        (figures, "figure5 --counts 2,two", "'2,two' is no list of numbers"),
+        (figures, "figure5 --counts 0", "--counts 0: give whole numbers of at least 1"),
+        (figures, "figure5 --counts 3 --calibration-prompts two.txt", "two.txt has 2 prompts"),
+        (figures, "figure5 --model full --prompts two.txt", "needs --calibration-prompts FILE"),
+        (figures, "figure2 --speedup 0.5", "a speed-up is a number of at least 1"),
+    ],
+)
+def test_what_cannot_be_reproduced(script, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    monkeypatch.setattr(sys, "argv", ["program", *arguments.split(), "--out", "out"])
+    with pytest.raises(UserError) as refused:
+        script.main()
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_exit_code_of_the_script_that_measures_is_ours(tmp_path):
+    done = run("reproduce/tables.py", "table2", "--latency-repeats", "-1", "--out", str(tmp_path))
+    command, said = done.stderr.splitlines()
+    assert done.returncode == 2 and command.startswith("$ evaluate.py") and said.startswith("error: --latency-repeats")
+
+
+def test_there_is_a_script_for_each_table_and_figure():
+    names = [*TABLES, "figure2", "figure3", "figure5"]
+    assert {path.stem for path in SCRIPTS} == set(names)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_real_checkpoints_need_prompts(path, tmp_path):
+    """Said before anything is set up."""
+    assert subprocess.run(["sh", "-n", str(path)]).returncode == 0 and len(path.read_text().splitlines()) <= 25
+    environment = {**os.environ, "MODEL": "full", "PROMPTS": "", "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["sh", str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: MODEL=full needs PROMPTS=FILE\n"
+    assert not (tmp_path / "out").exists()

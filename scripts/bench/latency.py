@@ -1,0 +1,153 @@
+"""Latency and peak memory of caching on the real architectures at full size, with random weights.
+
+    .venv/bin/python scripts/bench/latency.py --json latency.json
+    .venv/bin/python scripts/bench/latency.py ERTACache4FLUX --methods baseline,budget,dbcache --compile both
+    .venv/bin/python scripts/bench/latency.py --size small --device cpu --steps 12 --repeats 1 --compile no
+
+What a step costs does not depend on the weights, so these are the costs of the published models, without a download.
+Timed is the denoising loop on one prompt, with the folder's default guidance; text encoders and VAE are left out or
+thin stand-ins, and peak memory is that of the transformer and the loop. Every method computes about half of the steps:
+plans exactly, the first-block cache and DBCache at the threshold that a search finds. Nothing here says anything
+about quality. `--size small` runs the same code on toy sizes.
+"""
+
+import json
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import date
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ertacache.demos.model_folder import load_program
+from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
+from ertacache.utils.errors import ArgumentParser, UserError, run_program
+from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.provenance import library_versions
+from random_models import MODELS, random_module
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("folder", "method", "compile", "steps", *NUMBERS, "peak_memory_mib", "error")
+
+
+def open_pipeline(program, args: Namespace):
+    """The folder's pipeline at the asked size, with random weights."""
+    model, dtype = MODELS[program.FOLDER.name], getattr(torch, args.dtype)
+    new = partial(random_module, args.device, dtype)
+    pipe = model.build(program.FOLDER / "demo", getattr(model, args.size), new)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rows_of(program, args: Namespace) -> Iterator[dict]:
+    """A folder's rows; of a model that cannot be made, for want of memory say, rows with the error."""
+    settings = getattr(MODELS[program.FOLDER.name], args.size).settings
+    settings = {**settings, "steps": args.steps or settings["steps"]}
+    common = {"folder": program.FOLDER.name, "size": args.size}
+    common |= origin(torch.device(args.device), getattr(torch, args.dtype))
+    latency = error = None
+    try:
+        pipe = open_pipeline(program, args)
+        latency = Latency(program, pipe, program.settings_of(pipe, **settings), args.repeats)
+    except torch.OutOfMemoryError as caught:
+        error = describe(caught)
+    for backend in {"no": (None,), "yes": (args.backend,), "both": (None, args.backend)}[args.compile]:
+        empty = (empty_row(name, settings, backend, error) for name in args.methods)
+        for row in empty if latency is None else latency.rows(args.methods, backend):
+            yield {**common, **row}
+
+
+def origin(device: torch.device, dtype: torch.dtype) -> dict:
+    """What a number was measured with."""
+    libraries = library_versions()
+    try:
+        libraries["cache-dit"] = version("cache-dit")
+    except PackageNotFoundError:
+        libraries["cache-dit"] = "not installed"
+    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "dtype": str(dtype).removeprefix("torch."),
+        "libraries": libraries,
+        "date": date.today().isoformat(),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+
+    def cell(value) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(cell(row[name]) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines])
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="FOLDER", help="model folders (default: all four)")
+    add("--size", choices=("full", "small"), default="full", help="published sizes, or toy sizes (default: full)")
+    add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)} (default: all)")
+    add("--compile", choices=("yes", "no", "both"), default="both", help="torch.compile of the transformer's blocks")
+    add("--backend", default="inductor", help="of torch.compile (default: inductor)")
+    add("--steps", type=int, help="T (default: the paper's, 30 or 50)")
+    add("--repeats", type=int, default=5, help="timed runs of each method; the median counts")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda when there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
+    add("--json", type=Path, metavar="FILE", help="where to write the rows")
+    return checked(parser.parse_args(arguments))
+
+
+def checked(args: Namespace) -> Namespace:
+    """The arguments with their defaults, once they make sense."""
+    args.methods = args.methods.split(",")
+    unknown = [name for name in args.methods if name not in METHODS]
+    if unknown:
+        raise UserError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: give a whole number of at least 1")
+    if args.steps is not None and args.steps < 4:
+        raise UserError(f"--steps {args.steps}: give a whole number of at least 4")
+    if args.backend not in torch._dynamo.list_backends(None):
+        raise UserError(f"--backend {args.backend}: choose from {', '.join(torch._dynamo.list_backends(None))}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA device is visible here; use --device cpu --size small")
+    if args.size == "full" and args.device == "cpu":
+        raise UserError("--size full: the published sizes need a GPU; use --size small, which any machine can run")
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.folders = [Path(folder).resolve() for folder in args.folders] or [ROOT / name for name in MODELS]
+    for folder in args.folders:
+        if folder.name not in MODELS:
+            raise UserError(f"{folder.name} is not a folder that this knows: choose from {', '.join(MODELS)}")
+    if args.json:
+        ensure_writable(args.json.parent)
+    return args
+
+
+def main():
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    args, rows = parse_arguments(), []
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+    for program in [load_program(folder) for folder in args.folders]:
+        for row in rows_of(program, args):
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+        if args.json:  # after each model: full sizes take long
+            write_atomically(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+        release_memory()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,16 @@
+#!/bin/sh
+# The paper's Figure 3: first and last frames uncached, by TeaCache and by ERTACache, side by side.
+# MODEL=full PROMPTS=prompts.txt sh scripts/reproduce/figure3.sh: the real checkpoints at the paper's λ (needs a GPU).
+set -eu
+cd -- "$(dirname -- "$0")/../.."
+MODEL=${MODEL:-demo}          # demo, or full
+PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: held-out captions of the demo
+COUNT=${COUNT:-3}             # prompts that are shown
+FOLDERS=${FOLDERS:-}          # empty: all four
+REPEATS=${REPEATS:-3}         # timed runs, interleaved with uncached ones; 0: no latency
+OUT=${OUT:-runs/reproduce/figure3-$MODEL}
+[ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
+sh scripts/setup.sh
+[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+exec .venv/bin/python scripts/reproduce/figures.py figure3 --model "$MODEL" --folders "$FOLDERS" --count "$COUNT" \
+    --latency-repeats "$REPEATS" --out "$OUT" "$@"

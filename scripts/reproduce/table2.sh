@@ -1,0 +1,18 @@
+#!/bin/sh
+# The paper's Table 2: FLUX, each method at the paper's speed-up, beside the paper's numbers.
+# MODEL=full PROMPTS=coco.txt CLIP=openai/clip-vit-large-patch14: the real checkpoint at the paper's λ (needs a GPU).
+set -eu
+cd -- "$(dirname -- "$0")/../.."
+MODEL=${MODEL:-demo}          # demo, or full
+PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: COUNT held-out captions of the demo
+COUNT=${COUNT:-64}
+CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the similarity; empty: none
+EXTRA=${EXTRA-fewer-steps,budget}  # methods beside the paper's; empty: none
+REPEATS=${REPEATS:-3}         # timed runs, interleaved with uncached ones; 0: no latency
+OUT=${OUT:-runs/reproduce/table2-$MODEL}
+[ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
+sh scripts/setup.sh
+[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+[ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
+exec .venv/bin/python scripts/reproduce/tables.py table2 --model "$MODEL" --extra "$EXTRA" \
+    --count "$COUNT" --latency-repeats "$REPEATS" --out "$OUT" "$@"

@@ -1,0 +1,128 @@
+"""The demo of ERTACache4OpenSora1.2: a small `OpenSoraPipeline`, rectified flow, an autoencoder of two stages."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from opensora12 import AutoencoderOpenSora, OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel
+from recipes import text, video
+from training import noise_levels
+
+FRAME_CHANNELS = 7  # of the latents between the two stages of the VAE: two a colour, and a constant
+WIDTH = 16  # of the VAE
+
+
+@dataclass
+class Recipe:
+    """Steps of each stage; the defaults made the demo that ships."""
+
+    vae: int = 2400
+    text: int = 1200
+    latents: int = 3200
+    transformer: int = 7500
+    batch: int = 16
+
+
+def build(tokenizer):
+    vae = AutoencoderOpenSora(
+        spatial_latent_channels=FRAME_CHANNELS,
+        spatial_block_out_channels=(WIDTH,) * 3,
+        spatial_layers_per_block=1,
+        spatial_norm_num_groups=1,
+        spatial_scaling_factor=1.0,
+        latent_channels=video.CHANNELS,
+        temporal_block_out_channels=(WIDTH,) * 4,
+        temporal_num_res_blocks=1,
+        temporal_norm_num_groups=1,
+        latents_shift=(0.0,) * video.CHANNELS,
+        latents_scale=(1.0,) * video.CHANNELS,
+        micro_batch_size=17,
+    )
+    start_straight(vae)
+    transformer = STDiT3Transformer3DModel(
+        in_channels=video.CHANNELS,
+        # All five latent frames in a token: positions in time are only relative, and at this size a model with one
+        # frame a token moved shapes along the right axis, but in a direction of its own choice.
+        patch_size=(5, 2, 2),
+        hidden_size=144,
+        depth=3,
+        num_heads=4,
+        caption_channels=text.WIDTH,
+        model_max_length=text.TEXT_LENGTH,
+        input_sq_size=video.SIZE,
+    )
+    return vae, T5EncoderModel(T5Config(**text.t5_options(tokenizer))), transformer
+
+
+@torch.no_grad()
+def start_straight(vae):
+    """`video.start_straight`, and the second stage as an identity in time from the first step on.
+
+    Its norms see a whole chunk and its first convolution has no bias: amplitudes would be lost. So the first stage
+    hands on a constant, large enough that the norms divide by nearly the same number whatever the video.
+    """
+    video.start_straight(vae, vae.spatial.quant_conv.bias, vae.temporal.quant_conv.bias)
+    constant = FRAME_CHANNELS - 1
+    vae.spatial.quant_conv.weight[constant] = 0.0
+    vae.spatial.quant_conv.bias[constant] = 4.0
+    encoder, decoder = vae.temporal.encoder, vae.temporal.decoder
+    positive, negative = 2 * video.CHANNELS, 2 * video.CHANNELS + 1  # the decoder's own constants, of both signs
+    decoder.conv_in.weight[positive:] = 0.0
+    decoder.conv_in.bias[positive], decoder.conv_in.bias[negative] = 4.0, -4.0
+    for conv, pairs in ((encoder.conv_out, FRAME_CHANNELS), (decoder.conv_out, video.CHANNELS)):
+        newest = conv.weight[:, :, -1, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2]
+        newest.zero_()
+        for channel in range(video.CHANNELS):  # silu(x) − silu(−x) = x
+            newest[channel, channel], newest[channel, channel + pairs] = 1.4, -1.4
+    decoder.conv_out.weight[constant, positive, -1, 1, 1] = 1.4
+
+
+def train(work: Path, recipe: Recipe, device) -> OpenSoraPipeline:
+    """All stages, from nothing or from their checkpoints."""
+    from opensora12.prompts import append_scores
+
+    captions = [append_scores(caption) for caption in video.training_captions()]
+    tokenizer = text.train_sentencepiece(work / "tokenizer", captions)
+    vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
+    # Noise shares of the grid as at 480 × 854 and 51 frames: √(64 · 64 / 30²) · √5 = 4.8.
+    scheduler = RFlowScheduler(base_size=30)
+    sizes = {"sample_height": video.SIZE, "sample_width": video.SIZE, "sample_frames": video.FRAMES}
+    pipe = OpenSoraPipeline(tokenizer, text_encoder, vae, transformer, scheduler, **sizes)
+
+    def encode(names):  # states of the padding are no text
+        states, mask = pipe.encode_prompt(names)
+        return states * mask.unsqueeze(-1)
+
+    def normalise(latents):
+        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        vae.register_to_config(latents_shift=mean.tolist(), latents_scale=std.tolist())
+        return (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+
+    def example(clean, noise, generator):  # rectified flow: x = (1 − s) data + s noise, v = data − noise, time 1000 s
+        s = noise_levels(len(clean), generator, shift=4.0)
+        level = s.view(-1, 1, 1, 1, 1)
+        return (1 - level) * clean + level * noise, 1000 * s, clean - noise
+
+    def predict_with(captions):
+        states_of = video.caption_table(lambda names: pipe.encode_prompt(names)[0], captions)
+        masks_of = video.caption_table(lambda names: pipe.encode_prompt(names)[1], captions)
+
+        def predict(x, t, pick, dropped):
+            kept = torch.zeros_like(dropped)  # a dropped caption leaves its length, as the null text has it
+            states = torch.where(dropped.view(-1, 1, 1), transformer.y_embedding, states_of(pick, kept))
+            output = transformer(x, t, states, masks_of(pick, kept), 24.0, video.SIZE, video.SIZE, return_dict=False)[0]
+            return output[:, : video.CHANNELS]
+
+        return predict
+
+    clips = ((4, 1), (1, 17), (2, 9), (1, 17))
+    groups = [{"params": vae.spatial.parameters()}, {"params": vae.temporal.parameters(), "share": 0.06}]
+    options = {"groups": groups, "decode": lambda z, frames: vae.decode(z, frames).sample}
+    video.train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device, **options)
+    return pipe
+
+
+def measure(pipe, count):
+    return video.measure_accuracy(pipe, count, num_inference_steps=30, guidance_scale=7.0)

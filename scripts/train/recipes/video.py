@@ -1,0 +1,201 @@
+"""What the recipes of the video demos share: clips of moving shapes, VAE training, latents, denoiser training."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ertacache.demos import moving_scenes
+from recipes import text
+from training import Ema, run_stage, save_atomically
+
+SIZE, FRAMES = 64, 17  # height and width in pixels; frames of a video
+CHANNELS = 6  # of the latents
+ATTRIBUTES = {name: list(values) for name, values in moving_scenes.ATTRIBUTES.items()}
+DROPPED = 0.12  # share of captions left out, so that the model learns the unconditional branch
+
+
+def training_scenes() -> list[moving_scenes.MovingScene]:
+    return [s for s in moving_scenes.all_scenes() if not moving_scenes.is_held_out(s)]
+
+
+def training_captions() -> list[str]:
+    rng = np.random.default_rng(0)
+    return [moving_scenes.loosen(s, rng).caption() for s in training_scenes()]
+
+
+def sample_captioned(rng, count) -> list[moving_scenes.MovingScene]:
+    """Random training scenes, a fifth of the optional attributes left open."""
+    pool = training_scenes()
+    return [moving_scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=count)]
+
+
+def render_clips(pool, rng, count, frames) -> torch.Tensor:
+    """Random pieces of random training videos in [-1, 1], [B, 3, F, H, W]."""
+    clips = []
+    for i in rng.integers(len(pool), size=count):
+        first = rng.integers(FRAMES - frames + 1)
+        clips.append(moving_scenes.render(pool[i], rng, FRAMES, SIZE, SIZE)[first : first + frames])
+    return to_model(np.stack(clips))
+
+
+def to_model(videos: np.ndarray) -> torch.Tensor:
+    """uint8 [B, F, H, W, 3] → float32 in [-1, 1], [B, 3, F, H, W]."""
+    return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def train_vae(work, vae, steps, clips, device, decode=None, groups=None):
+    """clips: (videos, frames) of the batches, in turn; the VAEs are causal, so that short pieces will do.
+
+    decode(latents, frames): for a VAE that must be told the number of frames. groups: parameter groups.
+    """
+    decode = decode or (lambda z, frames: vae.decode(z).sample)
+    vae.to(device)
+    pool = training_scenes()
+    optimizer = torch.optim.AdamW(groups or vae.parameters(), weight_decay=0.0)
+
+    def loss_of(step):
+        count, frames = clips[step % len(clips)]
+        videos = render_clips(pool, np.random.default_rng([2, step]), count, frames).to(device)
+        posterior = vae.encode(videos).latent_dist
+        generator = torch.Generator().manual_seed(step)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = decode(posterior.mean + posterior.std * noise, frames)
+        variance = posterior.std.square()
+        divergence = 0.5 * (posterior.mean.square() + variance - 1 - variance.log()).mean()  # from N(0, I)
+        return F.mse_loss(decoded, videos) + 0.1 * F.l1_loss(decoded, videos) + 3e-5 * divergence
+
+    run_stage("vae", work, steps, {"vae": vae}, optimizer, loss_of, learning_rate=2e-3, cooldown=0.5)
+
+
+@torch.no_grad()
+def start_straight(vae, *log_variance_biases):
+    """Initial weights with which a VAE passes colours through from the first step on: training is short here.
+
+    Convolutions on the direct path copy channels at their centre (and newest frame); where channels multiply they
+    carry both signs and a constant, so that normalisation and SiLU lose nothing; residual branches start at zero;
+    and the posteriors start narrow. log_variance_biases: those whose second half is a posterior's log-variance.
+    """
+    for name, conv in vae.named_modules():
+        parts = name.split(".")
+        if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(parts):
+            continue
+        if "conv2" in parts:
+            for parameter in conv.parameters():
+                torch.nn.init.zeros_(parameter)
+            continue
+        outputs, inputs, *kernel = conv.weight.shape
+        if conv.bias is not None:
+            constant = 1.0 if "conv_y" in parts else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
+            torch.nn.init.constant_(conv.bias, constant)
+        conv.weight.mul_(0.2)
+        if "conv_y" in parts:
+            continue
+        centre = [size // 2 for size in kernel]
+        if len(kernel) == 3:
+            centre[0] = kernel[0] - 1
+        tap = conv.weight[(slice(None), slice(None), *centre)]
+        if outputs == 2 * inputs and "upsamplers" in parts:  # Open-Sora: two frames from neighbouring channels
+            tap[range(outputs), [k // 2 for k in range(outputs)]] += 1.0
+        elif outputs >= 2 * inputs and "time_conv" not in parts:
+            for k in range(outputs):
+                channel = k % (2 * inputs + 1)
+                if channel == 2 * inputs:
+                    if conv.bias is not None:
+                        conv.bias[k] = 1.0
+                else:
+                    tap[k, channel % inputs] += 1.0 if channel < inputs else -1.0
+        elif outputs >= inputs:
+            tap[range(outputs), [k % inputs for k in range(outputs)]] += 1.0
+        else:
+            tap += torch.nn.init.orthogonal_(torch.empty(outputs, inputs))
+    for bias in log_variance_biases:
+        bias[len(bias) // 2 :] = -6.0
+
+
+@torch.no_grad()
+def build_latents(work, vae, count, device):
+    """Encode `count` videos once: their captions and the posterior means, float32 [N, C, F', H', W'], not scaled."""
+    path = work / "latents.pt"
+    if not path.exists():
+        rng, pool = np.random.default_rng(3), training_scenes()
+        order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])[:count]
+        captions, latents = [], []
+        for begin in tqdm(range(0, count, 8), desc="latents", mininterval=10, disable=None):
+            chosen = [pool[i] for i in order[begin : begin + 8]]
+            captions += [moving_scenes.loosen(s, rng).caption() for s in chosen]
+            videos = to_model(np.stack([moving_scenes.render(s, rng, FRAMES, SIZE, SIZE) for s in chosen])).to(device)
+            latents.append(vae.encode(videos).latent_dist.mean.half().cpu())
+        save_atomically({"captions": captions, "latents": torch.cat(latents)}, path)
+    data = torch.load(path, weights_only=True)
+    return data["captions"], data["latents"].float()
+
+
+@torch.no_grad()
+def caption_table(encode, captions):
+    """A function (indices of captions [B], dropped [B] of bool) → their embeddings [B, L, WIDTH], "" where dropped.
+
+    encode(captions): embeddings as the pipeline computes them; each different caption is encoded once.
+    """
+    unique = {c: i for i, c in enumerate(dict.fromkeys([*captions, ""]))}
+    names = list(unique)
+    embeddings = torch.cat([encode(names[i : i + 256]) for i in range(0, len(names), 256)])
+    rows = torch.tensor([unique[c] for c in captions])
+    return lambda pick, dropped: embeddings[torch.where(dropped, unique[""], rows[pick])]
+
+
+def train_denoiser(work, model, latents, example, predict, steps, device, batch, learning_rate=2e-3):
+    """Train `model` on noisy latents with caption dropout, and leave its moving average in it.
+
+    example(clean, noise, generator) → (noisy latents, model times [B], target): what the model is taught.
+    predict(noisy, times, pick, dropped): the model's output in the target's layout, for latents number `pick`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    ema = Ema(model)
+
+    def loss_of(step):
+        generator = torch.Generator().manual_seed(10_000_000 + step)
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < DROPPED
+        clean = latents[pick]
+        noisy, times, target = example(clean, torch.randn(clean.shape, generator=generator), generator)
+        output = predict(noisy.to(device), times.to(device), pick, dropped)
+        return F.mse_loss(output, target.to(device))
+
+    run_stage("transformer", work, steps, {"model": model}, optimizer, loss_of, learning_rate=learning_rate, ema=ema)
+    model.load_state_dict(ema.state_dict())
+
+
+def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device, **vae_options):
+    """VAE, text encoder, latents, transformer: what the three video recipes have in common.
+
+    recipe: steps of each stage. encode(captions): embeddings [M, L, WIDTH]. normalise(latents): the latents as the
+    transformer sees them, and the VAE's configuration set accordingly. predict_with(captions) → predict, and
+    example: see train_denoiser. vae_options: see train_vae.
+    """
+    train_vae(work, pipe.vae, recipe.vae, clips, device, **vae_options)
+    heard = {"t5": (pipe.text_encoder, lambda names: encode(names).mean(1))}
+    text.train_text(work, heard, ATTRIBUTES, sample_captioned, recipe.text, device)
+    captions, latents = build_latents(work, pipe.vae.eval(), recipe.latents, device)
+    latents = normalise(latents)
+    pipe.text_encoder.eval()
+    with torch.no_grad():
+        predict = predict_with(captions)
+    train_denoiser(work, pipe.transformer, latents, example, predict, recipe.transformer, device, recipe.batch)
+
+
+@torch.no_grad()
+def measure_accuracy(pipe, count, seed=100, batch=10, **options):
+    """Prompt accuracy of the uncached pipeline on held-out captions: all attributes, and each one."""
+    asked = moving_scenes.sample_scenes(count, seed=seed, held_out=True)
+    pipe.set_progress_bar_config(disable=True)
+    videos = []
+    for begin in range(0, count, batch):
+        part = asked[begin : begin + batch]
+        generators = [torch.Generator().manual_seed(begin + i) for i in range(len(part))]
+        captions = [s.caption() for s in part]
+        output = pipe(captions, num_frames=FRAMES, height=SIZE, width=SIZE, generator=generators, **options)
+        videos += [np.clip(np.rint(v * 255), 0, 255).astype(np.uint8) for v in output.frames]
+    verdicts = [moving_scenes.agreement(s, v) for s, v in zip(asked, videos, strict=True)]
+    rows = {name: float(np.mean([v[name] for v in verdicts])) for name in ATTRIBUTES}
+    return {"all": float(np.mean([all(v.values()) for v in verdicts])), **rows}

@@ -4,18 +4,18 @@ Shapes: B videos, latents [B, F', C, H', W'] with F' = (F − 1)/4 + 1, H' = H/8
 49 frames: F' = 13, C = 16, H' = 60, W' = 90.
 
 The model predicts v = dx/dθ, where θ is the angle of x = cos θ · data + sin θ · noise, and DDIM turns x by the angle
-between two steps: x' = cos(Δθ) x + sin(Δθ) v, that is x' = a x + b v with a ≠ 1. What is reused is the output (v − x,
-Eq. 5); the Δ that φ shrinks (Eq. 13–14) is Δθ. So `sigmas` here are θ / (π/2), 1 = noise … 0 = data.
+between two steps: x' = cos(Δθ) x + sin(Δθ) v, that is x' = a x + b v with a ≠ 1. The cached residual is v − x (Eq. 5);
+the Δ that φ scales (Eq. 13–14) is Δθ. So `sigmas` here are θ / (π/2), 1 = noise … 0 = data.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ertacache.algorithm import rectify
 from ertacache.numerics.jump import follow
+from ertacache.numerics.schedulers import AngleGrid, turn
 from ertacache.numerics.steps import ddim_step, dpm_step, predicted_data
 
 FOLDER = Path(__file__).resolve().parent
@@ -51,7 +51,7 @@ def denoise(pipe, inputs, plan=None, on_step=None):
 
 
 def velocity(pipe, inputs, x, t):
-    """One model call for both guidance branches. x [B, F', C, H', W'], t a scalar time → v float32, same shape."""
+    """Call the model once for both guidance branches: x [B, F', C, H', W'], t a scalar time → v float32, same shape."""
     both = twice(inputs, x)
     with pipe.transformer.cache_context("cond_uncond"):
         v = pipe.transformer(
@@ -65,12 +65,12 @@ def velocity(pipe, inputs, x, t):
 
 
 def twice(inputs, x):
-    """x for the unconditional and for the conditional branch, [2B, …]; without guidance (g ≤ 1) x itself."""
+    """Return x for the unconditional and the conditional branch, [2B, …]; without guidance (g ≤ 1) x itself."""
     return torch.cat([x, x]) if inputs.guidance > 1 else x
 
 
 def guided(inputs, v):
-    """Classifier-free guidance, v_u + g (v_c − v_u), of both branches [2B, …]."""
+    """Apply classifier-free guidance, v_u + g (v_c − v_u), to both branches [2B, …]."""
     if inputs.guidance <= 1:
         return v
     uncond, cond = v.chunk(2)
@@ -78,9 +78,9 @@ def guided(inputs, v):
 
 
 def solver_on(pipe, inputs):
-    """The scheduler's step from each noise level of the grid to the next: step(i, x, v) → x_{i+1}, float32."""
+    """Return the scheduler's step on the grid of the inputs: step(i, x, v) → x_{i+1}, float32."""
     if type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler":
-        return lambda i, x, v: ddim_step(x, v, *inputs.alphas[i])
+        return lambda i, x, v: ddim_step(x, v, *inputs.grid.alphas[i])
 
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -89,9 +89,9 @@ def solver_on(pipe, inputs):
         generator.set_state(state)
 
     def step(i, x, v):
-        alpha, alpha_next = inputs.alphas[i]
+        alpha, alpha_next = inputs.grid.alphas[i]
         data = predicted_data(x, v, alpha)
-        first_order = not history or (inputs.last_is_data and i == len(inputs.times) - 1)
+        first_order = not history or (inputs.grid.ends_at_data and i == len(inputs.times) - 1)
         for _ in range(1 if first_order else 2):  # diffusers draws twice in a second-order step, and uses the second
             noise = randn_tensor(x.shape, generators, x.device, x.dtype)
         new = dpm_step(x, data, None if first_order else history[-1], alpha, alpha_next, noise)
@@ -102,17 +102,16 @@ def solver_on(pipe, inputs):
 
 
 def first_order(pipe, inputs, i, k):
-    """(a, w) of x_k = a x_i + w v_i, the turn over the steps i … k−1 by DDIM alone: what budget plans improve on."""
+    """Return (a, w) of the first-order jump x_k = a x_i + w v_i by DDIM, which budget plans improve on."""
     if type(pipe.scheduler).__name__ != "CogVideoXDDIMScheduler":
         from ertacache.utils.errors import UserError
 
         raise UserError("the DPM scheduler draws noise in each step, a budget plan cannot: use --threshold, or DDIM")
-    turn = (inputs.sigmas[k] - inputs.sigmas[i]).item() * np.pi / 2
-    return float(np.cos(turn)), float(np.sin(turn))
+    return turn(inputs.sigmas[i], inputs.sigmas[k])
 
 
 def open_site(pipe, inputs, site):
-    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    """Return the site where the residual is cached: `output` (Eq. 5) or `blocks`, around the block stack."""
     from ertacache.numerics.cache_sites import BlocksSite, OutputSite
 
     if site == "output":
@@ -131,13 +130,13 @@ def open_site(pipe, inputs, site):
         embed=model.patch_embed,
         head=model.norm_final,
         around=around,
-        tokens=lambda embedded: embedded[:, text.shape[1] :],  # text tokens come first and leave no output
+        tokens=lambda embedded: embedded[:, text.shape[1] :],  # text tokens come first and have no output
         branch_of=lambda kwargs: "cond_uncond",
     )
 
 
 def unpatchify(tokens, shape, p):
-    """Tokens [B, L, C·p·p] of latents of this shape [B, F', C, H', W'] → the latents."""
+    """Convert tokens [B, L, C·p·p] to latents of this shape, [B, F', C, H', W']."""
     from einops import rearrange
 
     _, f, _, h, w = shape
@@ -146,45 +145,40 @@ def unpatchify(tokens, shape, p):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `denoise` starts from.
+    """Inputs of `denoise`.
 
-    sigmas: angles θ / (π/2), float32 [T+1], falling to 0. times: the model's time at each step, [T]. alphas: ᾱ at both
-    ends of each step, float64 [T, 2]. angles: those of all timesteps −1 … 999 of the scheduler, float64.
-    embeddings: text [2B, L, D], the unconditional half first; [B, L, D] without guidance.
+    grid: noise levels, times and ᾱ of the steps. embeddings: text [2B, L, D], the unconditional half first; [B, L, D]
+    without guidance.
     """
 
     latents: torch.Tensor
-    sigmas: torch.Tensor
-    times: torch.Tensor
-    alphas: torch.Tensor
-    last_is_data: bool
-    angles: np.ndarray
+    grid: AngleGrid
     embeddings: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     noise_states: list[torch.Tensor]
     guidance: float
 
+    @property
+    def sigmas(self):
+        """Angles θ / (π/2), float32 [T+1], falling to 0."""
+        return self.grid.sigmas
+
+    @property
+    def times(self):
+        """The model's time at each step, [T]."""
+        return self.grid.times
+
     def on(self, sigmas):
-        """The same inputs on another grid of angles; times between two timesteps are interpolated in the angle."""
-        if torch.equal(sigmas, self.sigmas):
-            return self
-        angles = sigmas.double().cpu().numpy()
-        times = np.interp(angles[:-1], self.angles, np.arange(-1, len(self.angles) - 1))
-        alphas = torch.from_numpy(np.cos(angles * np.pi / 2) ** 2)
-        return replace(
-            self,
-            sigmas=sigmas,
-            times=torch.from_numpy(times).float().to(self.times.device),
-            alphas=torch.stack([alphas[:-1], alphas[1:]], dim=1),
-        )
+        """Return the same inputs on another grid of angles."""
+        return replace(self, grid=self.grid.on(sigmas))
 
 
 def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=None, negative_prompt=""):
-    """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.demos.model_folder import check_frames, check_number, check_scheduler, check_size
+    """Return checked settings; sizes default to those that the model was trained at."""
+    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size
     from ertacache.utils.errors import UserError
 
-    check_scheduler(pipe, SCHEDULERS)
+    check_loop_scheduler(pipe, SCHEDULERS)
     if pipe.scheduler.config.prediction_type != "v_prediction":
         raise UserError(f"the scheduler's prediction_type is {pipe.scheduler.config.prediction_type}: not v_prediction")
     config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
@@ -197,14 +191,14 @@ def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=No
     check_number("guidance", guidance, minimum=0)
     for name in ("height", "width"):
         check_size(name, sizes[name], multiple=max(8, factor * config.patch_size))
-    # The VAE decodes latent frames in pairs after the first one, and makes a wrong number of frames of any other.
+    # The VAE decodes latent frames in pairs after the first one, and returns a wrong frame count for any other number.
     check_frames(sizes["frames"], multiple=pipe.vae_scale_factor_temporal * pipe.vae.num_latent_frames_batch_size)
     return {"steps": steps, "guidance": guidance, **sizes, "negative_prompt": negative_prompt}
 
 
 @torch.no_grad()
 def prepare(pipe, prompts, seeds, **settings):
-    """Embeddings, initial noise and grid, as CogVideoXPipeline makes them. The noise of a seed does not depend on B."""
+    """Return embeddings, initial noise and grid, as in CogVideoXPipeline. The noise of a seed does not depend on B."""
     settings = settings_of(pipe, **settings)
     device, guidance, config = pipe._execution_device, float(settings["guidance"]), pipe.transformer.config
     cond, uncond = pipe.encode_prompt(
@@ -220,41 +214,20 @@ def prepare(pipe, prompts, seeds, **settings):
     rotary = None
     if config.use_rotary_positional_embeddings:
         rotary = pipe._prepare_rotary_positional_embeddings(*sizes[1:], latents.shape[1], device)
-    return Inputs(
-        latents,
-        **native_grid(pipe.scheduler, settings["steps"], device),
-        embeddings=torch.cat([uncond, cond]) if guidance > 1 else cond,
-        rotary=rotary,
-        noise_states=[generator.get_state() for generator in generators],
-        guidance=guidance,
-    )
-
-
-def native_grid(scheduler, steps, device):
-    """The scheduler's own steps: each goes from t to t − 1000 // T, as diffusers' step does (for a T that does not
-    divide 1000 this is not the next t). Below 0 lies ᾱ = 1."""
-    scheduler.set_timesteps(steps, device=device)
-    table = torch.cat([scheduler.final_alpha_cumprod.double()[None], scheduler.alphas_cumprod.double()])  # t = −1 … 999
-    t = scheduler.timesteps.cpu()
-    t_next = (t - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
-    angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
-    return {
-        "times": scheduler.timesteps.clone(),
-        "sigmas": torch.from_numpy(angles[torch.cat([t, t_next[-1:]]) + 1]).float().to(device),
-        "alphas": torch.stack([table[t + 1], table[t_next + 1]], dim=1),
-        "last_is_data": bool(t_next[-1] < 0),
-        "angles": angles,
-    }
+    pipe.scheduler.set_timesteps(settings["steps"], device=device)
+    embeddings = torch.cat([uncond, cond]) if guidance > 1 else cond
+    states = [generator.get_state() for generator in generators]
+    return Inputs(latents, AngleGrid.of(pipe.scheduler), embeddings, rotary, states, guidance)
 
 
 @torch.no_grad()
 def decode(pipe, latents, inputs):
-    """Latents [B, F', C, H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
+    """Decode latents [B, F', C, H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
     return pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="np")
 
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
-    """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
+    """Load a pipeline: "demo", a local directory in diffusers' format, or a hub id OWNER/NAME."""
     from diffusers import CogVideoXPipeline
 
     from ertacache.pipelines.load import load_pipeline
@@ -269,9 +242,9 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli.model_folder import generate
+    from ertacache.cli import model_folder
 
-    generate(sys.modules[__name__])
+    model_folder.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

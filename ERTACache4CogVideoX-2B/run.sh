@@ -3,19 +3,19 @@
 set -eu
 cd -- "$(dirname -- "$0")"
 MODEL=${MODEL:-demo}          # demo, a local directory, or THUDM/CogVideoX-2b
-PROMPT=${PROMPT:-}            # one prompt; empty: those of PROMPTS
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: prompts/demo.txt, or prompts/examples.txt
-SEED=${SEED:-1000}            # of the first prompt; then SEED + 1, …
+PROMPT=${PROMPT:-}            # one prompt; empty: the prompts of PROMPTS
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: prompts/demo.txt, or prompts/examples.txt
+SEED=${SEED:-1000}            # seed of the first prompt; the next have SEED + 1, …
 STEPS=${STEPS:-50}            # T, steps of the uncached run
-GUIDANCE=${GUIDANCE:-6}       # 1 or less: no guidance, half the batch in a model call
+GUIDANCE=${GUIDANCE:-6}       # 1 or less: no guidance, half the batch per model call
 LAMBDA=${LAMBDA:-0.07}        # λ: lower is finer, higher is faster; a new value is calibrated first
-SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, where they matter most
+SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, those that matter most
 BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
-REPEATS=${REPEATS:-3}         # timed runs of each, interleaved; the median is reported
-BATCH=${BATCH:-4}             # prompts a model call
-FPS=${FPS:-8}                 # frames a second of the .mp4 files, as CogVideoX makes them
+REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
+BATCH=${BATCH:-4}             # prompts per call
+FPS=${FPS:-8}                 # frames per second of the .mp4 files; CogVideoX's own rate: 8
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
 OUT=${OUT:-sample}
 [ -n "$BUDGET$SPEEDUP" ] || set -- --threshold "$LAMBDA" "$@"

@@ -1,6 +1,6 @@
 """ERTACache for FLUX.1: text to image. `sh run.sh` runs it; README.md explains the flags.
 
-Shapes: B images, L = (H/16)(W/16) latent tokens, C channels a token; FLUX.1-dev at 1024²: L = 4096, C = 64.
+Shapes: B images, L = (H/16)(W/16) latent tokens, C channels per token; FLUX.1-dev at 1024²: L = 4096, C = 64.
 """
 
 from dataclasses import dataclass, replace
@@ -45,23 +45,23 @@ def denoise(pipe, inputs, plan=None, on_step=None):
 
 
 def velocity(pipe, inputs, x, t):
-    """One model call. x [B, L, C], t a scalar time → v [B, L, C]. Guidance is an input of this distilled model."""
+    """Call the model once: x [B, L, C], t a scalar time → v [B, L, C]. Guidance is an input of this distilled model."""
     with pipe.transformer.cache_context("cond"):
         return pipe.transformer(x, timestep=one_each(x, t) / 1000, **inputs.conditioning, return_dict=False)[0]
 
 
 def one_each(x, t):
-    """The time 1000 … 0, once a picture [B], rounded to the model's dtype as FluxPipeline does."""
+    """Return the time 1000 … 0 per image, [B], rounded to the model's dtype as in FluxPipeline."""
     return t.expand(x.shape[0]).to(x.dtype)
 
 
 def first_order(pipe, inputs, i, k):
-    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    """Return (a, w) of the first-order jump x_k = a x_i + w v_i by Euler, which budget plans improve on."""
     return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
 
 
 def open_site(pipe, inputs, site):
-    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    """Return the site where the residual is cached: `output` (Eq. 5) or `blocks`, around the block stack."""
     from ertacache.numerics.cache_sites import BlocksSite, OutputSite
 
     if site == "output":
@@ -79,7 +79,7 @@ def open_site(pipe, inputs, site):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `denoise` starts from. sigmas: float32 [T+1], falling to 0. conditioning: the model's other arguments."""
+    """Inputs of `denoise`. sigmas: float32 [T+1], falling to 0. conditioning: the model's other arguments."""
 
     latents: torch.Tensor
     sigmas: torch.Tensor
@@ -89,19 +89,19 @@ class Inputs:
 
     @property
     def times(self):
-        """The model's time before each step, [T]."""
+        """The model's time at each step, [T]."""
         return self.sigmas[:-1] * 1000
 
     def on(self, sigmas):
-        """The same inputs on another grid."""
+        """Return the same inputs on another grid."""
         return replace(self, sigmas=sigmas)
 
 
 def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
-    """Checked settings, with the sizes that the model was trained at where none are given."""
-    from ertacache.demos.model_folder import check_number, check_scheduler, check_size
+    """Return checked settings; sizes default to those that the model was trained at."""
+    from ertacache.demos.model_folder import check_loop_scheduler, check_number, check_size
 
-    check_scheduler(pipe, SCHEDULERS)
+    check_loop_scheduler(pipe, SCHEDULERS)
     sizes = {
         name: pipe.vae.config.sample_size if n is None else n for name, n in (("height", height), ("width", width))
     }
@@ -114,7 +114,7 @@ def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
 
 @torch.no_grad()
 def prepare(pipe, prompts, seeds, *, steps=30, guidance=3.5, height=None, width=None):
-    """Embeddings, initial noise and grid, as FluxPipeline makes them. The noise of a seed does not depend on B."""
+    """Return embeddings, initial noise and grid, as in FluxPipeline. The noise of a seed does not depend on B."""
     import numpy as np
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -143,14 +143,14 @@ def prepare(pipe, prompts, seeds, *, steps=30, guidance=3.5, height=None, width=
 
 @torch.no_grad()
 def decode(pipe, latents, inputs):
-    """Latents [B, L, C] → float32 pictures in [0, 1], [B, H, W, 3]."""
+    """Decode latents [B, L, C] → float32 images in [0, 1], [B, H, W, 3]."""
     z = pipe._unpack_latents(latents, inputs.height, inputs.width, pipe.vae_scale_factor)
     z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     return pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="np")
 
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
-    """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
+    """Load a pipeline: "demo", a local directory in diffusers' format, or a hub id OWNER/NAME."""
     from diffusers import FluxPipeline
 
     from ertacache.pipelines.load import load_pipeline
@@ -161,9 +161,9 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli.model_folder import generate
+    from ertacache.cli import model_folder
 
-    generate(sys.modules[__name__])
+    model_folder.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -46,19 +46,19 @@ def denoise(pipe, inputs, plan=None, on_step=None):
 
 
 def velocity(pipe, inputs, x, t):
-    """One model call with both guidance branches in its batch, [cond; null]. x [B, C, F', H', W'], t a scalar → v."""
+    """Call the model once, with the batch [cond; null]: x [B, C, F', H', W'], t a scalar time → v of the same shape."""
     with pipe.transformer.cache_context(inputs.branches):
         v = pipe.transformer(*inputs.batch(x, t), **inputs.conditioning, return_dict=False)[0]
     return inputs.guided(v)
 
 
 def first_order(pipe, inputs, i, k):
-    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    """Return (a, w) of the first-order jump x_k = a x_i + w v_i by Euler, which budget plans improve on."""
     return 1.0, (inputs.sigmas[i] - inputs.sigmas[k]).item()
 
 
 def open_site(pipe, inputs, site):
-    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    """Return the site where the residual is cached: `output` (Eq. 5) or `blocks`, around the block stack."""
     from ertacache.numerics.cache_sites import BlocksSite, OutputSite
     from ertacache.utils.errors import UserError
 
@@ -71,8 +71,8 @@ def open_site(pipe, inputs, site):
     def around(x, t, add):
         z, times = inputs.batch(x, t)
         hidden = add(inputs.branches, model.patch_embed(z, c["height"], c["width"]))  # [2B, F', S, D]
-        told = model.condition(times, c["encoder_hidden_states"], c["encoder_attention_mask"], c["fps"])
-        return inputs.guided(model.head(hidden, told, x.shape[2:]))
+        condition = model.condition(times, c["encoder_hidden_states"], c["encoder_attention_mask"], c["fps"])
+        return inputs.guided(model.head(hidden, condition, x.shape[2:]))
 
     return BlocksSite(
         model, embed=model.patch_embed, head=model.norm_out, around=around, branch_of=lambda kwargs: inputs.branches
@@ -81,9 +81,9 @@ def open_site(pipe, inputs, site):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `denoise` starts from. sigmas: float32 [T+1], falling to 0. times: the model's time at each step, [T].
+    """Inputs of `denoise`. sigmas: float32 [T+1], falling to 0. times: the model's time at each step, [T].
 
-    conditioning: the model's other arguments, texts [cond; null] among them.
+    conditioning: the model's other arguments, with texts [cond; null].
     """
 
     latents: torch.Tensor
@@ -95,15 +95,16 @@ class Inputs:
 
     @property
     def branches(self):
+        """Name of the cache context: which guidance branches a model call computes."""
         return "cond_uncond" if self.guidance > 1 else "cond"
 
     def batch(self, x, t):
-        """Latents and times of one model call: once without guidance, else once a branch."""
+        """Return latents and times of one model call: once without guidance, else once per branch."""
         x = torch.cat([x, x]) if self.guidance > 1 else x
         return x, t.expand(len(x))
 
     def guided(self, v):
-        """Classifier-free guidance, v_null + g (v_cond − v_null), of the velocity's half of the model's channels."""
+        """Apply classifier-free guidance, v_null + g (v_cond − v_null), to the velocity half of the output channels."""
         v = v[:, : self.latents.shape[1]]
         if self.guidance <= 1:
             return v
@@ -111,16 +112,16 @@ class Inputs:
         return null + self.guidance * (cond - null)
 
     def on(self, sigmas):
-        """The same inputs on another grid; times are sigmas × 1000."""
+        """Return the same inputs on another grid; times are sigmas × 1000."""
         return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
 
 
 def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):
-    """Checked settings, with the pipeline's own sizes (Open-Sora 1.2: 480 × 854, 51 frames) where none are given."""
-    from ertacache.demos.model_folder import check_number, check_scheduler
+    """Return checked settings; sizes default to the pipeline's (Open-Sora 1.2: 480 × 854, 51 frames)."""
+    from ertacache.demos.model_folder import check_loop_scheduler, check_number
     from ertacache.utils.errors import UserError
 
-    check_scheduler(pipe, SCHEDULERS)
+    check_loop_scheduler(pipe, SCHEDULERS)
     sizes = {"height": height, "width": width, "frames": frames}
     sizes = {name: pipe.config[f"sample_{name}"] if value is None else value for name, value in sizes.items()}
     check_number("steps", steps, minimum=3)
@@ -128,13 +129,13 @@ def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=No
     for name in ("height", "width"):
         check_number(name, sizes[name], minimum=pipe.vae.spatial_factor)
     if sizes["frames"] != 1 and sizes["frames"] < 17:
-        raise UserError(f"--frames {sizes['frames']}: give 1 for a picture, or at least 17 (published: 51)")
+        raise UserError(f"--frames {sizes['frames']}: give 1 for an image, or at least 17 (published: 51)")
     return {"steps": steps, "guidance": guidance, **sizes, "aesthetic_score": aesthetic_score}
 
 
 @torch.no_grad()
 def prepare(pipe, prompts, seeds, **settings):
-    """Text states, initial noise and grid, as OpenSoraPipeline makes them. The noise of a seed does not depend on B."""
+    """Return text states, initial noise and grid, as in OpenSoraPipeline. The noise of a seed does not depend on B."""
     settings = settings_of(pipe, **settings)
     device, guidance = pipe._execution_device, float(settings["guidance"])
     size = [settings[name] for name in ("frames", "height", "width")]
@@ -149,12 +150,12 @@ def prepare(pipe, prompts, seeds, **settings):
 
 @torch.no_grad()
 def decode(pipe, latents, inputs):
-    """Latents [B, C, F', H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
+    """Decode latents [B, C, F', H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
     return pipe.decode_latents(latents, inputs.frames)
 
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
-    """The pipeline of "demo", of a directory in diffusers' format, or of the weights that Open-Sora published."""
+    """Load a pipeline: "demo", a directory in diffusers' format, or the weights that Open-Sora published."""
     from ertacache.pipelines.load import load_pipeline
     from opensora12 import OpenSoraPipeline
     from opensora12.convert import load_published
@@ -167,9 +168,9 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli.model_folder import generate
+    from ertacache.cli import model_folder
 
-    generate(sys.modules[__name__])
+    model_folder.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

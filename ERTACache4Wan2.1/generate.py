@@ -46,7 +46,7 @@ def denoise(pipe, inputs, plan=None, on_step=None):
 
 
 def velocity(pipe, inputs, x, t):
-    """The model calls of one step, by name. x [B, C, F', H', W'], t a scalar time → v of the same shape."""
+    """Call the model once per guidance branch: x [B, C, F', H', W'], t a scalar time → v of the same shape."""
 
     def branch(name):
         with pipe.transformer.cache_context(name):
@@ -61,7 +61,7 @@ def velocity(pipe, inputs, x, t):
 
 
 def guided(guidance, branch):
-    """Classifier-free guidance, v_u + g (v_c − v_u); without it (g ≤ 1) the conditional branch alone."""
+    """Apply classifier-free guidance, v_u + g (v_c − v_u); for g ≤ 1 return v_c alone."""
     cond = branch("cond")
     if guidance <= 1:
         return cond
@@ -70,7 +70,7 @@ def guided(guidance, branch):
 
 
 def solver_on(pipe, inputs):
-    """The pipeline's scheduler on the grid of the inputs: a fresh one, because it keeps the history of its run."""
+    """Return a new scheduler on the grid of the inputs; new, because it keeps the history of its run."""
     solver = type(pipe.scheduler).from_config(pipe.scheduler.config)
     solver.set_timesteps(len(inputs.times), device=inputs.times.device)
     solver.sigmas, solver.timesteps = inputs.sigmas, inputs.times
@@ -79,12 +79,12 @@ def solver_on(pipe, inputs):
 
 
 def first_order(pipe, inputs, i, k):
-    """(a, w) of x_k = a x_i + w v_i, the jump over the steps i … k−1 by Euler alone: what budget plans improve on."""
+    """Return (a, w) of the first-order jump x_k = a x_i + w v_i by Euler, which budget plans improve on."""
     return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()
 
 
 def open_site(pipe, inputs, site):
-    """The place where the residual is taken: `output` (Eq. 5) or `blocks`, around the transformer's block stack."""
+    """Return the site where the residual is cached: `output` (Eq. 5) or `blocks`, around the block stack."""
     from ertacache.numerics.cache_sites import BlocksSite, OutputSite
     from ertacache.utils.errors import UserError
 
@@ -118,7 +118,7 @@ def open_site(pipe, inputs, site):
 
 
 def unpatchify(tokens, embedded_shape, patch_size):
-    """Tokens [B, L, p_t·p_h·p_w·C] of an embedding [B, D, f, h, w] → [B, C, f·p_t, h·p_h, w·p_w]."""
+    """Convert tokens [B, L, p_t·p_h·p_w·C] of an embedding [B, D, f, h, w] → [B, C, f·p_t, h·p_h, w·p_w]."""
     from einops import rearrange
 
     (_, _, f, h, w), (a, b, c) = embedded_shape, patch_size
@@ -128,9 +128,9 @@ def unpatchify(tokens, embedded_shape, patch_size):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `denoise` starts from. sigmas: float32 [T+1], falling to 0. times: the model's time at each step, [T].
+    """Inputs of `denoise`. sigmas: float32 [T+1], falling to 0. times: the model's time at each step, [T].
 
-    embeddings: branch name → text embeddings [B, L, D].
+    embeddings: text embeddings [B, L, D] by name of the guidance branch.
     """
 
     latents: torch.Tensor
@@ -140,15 +140,15 @@ class Inputs:
     guidance: float
 
     def on(self, sigmas):
-        """The same inputs on another grid; times are sigmas × 1000 (UniPC cuts its own to whole numbers, natively)."""
+        """Return the same inputs on another grid; times are sigmas × 1000 (UniPC truncates its own to integers)."""
         return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
 
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):
-    """Checked settings, with those of the demo or of the paper (832 × 480, 81 frames) where none are given."""
-    from ertacache.demos.model_folder import check_frames, check_number, check_scheduler, check_size
+    """Return checked settings; sizes default to those of the demo or of the paper (832 × 480, 81 frames)."""
+    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size
 
-    check_scheduler(pipe, SCHEDULERS)
+    check_loop_scheduler(pipe, SCHEDULERS)
     demo = str(pipe.name_or_path) == str(FOLDER / "demo")
     sizes = {"height": (height, 64, 480), "width": (width, 64, 832), "frames": (frames, 17, 81)}
     sizes = {n: (small if demo else paper) if value is None else value for n, (value, small, paper) in sizes.items()}
@@ -165,7 +165,7 @@ def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=No
 
 @torch.no_grad()
 def prepare(pipe, prompts, seeds, **settings):
-    """Embeddings, initial noise and grid, as WanPipeline makes them. The noise of a seed does not depend on B."""
+    """Return embeddings, initial noise and grid, as in WanPipeline. The noise of a seed does not depend on B."""
     settings = settings_of(pipe, **settings)
     device, guidance = pipe._execution_device, float(settings["guidance"])
     cond, uncond = pipe.encode_prompt(
@@ -187,7 +187,7 @@ def prepare(pipe, prompts, seeds, **settings):
 
 @torch.no_grad()
 def decode(pipe, latents, inputs):
-    """Latents [B, C, F', H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
+    """Decode latents [B, C, F', H', W'] → float32 videos in [0, 1], [B, F, H, W, 3]."""
     z, config = latents.to(pipe.vae.dtype), pipe.vae.config
     mean, std = (torch.tensor(c).view(1, -1, 1, 1, 1).to(z) for c in (config.latents_mean, config.latents_std))
     videos = pipe.vae.decode(z / (1 / std) + mean, return_dict=False)[0]
@@ -195,7 +195,7 @@ def decode(pipe, latents, inputs):
 
 
 def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
-    """The pipeline of "demo", of a local directory in diffusers' format, or of a hub id like OWNER/NAME."""
+    """Load a pipeline: "demo", a local directory in diffusers' format, or a hub id OWNER/NAME."""
     from diffusers import WanPipeline
 
     from ertacache.pipelines.load import load_pipeline
@@ -210,9 +210,9 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli.model_folder import generate
+    from ertacache.cli import model_folder
 
-    generate(sys.modules[__name__])
+    model_folder.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods fewer-steps,teacache,magcache,budget --speedups 2,3
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX ERTACache4Wan2.1 --methods all --speedups 2,3,5 --json rows.json
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods ertacache --thresholds 0.05,0.1,0.2 --sites blocks
-    .venv/bin/accelerate launch --num_processes 4 scripts/evaluate.py … (batches are split over processes, one a GPU)
+    .venv/bin/accelerate launch --num_processes 4 scripts/evaluate.py … (batches are split over processes, one per GPU)
 
 Every number is measured by the run that prints it: quality against the uncached run with the same seeds and against the
 finely integrated solution, latency as the ratio of medians of alternating runs (A B A B …) on the first prompts. Plans
 are calibrated on the calibration prompts, never on the evaluation prompts; a plan stored in cache/ is used as it is.
 Other caches run in the stock pipeline, each at the value of its own parameter whose FLOPs come nearest to the
-speed-up. Finished rows are kept in runs/ (--work): the same command again goes on after the last of them.
-common/docs/rows.md describes the rows. Further flags are those of generate.py.
+speed-up. Finished rows are stored in runs/ (--work): the same command resumes after the last of them.
+common/docs/reference/rows.md describes the rows. Further flags are those of generate.py.
 """
 
 import argparse
@@ -22,19 +22,31 @@ import sys
 from pathlib import Path
 
 from ertacache import UserError
-from ertacache.caches.registry import PEERS
+from ertacache.caches.registry import CACHES
 from ertacache.cli import model_folder
-from ertacache.demos.model_folder import load_program, world
-from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, Comparison
+from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
+from ertacache.demos.model_folder import grammar_of, load_model_folder
+from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, MethodRows
+from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.plans.names import check_speedups
 from ertacache.utils import parallel
-from ertacache.utils.errors import ArgumentParser, run_program
-from ertacache.utils.files import ensure_writable, read_prompts, write_atomically
+from ertacache.utils.errors import run_program
+from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions, machine
+from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ("fewer-steps", "fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "uniform", "ertacache", *PEERS, "budget")
+ALL = (
+    "fewer-steps",
+    "fewer-steps-tuned",
+    "fewer-steps-ab2",
+    "least-squares",
+    "uniform",
+    "ertacache",
+    *CACHES,
+    "budget",
+)
 TABLE = [
     "label",
     "asked",
@@ -49,21 +61,21 @@ TABLE = [
 TABLE += ["lpips", "temporal_psnr", "clip_similarity", "exact_psnr", "prompt_accuracy"]
 
 
-def table(rows) -> str:
-    """Markdown; a column that is empty everywhere is left out."""
+def table(rows: list[Row]) -> str:
+    """Return a Markdown table; a column that is empty everywhere is left out."""
 
-    def cell(value, name) -> str:
+    def cell(value, name: str) -> str | None:
         digits = 2 if name.endswith("psnr") or name.startswith("speedup") else 1 if name == "nfe" else 4
-        if value is None or not isinstance(value, float):
-            return "–" if value is None else str(value)
+        if not isinstance(value, float):
+            return value
         return f"{value:g}" if name == "asked" or value == round(value) else f"{value:.{digits}f}"
 
     columns = [name for name in TABLE if any(row[name] is not None for row in rows)]
-    body = ["| " + " | ".join(cell(row[name], name) for name in columns) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *body])
+    return markdown(columns, [[cell(row[name], name) for name in columns] for row in rows])
 
 
-def csv_text(rows) -> str:
+def csv_text(rows: list[Row]) -> str:
+    """Return the rows as CSV, without nested fields."""
     columns = [
         name for name in rows[0] if name not in ("settings", "timeline", "libraries", "samples", "sample_prompts")
     ]
@@ -75,13 +87,13 @@ def csv_text(rows) -> str:
 
 
 def write_outputs(args, rows) -> None:
-    """The files that were asked for, with what has been measured so far."""
+    """Write the files that the flags name, with what has been measured so far."""
     if not parallel.is_main():
         return
     if args.json:
         base = args.json.resolve().parent
-        found = [{**row, "samples": [os.path.relpath(path, base) for path in row["samples"]]} for row in rows]
-        write_atomically(args.json, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+        relative = [{**row, "samples": [os.path.relpath(path, base) for path in row["samples"]]} for row in rows]
+        write_atomically(args.json, (json.dumps(relative, indent=1, ensure_ascii=False) + "\n").encode())
     if args.csv:
         write_atomically(args.csv, csv_text(rows).encode())
 
@@ -105,7 +117,7 @@ def parse_arguments():
         "--samples",
         type=int,
         default=0,
-        help="pictures or videos of each row that are kept, for scripts/report/report.py",
+        help="images or videos of each row that are kept, for scripts/report/report.py",
     )
     add("--clip", metavar="MODEL", help="hub id or directory of a CLIP model, for clip_similarity and clip_score")
     add("--plans", type=Path, help="folder of the stored plans (default: cache/ of the model folder)")
@@ -118,56 +130,60 @@ def parse_arguments():
         raise UserError(f"--methods {','.join(unknown)}: choose from all, {', '.join(METHODS)}")
     if bool(args.thresholds) == bool(args.speedups):
         raise UserError("give either --speedups S,S,… or --thresholds λ,λ,…")
-    swept = {*BUDGET_METHODS, *PEERS} & set(args.methods)
+    swept = {*BUDGET_METHODS, *CACHES} & set(args.methods)
     if args.thresholds and swept:
         raise UserError(f"--thresholds has no meaning for {', '.join(sorted(swept))}: give --speedups")
     for name, least in (("count", 1), ("latency_repeats", 0), ("latency_prompts", 1), ("samples", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: give a whole number of at least {least}")
-    args.speedups = model_folder.parse_list(args.speedups) if args.speedups else []
-    args.thresholds = model_folder.parse_list(args.thresholds) if args.thresholds else []
+    args.speedups = parse_list(args.speedups) if args.speedups else []
+    args.thresholds = parse_list(args.thresholds) if args.thresholds else []
     check_speedups(args.speedups)
     return args, rest
 
 
-def open_comparison(args, program, options) -> Comparison:
-    """One folder with its pipeline, prompts and settings."""
+def open_folder(args, sampler, options) -> MethodRows:
+    """Return the rows of one model folder, with its pipeline, prompts and settings."""
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
     sites = args.sites.split(",") if args.sites else [options.site]
     if any(site not in ("output", "blocks") for site in sites):
         raise UserError(f"--sites {args.sites}: choose from output, blocks")
     options.device = parallel.device(options.device)
-    pipe = model_folder.load(program, options)
-    settings = model_folder.checked_settings(program, pipe, options)
-    held_out = [s.caption() for s in world(program).sample_scenes(args.count, seed=100, held_out=True)]
-    prompts = read_prompts(options.prompts) if options.prompts else held_out
+    pipe = model_folder.open_pipeline(sampler, options)
+    settings = model_folder.checked_settings(sampler, pipe, options)
+    held_out = [s.caption() for s in grammar_of(sampler).sample_scenes(args.count, seed=100, held_out=True)]
+    prompts = prompts_of(None, options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}
     measured |= {"samples": args.samples, "clip": args.clip, "work": ensure_writable(args.work)}
-    evaluation = Evaluation(program, pipe, prompts, seeds, settings, options, **measured)
-    return Comparison(evaluation, sites, args.plans or program.FOLDER / "cache", args.store)
+    measured |= {"model": options.model, "batch_size": options.batch_size, "fps": getattr(options, "fps", None)}
+    evaluation = Evaluation(sampler, pipe, prompts, seeds, settings, **measured)
+    calibration = model_folder.calibration_options(options)
+    return MethodRows(
+        evaluation, calibration, sites, args.plans or sampler.FOLDER / "cache", options.target, args.store
+    )
 
 
 def main():
     args, rest = parse_arguments()
-    programs = [load_program(folder) for folder in args.folders]
+    samplers = [load_model_folder(folder) for folder in args.folders]
     every_row = []
-    for program in programs:
-        comparison = open_comparison(args, program, model_folder.parse_arguments(program, rest))
+    for sampler in samplers:
+        folder = open_folder(args, sampler, model_folder.parse_arguments(sampler, rest))
         rows = []
-        for row in comparison.rows(args.methods, args.speedups, args.thresholds):
+        for row in folder.rows(args.methods, args.speedups, args.thresholds):
             rows.append(row)
             write_outputs(args, every_row + rows)
             if parallel.is_main():
-                print(f"{program.FOLDER.name}: {row['label']}, {row['speedup_nfe']:.2f}×", file=sys.stderr)
-        comparison.finish()
+                print(f"{sampler.FOLDER.name}: {row['label']}, {row['speedup_nfe']:.2f}×", file=sys.stderr)
+        folder.finish()
         every_row += rows
         if parallel.is_main():
-            print(f"## {program.FOLDER.name}\n\n{table(rows)}\n")
+            print(f"## {sampler.FOLDER.name}\n\n{table(rows)}\n")
             print(f"{rows[0]['prompts']} prompts, {machine()}, {library_versions()}\n")
 
 
 if __name__ == "__main__":
-    run_program(lambda: parallel.together(main))
+    run_program(lambda: parallel.run_on_all_ranks(main))

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Make .venv at the root once, with the tested versions; instant when nothing changed. `setup.sh dev` adds the tools.
+# Create .venv at the root with the tested versions; does nothing when it is up to date.
+# `setup.sh EXTRA` also installs an extra of pyproject.toml: dev, report, peers, …
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 extra=${1:-}

@@ -20,7 +20,8 @@ from diffusers.models.modeling_utils import load_state_dict
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ertacache.utils.errors import ArgumentParser, UserError, run_program
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable
 
 from .autoencoder import AutoencoderOpenSora

@@ -7,11 +7,11 @@ if TYPE_CHECKING:
     from ertacache.calibration.from_pipeline import calibrate
     from ertacache.pipelines.enable import disable, enable
     from ertacache.pipelines.summary import summary
-    from ertacache.plans.budget import BudgetPlan
-    from ertacache.plans.plan import Plan
-    from ertacache.plans.requirements import Conditions
-    from ertacache.plans.threshold import ThresholdPlan
+    from ertacache.plans import BudgetPlan, Plan, ThresholdPlan
+    from ertacache.plans.requirements import Requirements
     from ertacache.utils.errors import PlanError, UserError
+
+    Conditions = Requirements
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Conditions",
     "Plan",
     "PlanError",
+    "Requirements",
     "ThresholdPlan",
     "UserError",
     "__version__",
@@ -28,18 +29,23 @@ __all__ = [
     "summary",
 ]
 _MODULES = {
-    "calibration.from_pipeline": ("calibrate",),
-    "pipelines.enable": ("disable", "enable"),
-    "pipelines.summary": ("summary",),
-    "plans": ("BudgetPlan", "Plan", "ThresholdPlan"),
-    "plans.requirements": ("Conditions",),
-    "utils.errors": ("PlanError", "UserError"),
+    "calibrate": "calibration.from_pipeline",
+    "disable": "pipelines.enable",
+    "enable": "pipelines.enable",
+    "summary": "pipelines.summary",
+    "BudgetPlan": "plans",
+    "Plan": "plans",
+    "ThresholdPlan": "plans",
+    "Requirements": "plans.requirements",
+    "PlanError": "utils.errors",
+    "UserError": "utils.errors",
 }
+_FORMER_NAMES = {"Conditions": "Requirements"}
 
 
 def __getattr__(name: str):
-    """Names are looked up when they are used, so that importing the package costs nothing."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"ertacache.{module}"), name)
-    raise AttributeError(f"module 'ertacache' has no attribute {name!r}")
+    """Import names when they are used, so that importing the package costs nothing."""
+    name = _FORMER_NAMES.get(name, name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ertacache' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ertacache.{_MODULES[name]}"), name)

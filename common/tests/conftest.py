@@ -13,18 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(int(THREADS))
 
 
-class Room:
+class ModelFolder:
     """A model folder, its shipped demo (float32 on the CPU), and how its stock pipeline is called."""
 
     def __init__(self, name, prompts, guidance, **options):
-        from ertacache.demos.model_folder import load_program
+        from ertacache.demos.model_folder import load_model_folder
 
         self.name, self.prompts, self.guidance, self.options = name, prompts, guidance, options
-        self.program = load_program(ROOT / name)
-        self.pipe = self.program.load("demo")
+        self.sampler = load_model_folder(ROOT / name)
+        self.pipe = self.sampler.load("demo")
 
     def stock(self, pipe, prompts, seeds, steps, output_type="latent", guidance=None, **options):
-        """What the stock pipeline returns: latents, or float32 pictures or videos."""
+        """What the stock pipeline returns: latents, or float32 images or videos."""
         if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
             options["max_sequence_length"] = 16
         result = pipe(
@@ -38,38 +38,38 @@ class Room:
         return result.images if hasattr(result, "images") else result.frames
 
 
-PICTURES = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
+IMAGES = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
 VIDEOS = ["a red circle moving left slowly on a blue background", "a green cross moving up"]
-ROOMS = {
-    "flux": ("ERTACache4FLUX", PICTURES, 3.5, {"height": 64, "width": 64}),
+MODEL_FOLDERS = {
+    "flux": ("ERTACache4FLUX", IMAGES, 3.5, {"height": 64, "width": 64}),
     "wan": ("ERTACache4Wan2.1", VIDEOS, 5.0, {"height": 64, "width": 64, "num_frames": 17}),
     "cogvideox": ("ERTACache4CogVideoX-2B", VIDEOS, 6.0, {"height": 64, "width": 64, "num_frames": 17}),
     "opensora": ("ERTACache4OpenSora1.2", VIDEOS, 7.0, {"height": 64, "width": 64, "num_frames": 17}),
 }
 
-FOLDERS = [room[0] for room in ROOMS.values()]
+FOLDERS = [model_folder[0] for model_folder in MODEL_FOLDERS.values()]
 
 
 @cache
-def open_room(key):
-    *arguments, options = ROOMS[key]
-    return Room(*arguments, **options)
+def open_model_folder(key):
+    *arguments, options = MODEL_FOLDERS[key]
+    return ModelFolder(*arguments, **options)
 
 
-@pytest.fixture(scope="session", params=ROOMS)
-def room(request):
-    return open_room(request.param)
+@pytest.fixture(scope="session", params=MODEL_FOLDERS)
+def model_folder(request):
+    return open_model_folder(request.param)
 
 
 @pytest.fixture(scope="session")
 def flux():
-    return open_room("flux").program
+    return open_model_folder("flux").sampler
 
 
 @pytest.fixture(scope="session")
 def demo():
     """The trained FLUX demo that is shipped, float32 on the CPU."""
-    return open_room("flux").pipe
+    return open_model_folder("flux").pipe
 
 
 @pytest.fixture(scope="session")

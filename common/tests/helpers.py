@@ -11,18 +11,29 @@ import zlib
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 import ertacache
-from ertacache import BudgetPlan, Conditions, ThresholdPlan
+from ertacache import BudgetPlan, Plan, Requirements, ThresholdPlan, UserError
 from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import first_order, solver_of
 from ertacache.utils.provenance import fingerprint
 from tiny_pipelines import STEPS, flux
-from toy import Pipe, Program
+from toy import Pipe, ToySampler
+
+
+@contextlib.contextmanager
+def refused(*words, error=UserError):
+    """The block ends with this error, in one line that has these words: the value, and what to do."""
+    with pytest.raises(error) as caught:
+        yield caught
+    message = str(caught.value)
+    missing = [word for word in map(str, words) if word not in message]
+    assert not missing and "\n" not in message, f"{missing} missing in: {message}"
 
 
 class CallCounter:
@@ -48,10 +59,35 @@ MATRIX = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
 TOY_STEPS = 12
 
 
-def budget_calibration(tmp_path, prompts=8, steps=TOY_STEPS, matrix=MATRIX, program=None, **options):
-    names, settings = [f"p{i}" for i in range(prompts)], {"steps": steps}
-    options = {"settings": settings, "batch_size": 3, "work": tmp_path, "progress": False, **options}
-    return BudgetCalibration(program or Program(), Pipe(matrix), names, list(range(prompts)), **options)
+def toy_session(work, prompts=8, steps=TOY_STEPS, matrix=MATRIX, sampler=None, batch_size=3, **settings):
+    """A calibration session on dx/ds = A x; prompts: their number, or texts."""
+    names = [f"p{i}" for i in range(prompts)] if isinstance(prompts, int) else list(prompts)
+    options = {"settings": {"steps": steps, **settings}, "batch_size": batch_size, "work": work, "progress": False}
+    return CalibrationSession(sampler or ToySampler(), Pipe(matrix), names, range(len(names)), **options)
+
+
+def all_inputs(session):
+    """The inputs of all calibration prompts in one batch, past the session's own batches."""
+    return session.sampler.prepare(session.pipe, session.prompts, session.seeds, **session.settings)
+
+
+def budget_calibration(work, target="reference", **options):
+    """A calibration of budget plans on dx/ds = A x."""
+    return BudgetCalibration(toy_session(work, **options), target)
+
+
+# --- model folders -----------------------------------------------------------------------------------------------------
+
+
+def shipped_plans(sampler) -> dict[str, Plan]:
+    """The plans of a model folder's demo, by file name."""
+    return {path.name: Plan.load(path) for path in sorted((sampler.FOLDER / "cache").glob("demo-*.json"))}
+
+
+def shipped_plan(sampler, kind) -> Plan:
+    """The one nearest to half of the steps. kind: site of a threshold plan, or target of a budget plan."""
+    plans = [p for p in shipped_plans(sampler).values() if kind == (p.target if p.kind == "budget" else p.site)]
+    return min(plans, key=lambda plan: abs(plan.nfe - plan.steps / 2))
 
 
 # --- tiny pipelines --------------------------------------------------------------------------------------------------
@@ -59,24 +95,24 @@ def budget_calibration(tmp_path, prompts=8, steps=TOY_STEPS, matrix=MATRIX, prog
 HALF = (0, 1, 3, 5)
 
 
-def conditions(tiny, steps=STEPS):
-    return Conditions.of(SimpleNamespace(transformer=tiny.pipe.transformer, scheduler=tiny.pipe.scheduler), steps, {})
+def requirements(tiny, steps=STEPS):
+    return Requirements.of(tiny.pipe, steps, {})
 
 
-def budget_plan(tiny, computed, anchors=1):
+def budget_plan(tiny, computed, history_length=1):
     """First-order jumps between these steps, on the grid that the pipeline itself asks for."""
     tiny.run()
     own, ends = tiny.pipe.scheduler, [*computed, STEPS]
-    grid = tuple(solver_of(own).levels.tolist())
+    grid = tuple(solver_of(own).sigmas.tolist())
     jumps = [first_order(own, i, k) for i, k in pairwise(ends)]
-    weights = tuple((w, *[0.0] * (anchors - 1)) for _, w in jumps)
-    return BudgetPlan(conditions(tiny), tuple(computed), weights, grid, scale=tuple(a for a, _ in jumps))
+    weights = tuple((w, *[0.0] * (history_length - 1)) for _, w in jumps)
+    return BudgetPlan(requirements(tiny), tuple(computed), weights, grid, scale=tuple(a for a, _ in jumps))
 
 
 def threshold_plan(tiny, cached, **changes):
     tiny.run()
-    grid = tuple(solver_of(tiny.pipe.scheduler).levels.tolist())
-    return ThresholdPlan(conditions(tiny), 0.1, cached, "output", grid, **changes)
+    grid = tuple(solver_of(tiny.pipe.scheduler).sigmas.tolist())
+    return ThresholdPlan(requirements(tiny), 0.1, cached, "output", grid, **changes)
 
 
 PROMPTS = ["a red star", "a small blue ring", "green stripes", "a dotted ground", "two rings"]
@@ -142,7 +178,7 @@ context.set_forkserver_preload(["ertacache.calibration.budget", "accelerate"])
 
 
 def processes(size, work, folder):
-    """Run work(folder) as `size` processes: their exit codes, results and what they said on stderr, by rank."""
+    """Run work(folder) as `size` processes: their exit codes, results and stderr, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,9 +188,9 @@ def processes(size, work, folder):
     for process in children:
         process.join(60)
         process.kill()  # nothing, where it has ended
-    results, said = ([folder / f"{name}-{rank}" for rank in range(size)] for name in ("result", "stderr"))
+    results, errors = ([folder / f"{name}-{rank}" for rank in range(size)] for name in ("result", "stderr"))
     results = [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
-    return [process.exitcode for process in children], results, [path.read_text() for path in said]
+    return [process.exitcode for process in children], results, [path.read_text() for path in errors]
 
 
 def child(rank, size, port, work, folder):

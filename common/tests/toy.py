@@ -53,7 +53,7 @@ class Inputs:
         return replace(self, sigmas=sigmas)
 
 
-class Program:
+class ToySampler:
     """prepare, denoise and open_site as in a model folder; `width` numbers a latent row, `rows` rows a prompt."""
 
     def __init__(self, rows=8):

@@ -23,36 +23,38 @@ from pathlib import Path
 
 import torch
 
-from ertacache.demos.model_folder import load_program
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
-from ertacache.utils.errors import ArgumentParser, UserError, run_program
+from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions
+from ertacache.utils.tables import markdown
 from random_models import MODELS, random_module
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("folder", "method", "compile", "steps", *NUMBERS, "peak_memory_mib", "error")
 
 
-def open_pipeline(program, args: Namespace):
-    """The folder's pipeline at the asked size, with random weights."""
-    model, dtype = MODELS[program.FOLDER.name], getattr(torch, args.dtype)
+def open_pipeline(sampler, args: Namespace):
+    """Return the folder's pipeline at the chosen size, with random weights."""
+    model, dtype = MODELS[sampler.FOLDER.name], getattr(torch, args.dtype)
     new = partial(random_module, args.device, dtype)
-    pipe = model.build(program.FOLDER / "demo", getattr(model, args.size), new)
+    pipe = model.build(sampler.FOLDER / "demo", getattr(model, args.size), new)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def rows_of(program, args: Namespace) -> Iterator[dict]:
-    """A folder's rows; of a model that cannot be made, for want of memory say, rows with the error."""
-    settings = getattr(MODELS[program.FOLDER.name], args.size).settings
+def rows_of(sampler, args: Namespace) -> Iterator[dict]:
+    """Yield a folder's rows; rows with the error where the model cannot be made, for example for lack of memory."""
+    settings = getattr(MODELS[sampler.FOLDER.name], args.size).settings
     settings = {**settings, "steps": args.steps or settings["steps"]}
-    common = {"folder": program.FOLDER.name, "size": args.size}
+    common = {"folder": sampler.FOLDER.name, "size": args.size}
     common |= origin(torch.device(args.device), getattr(torch, args.dtype))
     latency = error = None
     try:
-        pipe = open_pipeline(program, args)
-        latency = Latency(program, pipe, program.settings_of(pipe, **settings), args.repeats)
+        pipe = open_pipeline(sampler, args)
+        latency = Latency(sampler, pipe, sampler.settings_of(pipe, **settings), args.repeats)
     except torch.OutOfMemoryError as caught:
         error = describe(caught)
     for backend in {"no": (None,), "yes": (args.backend,), "both": (None, args.backend)}[args.compile]:
@@ -62,7 +64,7 @@ def rows_of(program, args: Namespace) -> Iterator[dict]:
 
 
 def origin(device: torch.device, dtype: torch.dtype) -> dict:
-    """What a number was measured with."""
+    """Return what a number was measured with."""
     libraries = library_versions()
     try:
         libraries["cache-dit"] = version("cache-dit")
@@ -78,15 +80,9 @@ def origin(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
-
-    def cell(value) -> str:
-        if value is None:
-            return "–"
-        return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
-    lines = ["| " + " | ".join(cell(row[name]) for name in COLUMNS) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines])
+    """Return the rows as a Markdown table."""
+    cells = [[row[name] for name in COLUMNS] for row in rows]
+    return markdown(COLUMNS, [[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in cells])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
@@ -106,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
 
 
 def checked(args: Namespace) -> Namespace:
-    """The arguments with their defaults, once they make sense."""
+    """Return the arguments with their defaults; refuse what makes no sense."""
     args.methods = args.methods.split(",")
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
@@ -139,8 +135,8 @@ def main():
     args, rows = parse_arguments(), []
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
-    for program in [load_program(folder) for folder in args.folders]:
-        for row in rows_of(program, args):
+    for sampler in [load_model_folder(folder) for folder in args.folders]:
+        for row in rows_of(sampler, args):
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
         if args.json:  # after each model: full sizes take long

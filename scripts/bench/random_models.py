@@ -1,6 +1,7 @@
-"""The published architectures with random weights, in stock pipelines whose other parts are left out or thin.
+"""Stock pipelines with the published transformer architectures and random weights.
 
-Tokenizers are those of the demos; a thin text encoder gives states of the published width and number of tokens.
+The other components are missing or tiny. Tokenizers are those of the demos; a tiny text encoder returns states of the
+published width and length.
 """
 
 from collections.abc import Callable
@@ -12,16 +13,29 @@ import torch
 
 @dataclass(frozen=True)
 class Size:
-    """transformer: its config where that is not the class's default. text: tokens. settings: of the folder's loop."""
+    """Size of a model and of its run.
+
+    Attributes:
+        transformer: Arguments of the transformer where they differ from the class's defaults.
+        text_length: Number of text tokens.
+        settings: Settings of the model folder.
+    """
 
     transformer: dict
-    text: int
+    text_length: int
     settings: dict
 
 
 @dataclass(frozen=True)
 class Model:
-    """build(demo, size, new) → the pipeline, from the tokenizers in demo/; new(kind, …) makes a module of that kind."""
+    """A model in two sizes.
+
+    Attributes:
+        build: build(demo, size, new) returns the pipeline. It takes the tokenizers of the folder `demo`; new(cls, …)
+            makes a module of a class.
+        full: The published size.
+        small: A toy size, for the CPU.
+    """
 
     build: Callable
     full: Size
@@ -31,35 +45,43 @@ class Model:
 # --- pipelines around a random transformer -----------------------------------------------------------------------
 
 
-def random_module(device: str, dtype: torch.dtype, kind, *arguments, **options) -> torch.nn.Module:
-    """A module with random weights, made on its device and in its dtype; what diffusers keeps in float32 stays so."""
-    before = torch.get_default_dtype()
+def random_module(device: str, dtype: torch.dtype, cls, *arguments, **options) -> torch.nn.Module:
+    """Return a module with random weights (seed 0), made on its device and in its dtype.
+
+    Args:
+        device: Of the module.
+        dtype: Of its weights, but float32 for those that diffusers keeps in float32.
+        cls: Class of the module.
+        *arguments: Of the class.
+        **options: Of the class.
+    """
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), torch.random.fork_rng():
             torch.manual_seed(0)
-            module = kind(*arguments, **options).eval().requires_grad_(False)
+            module = cls(*arguments, **options).eval().requires_grad_(False)
     finally:
-        torch.set_default_dtype(before)
-    wide = getattr(module, "_keep_in_fp32_modules", None) or ()
+        torch.set_default_dtype(default_dtype)
+    kept_in_float32 = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        wanted = torch.float32 if set(wide) & set(name.split(".")) else dtype
-        tensor.data = tensor.data.to(wanted)
+        tensor.data = tensor.data.to(torch.float32 if kept_in_float32 & set(name.split(".")) else dtype)
     return module
 
 
-def text_encoder(new, kinds, tokenizer, width: int):
-    """One thin layer whose states are as wide as the published T5's. kinds: classes of the config and the model."""
-    config, model = kinds
+def text_encoder(new, classes, tokenizer, width: int):
+    """Return a text encoder of one tiny layer whose states have this width; `classes`: of its config and the model."""
+    config, model = classes
     return new(model, config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
 
 
 def build_flux(demo: Path, size: Size, new):
+    """Return a `FluxPipeline` without a VAE."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
     clip = CLIPTokenizer.from_pretrained(demo / "tokenizer")
-    t5 = T5Tokenizer.from_pretrained(demo / "tokenizer_2", model_max_length=size.text)
+    t5 = T5Tokenizer.from_pretrained(demo / "tokenizer_2", model_max_length=size.text_length)
     transformer = new(FluxTransformer2DModel, **size.transformer)
     pooled = CLIPTextConfig(
         vocab_size=len(clip),
@@ -82,10 +104,11 @@ def build_flux(demo: Path, size: Size, new):
 
 
 def build_wan(demo: Path, size: Size, new):
+    """Return a `WanPipeline` without a VAE."""
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text)
+    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text_length)
     transformer = new(WanTransformer3DModel, **size.transformer)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return WanPipeline(
@@ -98,6 +121,7 @@ def build_wan(demo: Path, size: Size, new):
 
 
 def build_cogvideox(demo: Path, size: Size, new):
+    """Return a `CogVideoXPipeline` with a tiny VAE."""
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -106,13 +130,13 @@ def build_cogvideox(demo: Path, size: Size, new):
     )
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text)
+    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text_length)
     transformer = new(CogVideoXTransformer3DModel, **size.transformer)
-    thin = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 16}
+    vae = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 16}
     return CogVideoXPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder(new, (T5Config, T5EncoderModel), tokenizer, transformer.config.text_embed_dim),
-        vae=new(AutoencoderKLCogVideoX, **thin),
+        vae=new(AutoencoderKLCogVideoX, **vae),
         transformer=transformer,
         scheduler=CogVideoXDDIMScheduler(
             beta_start=0.00085,
@@ -126,18 +150,19 @@ def build_cogvideox(demo: Path, size: Size, new):
 
 
 def build_opensora(demo: Path, size: Size, new):
+    """Return an `OpenSoraPipeline` with a tiny VAE."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     from opensora12 import AutoencoderOpenSora, OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel
 
-    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text)
+    tokenizer = T5Tokenizer.from_pretrained(demo / "tokenizer", model_max_length=size.text_length)
     transformer = new(STDiT3Transformer3DModel, **size.transformer)
-    thin = {f"{part}_block_out_channels": (8, 8, 8, 8) for part in ("spatial", "temporal")}
-    thin |= {"spatial_norm_num_groups": 4, "temporal_norm_num_groups": 4}
+    vae = {f"{stage}_block_out_channels": (8, 8, 8, 8) for stage in ("spatial", "temporal")}
+    vae |= {"spatial_norm_num_groups": 4, "temporal_norm_num_groups": 4}
     return OpenSoraPipeline(
         tokenizer,
         text_encoder(new, (T5Config, T5EncoderModel), tokenizer, transformer.config.caption_channels),
-        new(AutoencoderOpenSora, **thin, spatial_layers_per_block=1, temporal_num_res_blocks=1),
+        new(AutoencoderOpenSora, **vae, spatial_layers_per_block=1, temporal_num_res_blocks=1),
         transformer,
         RFlowScheduler(),
     )

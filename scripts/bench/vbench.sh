@@ -1,13 +1,13 @@
 #!/bin/sh
 # VBench scores of videos, by its own package: sh scripts/bench/vbench.sh FOLDER [FOLDER …]
-# For example the `sample/` of a model folder. Needs a GPU and, at the first run, the network for VBench's weights. The package
-# wants old versions of torch and transformers: give it an environment of its own (pip install vbench there), and name its command
-# in VBENCH.
+# A folder is, for example, the sample/ of a model folder. Needs a GPU, and the network in the first run, for VBench's weights.
+# The package needs old versions of torch and transformers: install it in an environment of its own (pip install vbench) and
+# set VBENCH to its command.
 set -eu
 VBENCH=${VBENCH:-vbench}      # the command of the package
-MODE=${MODE:-custom_input}    # any videos; vbench_standard: one folder with 5 videos of each VBench prompt, PROMPT-0.mp4 … PROMPT-4.mp4
-DIMENSIONS=${DIMENSIONS:-}    # empty: the six that any video has, or with vbench_standard all sixteen
-OUT=${OUT:-runs/vbench}       # where the scores go, a folder for each folder of videos
+MODE=${MODE:-custom_input}    # any videos; vbench_standard: a folder with PROMPT-0.mp4 … PROMPT-4.mp4 of each VBench prompt
+DIMENSIONS=${DIMENSIONS:-}    # empty: the six that suit any video; with vbench_standard all sixteen
+OUT=${OUT:-runs/vbench}       # output, with one folder per folder of videos
 any="subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality imaging_quality"
 [ "$MODE" = custom_input ] || any="$any temporal_flickering object_class multiple_objects human_action color \
     spatial_relationship scene temporal_style appearance_style overall_consistency"

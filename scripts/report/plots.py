@@ -1,4 +1,4 @@
-"""The drawings of scripts/report/report.py, by matplotlib."""
+"""Drawings of scripts/report/report.py, by matplotlib; `section` is a `Section` of evaluation/report.py."""
 
 import io
 import math
@@ -6,13 +6,14 @@ import re
 from html import escape
 
 from ertacache.evaluation import report
-from ertacache.evaluation.ranking import OURS, TITLES, is_ours, speedup
+from ertacache.evaluation.ranking import OUR_FAMILIES, TITLES, is_ours, speedup
 
 PLOTTED = ("psnr", "ssim", "exact_psnr")
 AXES = {"flops": "speed-up by FLOPs", "latency": "measured latency speed-up"}
 MARKERS = "o^svDPX<>phd*8"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-COLOURS = {f"#0000a{i}": f"var(--c{i})" for i in range(10)}  # 0 and 1: ours; 2 to 7: others
+# Marked colours of matplotlib → CSS variables. c0 and c1: our methods; c2 to c7: others.
+COLOURS = {f"#0000a{i}": f"var(--c{i})" for i in range(10)}
 COLOURS |= {"#0000b0": "var(--ink)", "#0000b1": "var(--line)", "#0000b2": "var(--page)"}
 INK, LINE, GROUND = "#0000b0", "#0000b1", "#0000b2"
 TEXT = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 5}
@@ -20,14 +21,19 @@ SSIM_TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0
 
 
 def towards_one(ssim: float) -> float:
-    """−log10(1 − SSIM), so that 0.9, 0.99, 0.999 are equally far apart; at most 6."""
+    """Return −log10(1 − SSIM), at most 6: 0.9, 0.99 and 0.999 are equally far apart."""
     return -math.log10(max(1 - ssim, 1e-6))
 
 
 def style(number: int, rows: list[dict]) -> dict:
-    """Marker, dash and colour of a curve: ours thick and filled, others thin and hollow."""
+    """Return the marker, dash and colour of a curve: thick and filled for our methods, thin and hollow for others.
+
+    Args:
+        number: Of the curve in its section.
+        rows: The curve's points.
+    """
     ours = is_ours(rows[0])
-    colour = f"#0000a{OURS.index(rows[0]['family']) if ours else 2 + number % 6}"
+    colour = f"#0000a{OUR_FAMILIES.index(rows[0]['family']) if ours else 2 + number % 6}"
     return {
         "color": colour,
         "marker": MARKERS[number % len(MARKERS)],
@@ -40,7 +46,13 @@ def style(number: int, rows: list[dict]) -> dict:
 
 
 def figure(width: float, height: float, **options):
-    """A matplotlib figure (inches) and its axes; drawn in marked colours, which `svg` makes CSS variables."""
+    """Return a matplotlib figure and its axes, in marked colours, which `svg` replaces by CSS variables.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        **options: Of `Figure.subplots`.
+    """
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -52,7 +64,13 @@ def figure(width: float, height: float, **options):
 
 
 def svg(drawing, name: str, alt: str) -> str:
-    """An <svg> for inlining: scalable, without ids that two drawings share, colours as the page's CSS variables."""
+    """Return the drawing as an inline <svg>: scalable, in the page's CSS variables, without ids that could clash.
+
+    Args:
+        drawing: The figure.
+        name: Salt of the remaining ids.
+        alt: Alternative text.
+    """
     from matplotlib import rcParams
 
     rcParams["svg.hashsalt"] = name
@@ -69,7 +87,16 @@ def svg(drawing, name: str, alt: str) -> str:
 
 
 def plot(section, metric: str, axis: str) -> str | None:
-    """Quality against speed-up, a curve a method; None when nothing was measured."""
+    """Draw quality against speed-up, one curve per method.
+
+    Args:
+        section: Rows of one model.
+        metric: A quality in PLOTTED.
+        axis: "flops" or "latency".
+
+    Returns:
+        An <svg>, or None when nothing was measured.
+    """
     x_of = speedup if axis == "flops" else lambda row: row.get("speedup_latency")
     y_of = (lambda row: towards_one(row[metric])) if metric == "ssim" else lambda row: row[metric]
     drawing, axes = figure(4.3, 3.1)
@@ -93,26 +120,26 @@ def plot(section, metric: str, axis: str) -> str | None:
         ticks = [tick for tick in SSIM_TICKS if low <= towards_one(tick) <= high]
         axes.set_yticks([towards_one(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
     label_starts(axes, starts)
-    alt = f"{section.folder}: {TITLES[metric]} against {AXES[axis]}, a curve a method; the values are in the tables"
+    alt = f"{section.folder}: {TITLES[metric]} against {AXES[axis]}, one curve per method; the values are in the tables"
     return svg(drawing, f"{section.folder}-{section.model}-{metric}-{axis}", alt)
 
 
 def label_starts(axes, starts: list[tuple]) -> None:
-    """The name of each of our curves, right of its first point, none over another."""
-    height, at = axes.get_ylim()[1] - axes.get_ylim()[0], math.inf
+    """Write the names of our curves to the right of their first points, without overlap."""
+    height, y_label = axes.get_ylim()[1] - axes.get_ylim()[0], math.inf
     for x, y, name in sorted(starts, key=lambda start: -start[1]):
-        at = min(y, at - 0.07 * height)
-        axes.annotate(name, (x, at), (7, 2), weight="bold", parse_math=False, **TEXT)
+        y_label = min(y, y_label - 0.07 * height)
+        axes.annotate(name, (x, y_label), (7, 2), weight="bold", parse_math=False, **TEXT)
 
 
 def timeline(section, row: dict, number: int) -> dict:
-    """Which steps of a plan's grid are computed, and the error at each of them."""
-    found = row["timeline"]
-    steps, computed, error = len(found["sigmas"]) - 1, found["computed"], found["error"]
+    """Draw which steps of a plan's grid are computed, and the error at each of them; return template variables."""
+    sigmas, computed, error = (row["timeline"][name] for name in ("sigmas", "computed", "error"))
+    steps = len(sigmas) - 1
     drawing, (above, below) = figure(4.3, 1.7, nrows=2, sharex=True, height_ratios=(4, 1))
-    shown = [(i, e) for i, e in zip(computed, error or computed, strict=True) if error and e > 0]
-    if shown:
-        above.plot(*zip(*shown, strict=True), marker="o", markersize=3.5, color="#0000a0")
+    points = [(i, e) for i, e in zip(computed, error or computed, strict=True) if error and e > 0]
+    if points:
+        above.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color="#0000a0")
         above.set(yscale="log", ylabel="error")
         above.grid(True, axis="y")
     else:
@@ -121,7 +148,7 @@ def timeline(section, row: dict, number: int) -> dict:
     below.vlines(range(steps), 0, 0.35, color=INK, linewidth=0.8)
     below.bar(computed, 1, width=max(0.7, steps / 90), color="#0000a0")
     below.set(yticks=[], ylim=(0, 1), xlim=(-1, steps))
-    below.set_xlabel(f"step (noise level {found['sigmas'][0]:.3g} to {found['sigmas'][-1]:.3g})")
+    below.set_xlabel(f"step (noise level {sigmas[0]:.3g} to {sigmas[-1]:.3g})")
     below.spines["left"].set_visible(False)
     alt = f"{row['label']}: {len(computed)} of {steps} steps are computed: {', '.join(map(str, computed))}"
     name = f"{section.folder}-{section.model}-timeline-{number}"
@@ -129,7 +156,7 @@ def timeline(section, row: dict, number: int) -> dict:
 
 
 def legend(section) -> list[dict]:
-    """A swatch a curve."""
+    """Return the legend: name and swatch of each curve."""
     entries = []
     for number, (name, rows) in enumerate(report.curves(section).items()):
         drawing, axes = figure(0.5, 0.2)
@@ -140,7 +167,7 @@ def legend(section) -> list[dict]:
     return entries
 
 
-FAMILIES = {  # of `overview`: colour, and what its legend calls it
+FAMILIES = {  # colour and name of each family in `overview`
     "budget": ("#0b5fd0", "budget plans"),
     "ertacache": ("#0a7d4f", "threshold plans (the paper's)"),
     "peer": ("#9a9a9a", "other caches"),
@@ -149,7 +176,7 @@ FAMILIES = {  # of `overview`: colour, and what its legend calls it
 
 
 def overview(sections, metric: str = "psnr") -> bytes:
-    """A PNG with a panel a model folder: quality against speed-up in FLOPs, a line a method, a colour a family."""
+    """Return a PNG of quality against speed-up: one panel per model folder, one line per method, coloured by family."""
     from matplotlib import style as styles
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -160,11 +187,11 @@ def overview(sections, metric: str = "psnr") -> bytes:
     for panel, section in zip(panels, sections, strict=True):
         for name, rows in report.curves(section).items():
             if name == "budget-exact" and not metric.startswith("exact"):
-                continue  # they do not aim at the uncached run
+                continue  # its target is not the uncached run
             points = sorted((speedup(row), row[metric]) for row in rows if row.get(metric) is not None)
             ours, (colour, _) = is_ours(rows[0]), FAMILIES[rows[0]["family"]]
-            how = {"color": colour, "linewidth": 2.4 if ours else 1, "markersize": 5 if ours else 3}
-            panel.plot(*zip(*points, strict=True), marker="o", zorder=3 + ours, **how)
+            line = {"color": colour, "linewidth": 2.4 if ours else 1, "markersize": 5 if ours else 3}
+            panel.plot(*zip(*points, strict=True), marker="o", zorder=3 + ours, **line)
         panel.set(title=section.folder.removeprefix("ERTACache4"), xlabel="speed-up in FLOPs, ×")
         panel.grid(True, linewidth=0.5, color="#dddddd")
         panel.spines[["top", "right"]].set_visible(False)

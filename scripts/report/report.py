@@ -3,9 +3,9 @@
     .venv/bin/python scripts/evaluate.py ERTACache4FLUX --methods budget --speedups 2,3 --samples 4 --json flux.json
     .venv/bin/python scripts/report/report.py flux.json wan.json --out report.html --markdown tables.md
 
-For each model folder: quality against speed-up, the steps that each plan computes, pictures or videos side by side,
-tables with every method's place at each asked speed-up, and where and how the rows were measured. It needs the packages
-of the extra `report`: `.venv/bin/pip install -c constraints.txt -e .[report]`.
+For each model folder: quality against speed-up, the steps that each plan computes, images or videos side by side,
+tables with every method's place at each target speed-up, and where and how the rows were measured. It needs the
+packages of the extra `report`: `.venv/bin/pip install -c constraints.txt -e .[report]`.
 """
 
 import base64
@@ -15,17 +15,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ertacache import UserError
+from ertacache.cli.arguments import ArgumentParser
 from ertacache.evaluation import report
 from ertacache.evaluation.ranking import is_ours, markdown, speedup
-from ertacache.utils.errors import ArgumentParser, run_program
+from ertacache.evaluation.rows import MEDIA, read_source
+from ertacache.utils.errors import run_program
 from ertacache.utils.files import write_atomically
+from ertacache.utils.tables import MISSING
+from ertacache.utils.tables import markdown as markdown_table
 from plots import AXES, PLOTTED, legend, overview, plot, timeline
 
 PAGE = Path(__file__).resolve().parent / "page"
 
 
 class Media:
-    """Pictures and videos in base64, each content once."""
+    """Images and videos in base64, each content once."""
 
     def __init__(self):
         self.entries: list[dict] = []
@@ -38,12 +42,12 @@ class Media:
             raise UserError(f"cannot read sample {path} ({error.strerror}): mend its permissions") from error
         if data not in self.known:
             self.known[data] = len(self.entries)
-            self.entries.append({"type": report.MEDIA[path.suffix], "data": base64.b64encode(data).decode()})
+            self.entries.append({"type": MEDIA[path.suffix], "data": base64.b64encode(data).decode()})
         return self.known[data]
 
 
 def samples(section, media: Media) -> dict | None:
-    """Pictures or videos of each method at each of its settings, beside the uncached ones; None without any.
+    """Images or videos of each method at each of its settings, beside the uncached ones; None without any.
 
     Prompts are those of the uncached run that the method has too, each by its number in `prompts`.
     """
@@ -67,20 +71,20 @@ def of_prompts(row: dict, prompts: list[str], media: Media) -> dict[int, int]:
 
 
 def setting(row: dict) -> str:
-    """A row in one line: asked and reached speed-up, label, PSNR."""
+    """Return a row in one line: target and reached speed-up, label, PSNR."""
     asked = "" if row["asked"] is None else f"{row['asked']:g}× asked, "
     psnr = "" if row.get("psnr") is None else f", {row['psnr']:.1f} dB"
     return f"{asked}{speedup(row):.2f}× reached: {row['label']}{psnr}"
 
 
 def view(section, media) -> dict:
-    """All that the template shows of a model folder."""
-    asked = [*section.asked, *([None] if any(row["asked"] is None for row in section.methods) else [])]
+    """Return what the template shows of a model folder."""
+    targets = [*section.targets, *([None] if any(row["asked"] is None for row in section.methods) else [])]
     ours = [row for rows in report.curves(section).values() for row in rows if is_ours(row)]
     return {
         "section": section,
-        "tables": [report.table(section, value) for value in asked],
-        "verdicts": {value: report.verdicts(section, value) for value in section.asked},
+        "tables": [report.table(section, value) for value in targets],
+        "verdicts": {value: report.verdicts(section, value) for value in section.targets},
         "plots": {axis: {report.plain(m): plot(section, m, axis) for m in PLOTTED} for axis in AXES},
         "legend": legend(section),
         "timelines": [timeline(section, row, n) for n, row in enumerate(ours) if row.get("timeline")],
@@ -90,7 +94,7 @@ def view(section, media) -> dict:
 
 
 def page(sections, sources, title: str) -> str:
-    """The HTML; its only script is allowed by its hash, and no rule lets it reach a network."""
+    """Return the HTML; its only script is allowed by its hash, and no rule lets it reach a network."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -112,30 +116,30 @@ def page(sections, sources, title: str) -> str:
 
 
 def summary(sections: list[report.Section]) -> str:
-    """Markdown: who is first at each speed-up, and how far our budget plans are from the others."""
+    """Return a Markdown table: who is first at each speed-up, and the margin of our budget plans."""
     head = ["model", "asked", "by", "first", "value", "our best place", "− best other cache", "− best of all others"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for section in sections:
-        for asked in section.asked:
-            for verdict in report.verdicts(section, asked):
-                first = ", ".join(row["label"].replace("|", "\\|") for row, _ in verdict["first"])
-                place = f"{verdict['ours'][0] if verdict['ours'] else report.MISSING} of {verdict['of']}"
-                leads = [report.lead(section, asked, verdict["metric"], others=("peer",)), verdict["margin"]]
+        for target in section.targets:
+            for verdict in report.verdicts(section, target):
+                first = ", ".join(row["label"] for row, _ in verdict["first"])
+                place = f"{verdict['ours'][0] if verdict['ours'] else MISSING} of {verdict['of']}"
+                leads = [report.lead(section, target, verdict["metric"], others=("peer",)), verdict["margin"]]
                 model = section.folder.removeprefix("ERTACache4")
-                lines.append([model, f"{asked:g}×", verdict["title"], first, verdict["first"][0][1], place, *leads])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+                lines.append([model, f"{target:g}×", verdict["title"], first, verdict["first"][0][1], place, *leads])
+    return markdown_table(head, lines)
 
 
 def tables(sections) -> str:
-    """Markdown: who is first, and a table for each folder and asked speed-up."""
+    """Return Markdown: who is first, and a table for each folder and target speed-up."""
     parts = ["## Who is first", "Differences are those of our best budget plan.", summary(sections)]
     for section in sections:
         facts = section.rows[0]
         where = f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}"
         parts += [f"## {section.folder}, {section.model}", f"{where}. Bold: the best among the rows with a place."]
-        for asked in section.asked:
-            rows = [row for row in section.methods if row["asked"] == asked]
-            parts += [f"### {asked:g}×", markdown(rows, list(report.TABLE)), *report.notes(rows)]
+        for target in section.targets:
+            rows = [row for row in section.methods if row["asked"] == target]
+            parts += [f"### {target:g}×", markdown(rows, list(report.TABLE)), *report.notes(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -146,22 +150,22 @@ def main():
     parser.add_argument("--title", default="ERTACache: what was measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as markdown")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE.png", help="also draw PSNR against speed-up, a panel a model"
+        "--image", type=Path, metavar="FILE.png", help="also draw PSNR against speed-up, a panel a model"
     )
     args = parser.parse_args()
-    for path in filter(None, (args.out, args.markdown, args.picture)):
+    for path in filter(None, (args.out, args.markdown, args.image)):
         if not path.parent.is_dir() or path.is_dir():
             raise UserError(f"cannot write {path}: name a file in a folder that exists")
     absent = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if absent:
         raise UserError(f"{', '.join(absent)} is not installed: .venv/bin/pip install -c constraints.txt -e .[report]")
-    sources = [report.read_source(path) for path in args.rows]
+    sources = [read_source(path) for path in args.rows]
     sections = report.sections(sources)
     html = page(sections, sources, args.title).encode()
     if args.markdown:
         write_atomically(args.markdown, tables(sections).encode())
-    if args.picture:
-        write_atomically(args.picture, overview(sections))
+    if args.image:
+        write_atomically(args.image, overview(sections))
     write_atomically(args.out, html)
     print(
         f"{args.out}: {len(html) / 2**20:.1f} MiB, {sum(len(s.rows) for s in sources)} rows of {len(sections)} models"

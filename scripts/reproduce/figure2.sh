@@ -5,8 +5,8 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: held-out captions of the demo
-COUNT=${COUNT:-8}             # prompts of (a)
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: held-out captions of the demo
+COUNT=${COUNT:-8}             # prompts for (a)
 FOLDER=${FOLDER:-ERTACache4FLUX}
 OUT=${OUT:-runs/reproduce/figure2-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }

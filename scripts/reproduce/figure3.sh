@@ -4,10 +4,10 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: held-out captions of the demo
-COUNT=${COUNT:-3}             # prompts that are shown
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: held-out captions of the demo
+COUNT=${COUNT:-3}             # prompts to show
 FOLDERS=${FOLDERS:-}          # empty: all four
-REPEATS=${REPEATS:-3}         # timed runs, interleaved with uncached ones; 0: no latency
+REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; 0: no latency
 OUT=${OUT:-runs/reproduce/figure3-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh

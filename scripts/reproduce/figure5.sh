@@ -4,8 +4,8 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # what is measured, one prompt a line; empty: COUNT held-out captions of the demo
-CALIBRATION=${CALIBRATION:-}  # other prompts, for calibration; empty: captions of the demo's training part
+PROMPTS=${PROMPTS:-}          # prompts to measure on, one per line; empty: COUNT held-out captions of the demo
+CALIBRATION=${CALIBRATION:-}  # other prompts to calibrate on; empty: captions of the demo's training part
 COUNT=${COUNT:-32}
 COUNTS=${COUNTS:-2,4,8,16}    # calibration prompts
 FOLDER=${FOLDER:-ERTACache4FLUX}

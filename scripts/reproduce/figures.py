@@ -23,16 +23,18 @@ import imageio.v2 as imageio
 import numpy as np
 
 from ertacache import UserError
-from ertacache.caches.fitting import Bench
-from ertacache.calibration.from_folder import open_calibration
+from ertacache.caches.fitting import PipelineUnderTest
+from ertacache.calibration.from_folder import open_session
+from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli import model_folder
-from ertacache.demos.model_folder import load_program, world
+from ertacache.cli.arguments import parse_list
+from ertacache.demos.model_folder import grammar_of, load_model_folder
 from ertacache.plans.names import check_speedups
 from ertacache.utils import media
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts, write_atomically
 from ertacache.utils.provenance import library_versions, machine
-from tables import ROOT, evaluate, fastest, open_parser, paper, parse_arguments, room
+from tables import ROOT, evaluate, fastest, folder_flags, open_parser, paper, parse_arguments
 from trajectories import distances, on_plane, trajectory
 
 RECTIFIED = "policy + time (*) + rectification"
@@ -103,21 +105,22 @@ def draw_paths(rows: list[dict]):
         path = np.array([[row["along"], row["across"]] for row in rows if row["run"] == name])
         if len(path):
             panel.plot(*path.T, line, color=colour, label=label, marker=".", markersize=4)
-    panel.set(xlabel="from noise (0) to picture (1)", ylabel="across, in the direction of the cached run's drift")
+    panel.set(xlabel="from noise (0) to image (1)", ylabel="across, in the direction of the cached run's drift")
     panel.legend()
     return figure
 
 
 def figure2(args) -> None:
-    folder, program, pipe, options = open_room(args)
-    settings = model_folder.checked_settings(program, pipe, options)
-    calibration = open_calibration(program, pipe, options, settings, args.out, site=options.site)
-    prompts = read_prompts(args.prompts)[: args.count] if args.prompts else captions(program, args.count, held_out=True)
-    inputs = [program.prepare(pipe, [p], [options.seed + n], **settings) for n, p in enumerate(prompts)]
+    folder, sampler, pipe, options = open_folder(args)
+    settings = model_folder.checked_settings(sampler, pipe, options)
+    session = open_session(sampler, pipe, settings, options.model, model_folder.calibration_options(options), args.out)
+    calibration = ThresholdCalibration(session, options.site)
+    prompts = read_prompts(args.prompts)[: args.count] if args.prompts else captions(sampler, args.count, held_out=True)
+    inputs = [sampler.prepare(pipe, [p], [options.seed + n], **settings) for n, p in enumerate(prompts)]
     about = {"folder": folder, "model": options.model, "settings": settings, "prompts": prompts}
 
-    coefficients = Bench(pipe, settings, calibration.prompts, options.batch_size, options.model).polynomial
-    measured = (distances(program, pipe, one, coefficients) for one in inputs)
+    coefficients = PipelineUnderTest(pipe, settings, session.prompts, options.batch_size, options.model).polynomial
+    measured = (distances(sampler, pipe, one, coefficients) for one in inputs)
     rows = [{"prompt": number, **row} for number, found in enumerate(measured) for row in found]
     save(args.out / "figure2a", draw_distances(rows), rows, {**about, "polynomial": coefficients})
 
@@ -126,7 +129,7 @@ def figure2(args) -> None:
     plans = {name: plan for name, plan in plans.items() if name in PATHS and plan.cached}
     if not plans:
         raise UserError(f"λ = {threshold:g} caches no step of {folder}: give a greater --speedup")
-    paths = {name: trajectory(program, pipe, inputs[0], plan) for name, plan in {"uncached": None, **plans}.items()}
+    paths = {name: trajectory(sampler, pipe, inputs[0], plan) for name, plan in {"uncached": None, **plans}.items()}
     calls = {name: plan.nfe for name, plan in plans.items()}
     rows = []
     for name, points in on_plane(paths).items():
@@ -148,18 +151,18 @@ def asked_threshold(args, folder: str, calibration) -> float:
     return calibration.threshold_for(round(calibration.steps / (args.speedup or float(printed["speedup"]))))
 
 
-def open_room(args):
+def open_folder(args):
     """The first asked folder, its program and pipeline, and the options of its command line."""
     folder = (args.folders or ["ERTACache4FLUX"])[0]
-    program = load_program(ROOT / folder)
+    sampler = load_model_folder(ROOT / folder)
     calibration = ["--calibration-prompts", str(args.calibration_prompts)] if args.calibration_prompts else []
-    options = model_folder.parse_arguments(program, [*room(args, folder), *calibration, *args.rest])
-    return folder, program, model_folder.load(program, options), options
+    options = model_folder.parse_arguments(sampler, [*folder_flags(args, folder), *calibration, *args.rest])
+    return folder, sampler, model_folder.open_pipeline(sampler, options), options
 
 
-def captions(program, count: int, held_out: bool) -> list[str]:
+def captions(sampler, count: int, held_out: bool) -> list[str]:
     """Of the demo's grammar: of its held-out part (as evaluate.py takes them), or of its training part."""
-    scenes = world(program).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
+    scenes = grammar_of(sampler).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
     return [scene.caption() for scene in scenes]
 
 
@@ -167,7 +170,7 @@ def captions(program, count: int, held_out: bool) -> list[str]:
 
 
 def first_and_last(path: Path) -> np.ndarray:
-    """A picture, or the first and the last frame of a video side by side: float [H, W, 3] in [0, 1]."""
+    """A image, or the first and the last frame of a video side by side: float [H, W, 3] in [0, 1]."""
     frames = imageio.mimread(path, memtest=False) if path.suffix == ".mp4" else [imageio.imread(path)]
     ends = [frames[0], frames[-1]] if len(frames) > 1 else frames
     line = np.full((len(ends[0]), GAP, 3), 255, np.uint8)
@@ -213,7 +216,7 @@ def calibration_files(args, folder: str) -> dict[int, Path]:
     elif args.model == "full":
         raise UserError("--model full needs --calibration-prompts FILE (CALIBRATION=FILE): one prompt a line")
     else:
-        prompts = captions(load_program(ROOT / folder), most, held_out=False)
+        prompts = captions(load_model_folder(ROOT / folder), most, held_out=False)
     files = {count: args.out / f"calibration-{folder}-{count}.txt" for count in args.counts}
     for count, file in files.items():
         write_atomically(file, ("\n".join(prompts[:count]) + "\n").encode())
@@ -248,7 +251,7 @@ def figure5(args) -> None:
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:
-    values = model_folder.parse_list(text)
+    values = parse_list(text)
     if not all(value.is_integer() and value >= 1 for value in values):
         raise UserError(f"{flag} {text}: give whole numbers of at least 1, like 2,4,8")
     return sorted({int(value) for value in values})

@@ -4,11 +4,11 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: COUNT held-out captions of the demo
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
 COUNT=${COUNT:-16}
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4OpenSora1.2,ERTACache4CogVideoX-2B,ERTACache4Wan2.1
-EXTRA=${EXTRA-fewer-steps,budget}  # methods beside the paper's; empty: none
-REPEATS=${REPEATS:-3}         # timed runs, interleaved with uncached ones; 0: no latency
+EXTRA=${EXTRA-fewer-steps,budget}  # methods in addition to the paper's; empty: none
+REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; 0: no latency
 OUT=${OUT:-runs/reproduce/table1-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh

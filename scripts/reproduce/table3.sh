@@ -1,13 +1,13 @@
 #!/bin/sh
-# The paper's Table 3: what each part of the method brings, on Wan2.1 and FLUX, beside the paper's numbers.
+# The paper's Table 3: ablation of the method on Wan2.1 and FLUX, beside the paper's numbers.
 # MODEL=full PROMPTS=vbench.txt sh scripts/reproduce/table3.sh: the real checkpoints at the paper's λ (needs a GPU).
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line; empty: COUNT held-out captions of the demo
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
 COUNT=${COUNT:-16}
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4Wan2.1,ERTACache4FLUX
-CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the similarity; empty: none
+CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the CLIP similarity; empty: none
 OUT=${OUT:-runs/reproduce/table3-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh

@@ -5,14 +5,14 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo: the architectures at toy size; random; full
-PROMPTS=${PROMPTS:-}          # a file with one prompt a line, for MODEL=full
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line, for MODEL=full
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4FLUX,ERTACache4OpenSora1.2
-REPEATS=${REPEATS:-5}         # timed runs, interleaved with uncached ones
+REPEATS=${REPEATS:-5}         # timed runs, cached and uncached in turn
 OUT=${OUT:-runs/reproduce/table4-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh
 repeats=--repeats
-[ "$MODEL" != full ] || repeats=--latency-repeats  # of evaluate.py
+[ "$MODEL" != full ] || repeats=--latency-repeats  # the option's name in evaluate.py
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table4 --model "$MODEL" --folders "$FOLDERS" --extra "" \
     $repeats "$REPEATS" --out "$OUT" "$@"

@@ -20,51 +20,55 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ertacache import UserError
+from ertacache.cli.arguments import ArgumentParser
 from ertacache.evaluation.methods import METHODS
-from ertacache.utils.errors import ArgumentParser, run_program
+from ertacache.utils.errors import run_program
 from ertacache.utils.files import ensure_writable, read_prompts, write_atomically
+from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
+PAPER = Path(__file__).resolve().parent / "paper"
 REAL = ("--site", "blocks", "--batch-size", "1")  # where the paper caches, one prompt a call as its latencies are
 MEASURED = {  # of a printed column: its name, the field of a row that is measured beside it, and how that is written
     "speedup": ("speed-up", "speedup_end_to_end", "{:.2f}×"),
     "latency_s": ("latency (s)", "end_to_end_s", "{:.2f}"),
     "vbench": ("VBench (%)", None, ""),
-    "clip": ("CLIP similarity to the uncached picture", "clip_similarity", "{:.4f}"),
+    "clip": ("CLIP similarity to the uncached image", "clip_similarity", "{:.4f}"),
     "lpips": ("LPIPS", "lpips", "{:.4f}"),
     "ssim": ("SSIM", "ssim", "{:.4f}"),
     "psnr": ("PSNR (dB)", "psnr", "{:.2f}"),
     "memory_mib": ("memory (MiB)", "peak_memory_mib", "{:.0f}"),
 }
 LOOP = {**MEASURED, "latency_s": ("latency of the loop (s)", "latency_s", "{:.3f}")}  # all that bench/latency.py times
-OURS = {"T/NFE": ("speedup_nfe", "{:.2f}×"), "prompt accuracy": ("prompt_accuracy", "{:.3f}")}  # not in the paper
+EXTRA_COLUMNS = {
+    "T/NFE": ("speedup_nfe", "{:.2f}×"),
+    "prompt accuracy": ("prompt_accuracy", "{:.3f}"),
+}  # not in the paper
 
 
 def paper(name: str) -> dict:
-    """What the paper prints, from scripts/reproduce/paper/; numbers with a point are Decimals, so that 24.50 stays 24.50."""
-    return json.loads(
-        (ROOT / "scripts" / "reproduce" / "paper" / f"{name}.json").read_text("utf-8"), parse_float=Decimal
-    )
+    """Return what the paper prints, from paper/; numbers with a point are Decimals, so that 24.50 stays 24.50."""
+    return json.loads((PAPER / f"{name}.json").read_text("utf-8"), parse_float=Decimal)
 
 
 # --- asking for rows -------------------------------------------------------------------------------------------------
 
 
 def asked(model: dict, row: dict) -> dict:
-    """A printed row with what it is asked by: method, speedup and, for our plans, lambda."""
+    """Return a printed row with what it is requested by: method, speedup and, for our plans, lambda."""
     return {**model.get("ask", {}), **row, **row.get("ask", {})}
 
 
 def fastest(folder: str, method: str) -> dict:
-    """The printed row of Table 1 or 2 with this method's greatest speed-up on a model."""
+    """Return the printed row of Table 1 or 2 with this method's greatest speed-up on a model."""
     models = [model for name in ("table1", "table2") for model in paper(name)["models"] if model["folder"] == folder]
     return max((row for row in models[0]["rows"] if row["method"] == method), key=lambda row: row["speedup"])
 
 
 def requests(model: dict, full: bool, extra=()) -> list[tuple[str, str, str]]:
-    """The (methods, flag, values) of evaluate.py that give a table's rows of one model; equal values go together.
+    """Return the (methods, flag, values) of evaluate.py for a table's rows of one model; equal values are grouped.
 
-    full: ask for our plans by the paper's λ. extra: methods that the paper has not, at the speed-ups of our plans.
+    full: request our plans by the paper's λ. extra: methods that the paper lacks, at the speed-ups of our plans.
     """
     values = {}
     for row in (asked(model, row) for row in model["rows"]):
@@ -81,7 +85,7 @@ def requests(model: dict, full: bool, extra=()) -> list[tuple[str, str, str]]:
 
 
 def run(script: str, *arguments: str) -> None:
-    """One of our scripts; when it fails, its own line on stderr has said why, and its exit code is ours."""
+    """Run one of our scripts; when it fails, its own line on stderr says why, and its exit code becomes ours."""
     print(f"$ {shlex.join([script, *arguments])}", file=sys.stderr)
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *arguments], stdout=sys.stderr)
     if done.returncode:
@@ -89,22 +93,22 @@ def run(script: str, *arguments: str) -> None:
 
 
 def evaluate(args, folder: str, request: tuple[str, str, str], name: str = "", more=()) -> list[dict]:
-    """The rows of one run of evaluate.py, kept in the output folder. more: further flags."""
+    """Return the rows of one run of evaluate.py, stored in the output folder. more: further flags."""
     methods, flag, values = request
     file = args.out / f"{name or '-'.join([folder, methods.replace(',', '+'), flag.strip('-'), values])}.json"
     asked_for = ["--methods", methods, flag, values, "--json", str(file), "--no-exact"]
-    run("evaluate.py", str(ROOT / folder), *asked_for, *room(args, folder), *more, *args.rest)
+    run("evaluate.py", str(ROOT / folder), *asked_for, *folder_flags(args, folder), *more, *args.rest)
     return json.loads(file.read_text("utf-8"))
 
 
-def room(args, folder: str) -> list[str]:
-    """The flags that choose the checkpoint and the evaluation prompts of a model folder."""
+def folder_flags(args, folder: str) -> list[str]:
+    """Return the flags that choose the checkpoint and the evaluation prompts of a model folder."""
     full = ["--model", paper("models")[folder]["checkpoint"], *REAL] if args.model == "full" else []
     return full + (["--prompts", str(args.prompts)] if args.prompts else [])
 
 
 def measure(args, model: dict) -> list[dict]:
-    """All rows for one model of a table; the uncached run, which each run of evaluate.py has, once."""
+    """Return all rows for one model of a table, with the uncached run once."""
     rows = []
     for request in requests(model, args.model == "full", args.extra):
         rows += evaluate(args, model["folder"], request)
@@ -112,7 +116,7 @@ def measure(args, model: dict) -> list[dict]:
 
 
 def bench(args, model: dict) -> list[dict]:
-    """The rows of bench/latency.py for one model of Table 4."""
+    """Return the rows of bench/latency.py for one model of Table 4."""
     size = "full" if args.model == "random" else "small"
     file = args.out / f"{model['folder']}-bench-{size}.json"
     what = ["--size", size, "--compile", "no", "--methods", "baseline,teacache,threshold,budget"]
@@ -124,7 +128,7 @@ def bench(args, model: dict) -> list[dict]:
 
 
 def belongs(row: dict, measured: dict) -> bool:
-    """Whether a measured row is the printed one: the same method, asked for by the same λ or the same speed-up."""
+    """Return whether a measured row is the printed one: the same method, at the same λ or speed-up."""
     if not any(fnmatchcase(measured["method"], name) for name in row.get("rows", [row["method"]])):
         return False
     by_threshold = measured.get("asked") is None
@@ -134,7 +138,7 @@ def belongs(row: dict, measured: dict) -> bool:
 
 
 def join(model: dict, measured: list[dict]) -> list[tuple[dict | None, dict | None]]:
-    """Pairs of a printed and a measured row, in the paper's order, None where one has no partner."""
+    """Return pairs of a printed and a measured row, in the paper's order, None where one has no partner."""
     pairs, left = [], list(measured)
     for row in model["rows"]:
         hits = [m for m in measured if belongs(asked(model, row), m)]
@@ -149,9 +153,11 @@ def cell(row: dict | None, field: str | None, form: str) -> str:
 
 
 def table(columns: list[str], pairs, measured=MEASURED) -> str:
-    """Markdown. columns: those that the paper prints, keys of MEASURED; of our own those that are not empty."""
+    """Return a Markdown table of the columns that the paper prints (keys of MEASURED) and of our own non-empty ones."""
     ours = {
-        name: (f, form) for name, (f, form) in OURS.items() if any(row and row.get(f) is not None for _, row in pairs)
+        name: pair
+        for name, pair in EXTRA_COLUMNS.items()
+        if any(row and row.get(pair[0]) is not None for _, row in pairs)
     }
     head, lines = ["method", "measured as"], []
     for column in columns:
@@ -165,12 +171,11 @@ def table(columns: list[str], pairs, measured=MEASURED) -> str:
             line += [cell(row, field, form)] * (field is not None)
             line += [cell(printed, column, "{}×" if column == "speedup" else "{}")]
         lines.append([*line, *(cell(row, *column) for column in ours.values())])
-    rows = [[*head, *ours], ["---"] * (len(head) + len(ours)), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown([*head, *ours], lines)
 
 
 def origin(rows: list[dict]) -> str:
-    """Where and on what the numbers of these rows were measured."""
+    """Return where and on what the numbers of these rows were measured."""
     first = rows[0]
     places = sorted({row.get("machine") or row.get("device") or "unknown machine" for row in rows})
     dates = sorted({str(row.get("date", "undated")) for row in rows})
@@ -205,7 +210,7 @@ def make_table(args) -> None:
 
 
 def open_parser(doc: str, what: tuple[str, ...], models: tuple[str, ...]) -> ArgumentParser:
-    """The flags that tables and figures share."""
+    """Return a parser with the flags that tables and figures share."""
     parser = ArgumentParser(description=doc)
     parser.add_argument("what", choices=what)
     parser.add_argument("--model", choices=models, default="demo")
@@ -216,7 +221,7 @@ def open_parser(doc: str, what: tuple[str, ...], models: tuple[str, ...]) -> Arg
 
 
 def parse_arguments(parser: ArgumentParser):
-    """The arguments, checked; args.rest are the flags for the script that measures."""
+    """Return the checked arguments; args.rest are the flags for the script that measures."""
     args, args.rest = parser.parse_known_args()
     if args.model == "full" and not args.prompts:
         raise UserError("--model full needs --prompts FILE (PROMPTS=FILE): one prompt a line, VBench's or MS-COCO's")
@@ -232,14 +237,14 @@ def parse_arguments(parser: ArgumentParser):
 
 def main():
     parser = open_parser(__doc__, ("table1", "table2", "table3", "table4"), ("demo", "random", "full"))
-    parser.add_argument("--extra", default="fewer-steps,budget", metavar="M,M,…", help="methods the paper has not")
+    parser.add_argument("--extra", default="fewer-steps,budget", metavar="M,M,…", help="methods that the paper lacks")
     args = parse_arguments(parser)
     args.extra = [name for name in args.extra.split(",") if name]
     unknown = [name for name in args.extra if name not in METHODS]
     if unknown:
         raise UserError(f"--extra {','.join(unknown)}: choose from {', '.join(METHODS)}")
     if args.model == "random" and args.what != "table4":
-        raise UserError(f"--model random has no pictures, so no {args.what}: use demo or full")
+        raise UserError(f"--model random has no images, so no {args.what}: use demo or full")
     make_table(args)
 
 

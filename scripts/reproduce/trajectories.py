@@ -1,4 +1,4 @@
-"""What figure 2 of the paper is made of: distances from step to step, and trajectories in a plane."""
+"""Data of the paper's Figure 2: distances from step to step, and trajectories projected to a plane."""
 
 from itertools import pairwise
 
@@ -11,7 +11,14 @@ from ertacache.caches.teacache import INDICATORS, relative_change
 
 
 class Expected:
-    """Has every step computed, and notes by step the change that TeaCache would expect (of the first branch)."""
+    """Policy that computes every step and records the change that TeaCache expects.
+
+    Args:
+        coefficients: TeaCache's polynomial, highest power first.
+
+    Attributes:
+        changes: Expected relative change by step, of the first guidance branch.
+    """
 
     def __init__(self, coefficients: tuple[float, ...]):
         self.coefficients, self.changes = coefficients, {}
@@ -25,30 +32,46 @@ class Expected:
         return True
 
 
-def distances(program, pipe, inputs, coefficients) -> list[dict]:
-    """Of one prompt's uncached run, for each step i ≥ 1: the relative ℓ1 distance between what is computed and what
-    was cached a step before, of the residual (Eq. 12) and of the model's output, and what TeaCache expects of the
-    output."""
-    expected, seen = Expected(coefficients), []
+def distances(sampler, pipe, inputs, coefficients) -> list[dict]:
+    """Measure relative ℓ1 distances between neighbouring steps of an uncached run.
+
+    Args:
+        sampler: Of the model folder.
+        pipe: The pipeline.
+        inputs: Of one prompt.
+        coefficients: TeaCache's polynomial, highest power first.
+
+    Returns:
+        For each step i ≥ 1 the distance from step i − 1 of the residual (Eq. 12) and of the model's output, and the
+        distance of the output that TeaCache expects.
+    """
+    expected, outputs = Expected(coefficients), []
     with cached_ranges(pipe.transformer, [(blocks_of(pipe.transformer), expected)]):
-        program.denoise(pipe, inputs, None, lambda i, x, v: seen.append((residual(v, x).float(), v.float())))
+        sampler.denoise(pipe, inputs, None, lambda i, x, v: outputs.append((residual(v, x).float(), v.float())))
     rows = []
-    for i, ((r_before, v_before), (r, v)) in enumerate(pairwise(seen), start=1):
+    for i, ((r_before, v_before), (r, v)) in enumerate(pairwise(outputs), start=1):
         row = {"step": i, "residual": float(relative_l1(l1_norm(r - r_before), l1_norm(r)))}
         rows.append({**row, "output": relative_change(v, v_before), "teacache": expected.changes[i]})
     return rows
 
 
-def trajectory(program, pipe, inputs, plan=None) -> np.ndarray:
-    """Latents of the first prompt before each step and at the end, [T+1, elements]."""
+def trajectory(sampler, pipe, inputs, plan=None) -> np.ndarray:
+    """Return the latents of the first prompt before each step and at the end, [T+1, elements]."""
     states = []
-    states.append(program.denoise(pipe, inputs, plan, lambda i, x, v: states.append(x)))
+    states.append(sampler.denoise(pipe, inputs, plan, lambda i, x, v: states.append(x)))
     return torch.stack([x[0].float().flatten().cpu() for x in states]).numpy()
 
 
 def on_plane(paths: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Trajectories [T+1, elements] → [T+1, 2]: along the uncached run from noise to picture (0 … 1), and across it,
-    in the direction in which the plain cached run ends beside it (in the same unit)."""
+    """Project trajectories to the plane of the uncached run and the cached run without corrections.
+
+    Args:
+        paths: Trajectories [T+1, elements], "uncached" and "policy" among them.
+
+    Returns:
+        Coordinates [T+1, 2] of each: along the uncached run from its noise (0) to its image (1), and across it, in the
+        same unit, towards the end of "policy".
+    """
     uncached, cached = paths["uncached"], paths["policy"]
     along = uncached[-1] - uncached[0]
     drift = cached[-1] - uncached[-1]

@@ -1,12 +1,12 @@
-"""Train the small pipeline that ships in a model folder's demo/, from nothing, on procedural scenes.
+"""Train the small pipeline in the demo/ of a model folder, from scratch, on procedural scenes.
 
     .venv/bin/python scripts/train/train_demo.py ERTACache4Wan2.1
     .venv/bin/python scripts/train/train_demo.py ERTACache4FLUX --set transformer=2000 --out runs/quick
     .venv/bin/python scripts/train/train_demo.py ERTACache4CogVideoX-2B --measure
 
 The components are those of the real pipeline; only the sizes differ. The stages (tokenizer, VAE, text encoders,
-latents, transformer, …) are in scripts/train/recipes/, one recipe a model; each is resumed from its newest checkpoint under
---work. Times on 2 CPU cores are in common/docs/results.md.
+latents, transformer, …) are in scripts/train/recipes/, one recipe per model. Each stage resumes from its newest
+checkpoint under --work. The results pages in common/docs/results/ give the times on 2 CPU cores.
 """
 
 import importlib
@@ -18,8 +18,9 @@ import torch
 from transformers.utils import logging
 
 from ertacache import UserError
-from ertacache.demos.model_folder import load_program
-from ertacache.utils.errors import ArgumentParser, run_program
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.demos.model_folder import load_model_folder
+from ertacache.utils.errors import run_program
 
 RECIPES = {
     "ERTACache4FLUX": "flux",
@@ -30,7 +31,15 @@ RECIPES = {
 
 
 def parse_recipe(recipe_class, changes):
-    """The recipe with its numbers changed by NAME=VALUE words."""
+    """Return the recipe with some of its numbers replaced.
+
+    Args:
+        recipe_class: The dataclass `Recipe` of a recipe's module.
+        changes: Strings NAME=NUMBER.
+
+    Raises:
+        UserError: An unknown name, or a value that is not a number.
+    """
     names = [field.name for field in fields(recipe_class)]
     values = {}
     for change in changes:
@@ -44,27 +53,29 @@ def parse_recipe(recipe_class, changes):
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help=f"model folder: {', '.join(RECIPES)}")
-    parser.add_argument("--out", type=Path, help="where the pipeline is saved (default: demo/ of the model folder)")
-    parser.add_argument("--work", type=Path, help="checkpoints (default: runs/demo-MODEL)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="steps of a stage, and the like")
-    parser.add_argument("--accuracy-prompts", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="folder to save the pipeline in (default: demo/ of the model folder)")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoints (default: runs/demo-MODEL)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="steps of a stage, e.g. vae=2000")
+    parser.add_argument(
+        "--accuracy-prompts", type=int, default=100, help="held-out captions to measure the prompt accuracy on"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--measure", action="store_true", help="only measure the prompt accuracy of the one in --out")
+    parser.add_argument("--measure", action="store_true", help="only measure prompt accuracy, of the pipeline in --out")
     args = parser.parse_args()
     folder = args.folder.resolve()
     if folder.name not in RECIPES:
         raise UserError(f"{args.folder}: there is a recipe for {', '.join(RECIPES)}")
-    logging.set_verbosity_error()  # before the recipe imports what warns on import
+    logging.set_verbosity_error()  # first: some imports of the recipe warn
     module = importlib.import_module(f"recipes.{RECIPES[folder.name]}")
     recipe, out = parse_recipe(module.Recipe, args.set), args.out or folder / "demo"
     if not args.measure:
         torch.manual_seed(0)
         pipe = module.train(args.work or Path("runs") / f"demo-{RECIPES[folder.name]}", recipe, args.device)
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.half()
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.half()
         pipe.save_pretrained(out)
-    pipe = load_program(folder).load(str(out), args.device)
+    pipe = load_model_folder(folder).load(str(out), args.device)
     print(json.dumps(module.measure(pipe, args.accuracy_prompts)))
 
 

@@ -1,4 +1,4 @@
-"""Resumable training stages for the demos: checkpoints, learning rate, moving average."""
+"""Training stages of the demos: resumable, with a learning-rate schedule and a moving average of the weights."""
 
 import os
 import time
@@ -9,36 +9,48 @@ from tqdm import tqdm
 
 
 def save_atomically(state: dict, path: Path) -> None:
+    """Write a checkpoint so that an interrupted write leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_rate=1e-3, ema=None, cooldown=0.25):
-    """Train `parts` (name → module) for `steps`, resuming from `<work>/<name>.pt`.
+def run_stage(name, work, steps, modules, optimizer, loss_of, every=200, learning_rate=1e-3, ema=None, cooldown=0.25):
+    """Train modules for a number of steps, resuming from `WORK/NAME.pt`.
 
-    Learning rate: linear warm-up over 200 steps, constant, linear decay to zero over the last `cooldown` share; a
-    parameter group may have a "share" of it.
-    `loss_of(step)` draws its batch from a generator seeded by the step, so a resumed run sees the same batches.
+    The learning rate rises linearly over 200 steps, stays constant, and falls linearly to zero at the end.
+
+    Args:
+        name: Of the stage.
+        work: Folder of the checkpoints.
+        steps: Training steps in total.
+        modules: Modules to train, by name in the checkpoint.
+        optimizer: Of their parameters. A parameter group may have a "share", a factor on the learning rate.
+        loss_of: loss_of(step) returns the loss. It draws its batch from a generator seeded by the step, so that a
+            resumed run sees the same batches.
+        every: Steps between two checkpoints.
+        learning_rate: The constant rate.
+        ema: The moving average to update; None for none.
+        cooldown: Share of the steps over which the learning rate falls.
     """
     path, start = work / f"{name}.pt", 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         start = state["step"]
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
         if start < steps:
             optimizer.load_state_dict(state["optimizer"])
         if ema:
             ema.load_state_dict(state["ema"])
 
     def save(step):
-        extra = {"ema": ema.state_dict()} if ema else {}
-        states = {key: part.state_dict() for key, part in parts.items()}
-        save_atomically({"step": step, "optimizer": optimizer.state_dict(), **states, **extra}, path)
+        average = {"ema": ema.state_dict()} if ema else {}
+        states = {key: module.state_dict() for key, module in modules.items()}
+        save_atomically({"step": step, "optimizer": optimizer.state_dict(), **states, **average}, path)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10, disable=None)
-    average = None
+    mean_loss = None  # exponential moving average
     for step in bar:
         scale = min((step + 1) / 200, (steps - step) / max(cooldown * steps, 1), 1.0)
         for group in optimizer.param_groups:
@@ -50,16 +62,19 @@ def run_stage(name, work, steps, parts, optimizer, loss_of, every=200, learning_
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(step)
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
         if (step + 1) % every == 0 or step + 1 == steps:
             save(step + 1)
-            print(f"{time.strftime('%H:%M:%S')} {name} {step + 1}/{steps} loss {average:.5f}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {name} {step + 1}/{steps} loss {mean_loss:.5f}", flush=True)
 
 
 def noise_levels(count, generator, shift=1.0):
-    """Sigmas in (0, 1): mostly logit-normal around 0.55, a fifth uniform so that both ends are seen.
+    """Draw sigmas in (0, 1), [count]: mostly logit-normal around 0.55, a fifth uniform so that both ends are seen.
 
-    shift > 1 moves them towards noise, s → shift s / (1 + (shift − 1) s), as samplers do.
+    Args:
+        count: Number of sigmas.
+        generator: Random generator of torch.
+        shift: Values above 1 move them towards noise as samplers do, s → shift s / (1 + (shift − 1) s).
     """
     sigma = torch.sigmoid(0.2 + torch.randn(count, generator=generator))
     uniform = torch.rand(count, generator=generator)
@@ -68,19 +83,27 @@ def noise_levels(count, generator, shift=1.0):
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, in float32, with a warm-up of the decay."""
+    """Exponential moving average of a module's parameters and buffers.
+
+    Args:
+        module: The module.
+        decay: Of the average; smaller in the first steps.
+    """
 
     def __init__(self, module, decay=0.999):
         self.module, self.decay = module, decay
         self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
 
     def update(self, step):
+        """Average the module's current weights in."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, value in self.module.state_dict().items():
             self.shadow[key].lerp_(value, 1 - decay)
 
     def state_dict(self):
+        """Return the averaged weights."""
         return self.shadow
 
     def load_state_dict(self, state):
+        """Replace the averaged weights."""
         self.shadow = {k: v.clone() for k, v in state.items()}

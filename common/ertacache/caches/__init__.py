@@ -1,5 +1,5 @@
-"""Other people's caches, written anew where they exist only as edits of a model's source, to compare with.
+"""Other caches, to compare with: diffusers' own, cache-dit's, and those that exist only as edits of a model's source.
 
-Each is a context manager around calls of a stock diffusers pipeline. They work through diffusers' hook registry, so
-that they need no change of a model and are told the guidance branch by the pipeline's own cache context.
+Each is a context manager around the calls of a stock diffusers pipeline. Those written here use diffusers' hook
+registry: they change no model, and the pipeline's own cache context tells them the guidance branch.
 """

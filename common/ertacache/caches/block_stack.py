@@ -1,9 +1,9 @@
-"""Ranges of transformer blocks whose difference, output minus input, is reused: the common part of these caches.
+"""Reuse of a range of transformer blocks: its difference, output minus input, is cached. Most caches here are that.
 
-On a step that a range's policy lets pass, its blocks run and the difference of each stream (image tokens, and text
-tokens where a model carries them through its blocks) is kept; on the others the blocks hand on what they are given and
-the last one adds the difference. State is kept for each guidance branch, as the pipeline's cache context names them,
-and ends with the pipeline's call.
+On a step that a range's policy computes, its blocks run, and the difference of each stream (image tokens, and text
+tokens where a model carries them through its blocks) is kept. On other steps its blocks return their inputs, and the
+last block adds the difference. State is kept per guidance branch, as the pipeline's cache context names them, and is
+dropped when the pipeline's call ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,15 @@ from diffusers.hooks.hooks import BaseState, StateManager
 
 @dataclass
 class BranchState(BaseState):
-    """What is known of one guidance branch: its step i = 0 … T−1, and what ranges and policies remember."""
+    """State of one guidance branch during a run.
+
+    Attributes:
+        step: i = 0 … T−1; −1 before the first call of the transformer.
+        differences: The cached differences of each range's streams, by name of the range.
+        entered: The streams that entered a range in this step.
+        computing: Whether a range is computed in this step.
+        memory: What policies and hooks keep from step to step.
+    """
 
     step: int = -1
     differences: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
@@ -30,12 +38,12 @@ class BranchState(BaseState):
         self.__init__()
 
 
-# Says whether a range is computed now: (state of the branch, the range's first block, its arguments by name) → bool.
+# Whether to compute a range in this step: (state of the branch, the range's first block, its arguments by name) → bool.
 Policy = Callable[[BranchState, torch.nn.Module, dict], bool]
 
 
 class Clock(ModelHook):
-    """On the transformer: counts the steps of each branch, and forgets what was decided in the last one."""
+    """Hook on the transformer: counts the steps of each branch and clears the decisions of the previous step."""
 
     _is_stateful = True
 
@@ -56,7 +64,7 @@ class Clock(ModelHook):
 
 
 class _InRange(ModelHook):
-    """On a block of a range."""
+    """Hook on a block of a range."""
 
     _is_stateful = True
 
@@ -69,21 +77,21 @@ class _InRange(ModelHook):
         return module
 
     def new_forward(self, module, *args, **kwargs):
-        state, named = self.state_manager.get_state(), arguments_of(module, args, kwargs)
-        given = tuple(named[stream] for stream in self.streams)
+        state, arguments = self.state_manager.get_state(), arguments_of(module, args, kwargs)
+        streams = tuple(arguments[name] for name in self.streams)
         if self.first:
-            wanted = self.policy(state, module, named)  # asked in every step, because policies look at all of them
-            state.computing[self.name] = wanted or self.name not in state.differences
-            state.entered[self.name] = given
-        if not state.computing.get(self.name, True):  # a range that another one jumped into is just computed
+            compute = self.policy(state, module, arguments)  # called in every step: policies observe all of them
+            state.computing[self.name] = compute or self.name not in state.differences
+            state.entered[self.name] = streams
+        if not state.computing.get(self.name, True):  # a range whose first block did not run is computed
             if self.last:
-                given = tuple(x + d for x, d in zip(given, state.differences[self.name], strict=True))
-            return given if len(given) > 1 else given[0]
+                streams = tuple(x + d for x, d in zip(streams, state.differences[self.name], strict=True))
+            return streams if len(streams) > 1 else streams[0]
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.last and self.name in state.entered:
-            made = output if isinstance(output, tuple) else (output,)
+            outputs = output if isinstance(output, tuple) else (output,)
             entered = state.entered.pop(self.name)
-            state.differences[self.name] = tuple(after - before for after, before in zip(made, entered, strict=True))
+            state.differences[self.name] = tuple(after - before for after, before in zip(outputs, entered, strict=True))
         return output
 
     def reset_state(self, module):
@@ -92,7 +100,7 @@ class _InRange(ModelHook):
 
 
 def streams_of(block: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that a block returns changed, in the order in which it returns them."""
+    """Return the names of the arguments that a block updates, in the order in which it returns them."""
     metadata = TransformerBlockRegistry.get(type(block))
     order = {
         metadata.hidden_states_argument_name: metadata.return_hidden_states_index or 0,
@@ -102,14 +110,14 @@ def streams_of(block: torch.nn.Module) -> tuple[str, ...]:
 
 
 def arguments_of(block: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A block's arguments by name."""
+    """Return a block's arguments by name."""
     import inspect
 
     return inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
 
 
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """A transformer's blocks in the order in which they run (Open-Sora's take turns: in a frame, along time)."""
+    """Return a transformer's blocks in the order in which they run (Open-Sora: spatial and temporal ones alternate)."""
     from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as NAMES
 
     lists = {name: list(m) for name, m in model.named_children() if name in NAMES}
@@ -122,7 +130,12 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 @contextmanager
 def hooked(model: torch.nn.Module, hooks: Sequence[tuple[torch.nn.Module, ModelHook]]):
-    """Register hooks on modules of a model, (module, hook) each, and take them off at the end, in reverse order."""
+    """Register hooks on modules of a model for the context, and remove them in reverse order.
+
+    Args:
+        model: The model that contains the modules.
+        hooks: (module, hook) pairs.
+    """
     names = []
     try:
         for number, (module, hook) in enumerate(hooks):
@@ -139,11 +152,19 @@ def hooked(model: torch.nn.Module, hooks: Sequence[tuple[torch.nn.Module, ModelH
 
 @contextmanager
 def cached_ranges(model: torch.nn.Module, ranges: Sequence[tuple[Sequence[torch.nn.Module], Policy]]):
-    """Reuse the differences of these ranges of blocks, (blocks, policy) each, in all calls within the context."""
+    """Reuse the differences of ranges of blocks in all calls within the context.
+
+    Args:
+        model: The transformer.
+        ranges: (blocks, policy) pairs; the blocks of a range follow one another.
+
+    Yields:
+        The manager of the branches' states.
+    """
     manager = StateManager(BranchState)
     hooks: list[tuple[torch.nn.Module, ModelHook]] = [(model, Clock(manager))]
     for number, (blocks, policy) in enumerate(ranges):
-        ends = (0, len(blocks) - 1)
-        hooks += [(b, _InRange(manager, str(number), policy, i == ends[0], i == ends[1])) for i, b in enumerate(blocks)]
+        last = len(blocks) - 1
+        hooks += [(b, _InRange(manager, str(number), policy, i == 0, i == last)) for i, b in enumerate(blocks)]
     with hooked(model, hooks):
         yield manager

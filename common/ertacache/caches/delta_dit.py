@@ -1,7 +1,7 @@
-"""Δ-DiT (Chen et al., 2024): reuse the difference that a part of the blocks makes, and change the part half-way.
+"""Δ-DiT (Chen et al., 2024): reuse the difference of the back blocks in early steps, of the front blocks in late ones.
 
-Early steps settle outlines, to which the front blocks matter, so the back blocks are reused; late steps settle details,
-and the front blocks are reused. There is no official code; this is the paper's description.
+Early steps form outlines, for which the front blocks matter, so the back blocks are reused; late steps form details,
+so the front blocks are reused. There is no official code; this follows the paper's description.
 """
 
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from ertacache.caches.block_stack import BranchState, blocks_of, cached_ranges
 
 @dataclass(frozen=True)
 class DeltaPolicy:
-    """Of the steps begin ≤ i < end, compute every `interval`-th one; of all others, every one."""
+    """Compute every `interval`-th of the steps begin ≤ i < end, and all other steps."""
 
     interval: int
     begin: int
@@ -26,10 +26,17 @@ class DeltaPolicy:
 
 @contextmanager
 def delta_dit(model: torch.nn.Module, steps: int, interval: int, count: int, boundary: int | None = None):
-    """Δ-DiT on a stock transformer.
+    """Apply Δ-DiT to a stock transformer, for the pipeline's calls within the context.
 
-    steps: T. interval: N, of N steps one is computed. count: N_c, how many blocks are reused. boundary: the first step
-    of the late stage (default: T/2).
+    Args:
+        model: The transformer.
+        steps: T, steps of the run.
+        interval: N: one of N steps is computed.
+        count: N_c, number of blocks that are reused.
+        boundary: First step of the late stage; None for T/2.
+
+    Raises:
+        ValueError: A count below 1 or above the number of blocks.
     """
     blocks, boundary = blocks_of(model), steps // 2 if boundary is None else boundary
     if not 1 <= count <= len(blocks):

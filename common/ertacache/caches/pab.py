@@ -1,9 +1,9 @@
 """Pyramid Attention Broadcast (Zhao et al., ICLR 2025; NUS-HPC-AI-Lab/VideoSys): reuse the outputs of single modules.
 
-Within a window of timesteps an attention is computed in one of n steps, and its output is handed out in the others; the
-less an attention changes, the wider its range: attention in a frame n, along time 2 n, to the text 3 n. Feed-forwards
-may be reused alike. diffusers has the attention part, with one counter a module, so that a pipeline which calls the two
-guidance branches apart (Wan's) would be given the other branch's output; here each branch has its own.
+Within a window of timesteps, an attention module is computed in one of n steps and its output is reused in the others.
+The less an attention changes, the larger its n: spatial attention n, temporal 2n, cross-attention 3n. Feed-forward
+modules may be reused in the same way. diffusers has the attention part, with one counter per module; a pipeline that
+calls the two guidance branches separately (Wan's) would mix their outputs there. Here each branch has its own state.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from diffusers.hooks.hooks import StateManager
 
 from ertacache.caches.block_stack import BranchState, Clock, blocks_of, hooked
 
-MODULES = {  # of a block: what is reused, and by which of the ranges
+MODULES = {  # attribute of a block → the field of `Broadcast` that governs its reuse
     "FluxTransformerBlock": {"attn": "spatial", "ff": "mlp", "ff_context": "mlp"},
     "FluxSingleTransformerBlock": {"attn": "spatial", "proj_mlp": "mlp"},  # its proj_out mixes both
     "WanTransformerBlock": {"attn1": "spatial", "attn2": "cross", "ffn": "mlp"},
@@ -27,9 +27,14 @@ MODULES = {  # of a block: what is reused, and by which of the ranges
 
 @dataclass(frozen=True)
 class Broadcast:
-    """In one of so many steps is each kind of module computed (1: in all), where low < timestep < high.
+    """How often each kind of module is computed: in one of so many steps (1: in all).
 
-    window: (low, high), training timesteps from 1000 (noise) to 0.
+    Attributes:
+        spatial: For spatial attention, and attention over all tokens.
+        temporal: For temporal attention.
+        cross: For cross-attention.
+        mlp: For feed-forward modules.
+        window: (low, high): modules are reused where low < timestep < high, 1000 = noise … 0.
     """
 
     spatial: int = 2
@@ -40,12 +45,12 @@ class Broadcast:
 
     @classmethod
     def pyramid(cls, spatial: int, window: tuple[float, float], mlp: int = 1) -> "Broadcast":
-        """As the authors choose the ranges: 1 : 2 : 3."""
+        """Return the authors' choice: spatial, temporal and cross-attention as 1 : 2 : 3."""
         return cls(spatial, 2 * spatial, 3 * spatial, mlp, window)
 
 
 class _Module(ModelHook):
-    """On a module: hands out its output of an earlier step of the same branch."""
+    """Hook on a module: reuses its output of an earlier step of the same branch."""
 
     _is_stateful = True
 
@@ -67,13 +72,19 @@ class _Module(ModelHook):
 
 @contextmanager
 def pab(model: torch.nn.Module, broadcast: Broadcast, timestep: Callable[[], float]):
-    """PAB on a stock transformer, for the pipeline's calls within the context. timestep: tells the current one."""
+    """Apply PAB to a stock transformer, for the pipeline's calls within the context.
+
+    Args:
+        model: The transformer.
+        broadcast: How often modules are computed.
+        timestep: Returns the current timestep, 1000 = noise … 0.
+    """
     manager, (low, high) = StateManager(BranchState), broadcast.window
     hooks: list[tuple[torch.nn.Module, ModelHook]] = [(model, Clock(manager))]
     for block in blocks_of(model):
         for attribute, kind in MODULES[type(block).__name__].items():
-            along_time = kind == "spatial" and getattr(block, "temporal", False)
-            every = getattr(broadcast, "temporal" if along_time else kind)
+            temporal = kind == "spatial" and getattr(block, "temporal", False)
+            every = getattr(broadcast, "temporal" if temporal else kind)
             if every > 1:
                 hooks.append((getattr(block, attribute), _Module(manager, every, lambda: low < timestep() < high)))
     with hooked(model, hooks):

@@ -1,8 +1,8 @@
 """TeaCache (Liu et al., CVPR 2025; ali-vilab/TeaCache): reuse the block stack while its input has hardly changed.
 
-An indicator m_i, cheap to have before the blocks run, is compared from step to step. A polynomial, fitted once a model,
-turns its relative change into the expected change of the model's output. These are summed until they reach δ; then the
-stack runs, and the sum starts again. The first and the last step always run.
+An indicator m_i, cheap to compute before the blocks run, is compared from step to step. A polynomial, fitted once per
+model, maps its relative change to the expected change of the model's output. Expected changes are summed until they
+reach δ; then the stack runs and the sum restarts. The first and the last step always run.
 """
 
 from collections.abc import Callable
@@ -18,25 +18,25 @@ DEGREE = 4
 
 
 def relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
-    """mean |new − old| / mean |old|."""
+    """Return mean |new − old| / mean |old|."""
     return ((new - old).abs().mean() / old.abs().mean()).item()
 
 
-# --- the indicators: functions of the first block and its arguments -----------------------------------------------
+# --- indicators: functions of the first block and its arguments ---------------------------------------------------
 
 
 def flux_indicator(block, arguments) -> torch.Tensor:
-    """The modulated image tokens that enter the first attention."""
+    """Return the modulated image tokens that enter the first attention, [B, L, D]."""
     return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
 
 
 def time_indicator(block, arguments) -> torch.Tensor:
-    """The time embedding that the block is given: for CogVideoX, and for Wan (projected: its `use_ret_steps` mode)."""
+    """Return the block's time embedding: for CogVideoX, and for Wan (projected, as in its `use_ret_steps` mode)."""
     return arguments["temb"]
 
 
 def opensora_indicator(block, arguments) -> torch.Tensor:
-    """The modulated tokens that enter the first spatial attention."""
+    """Return the modulated tokens that enter the first spatial attention."""
     shift, scale = (block.scale_shift_table + arguments["modulation"]).unsqueeze(3).unbind(2)[:2]
     return block.norm1(arguments["hidden_states"]) * (1 + scale) + shift
 
@@ -47,7 +47,7 @@ INDICATORS: dict[str, Callable] = {
     "CogVideoXBlock": time_indicator,
     "STDiT3Block": opensora_indicator,
 }
-COEFFICIENTS = {  # as published, for the real checkpoints; highest power first
+COEFFICIENTS = {  # published in ali-vilab/TeaCache for these checkpoints; highest power first
     "black-forest-labs/FLUX.1-dev": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
     "THUDM/CogVideoX-2b": (-31.0658903, 25.4732368, -5.9238046, 1.75769064, -0.00361568434),
@@ -57,10 +57,13 @@ COEFFICIENTS = {  # as published, for the real checkpoints; highest power first
 
 @dataclass(frozen=True)
 class TeaCachePolicy:
-    """Compute when the summed expected change reaches δ.
+    """Compute a step when the summed expected change reaches δ.
 
-    threshold: δ > 0. coefficients: of the polynomial, highest power first. steps: T. retained: how many first steps
-    are always computed (1; Wan's mode with projected time embeddings: 5).
+    Attributes:
+        threshold: δ > 0.
+        coefficients: Of the polynomial, highest power first.
+        steps: T, steps of the run.
+        retained: Number of first steps that are always computed (Wan's mode with projected time embeddings: 5).
     """
 
     threshold: float
@@ -83,17 +86,21 @@ class TeaCachePolicy:
 
 @contextmanager
 def teacache(model: torch.nn.Module, policy: TeaCachePolicy):
-    """TeaCache on a stock transformer, for the pipeline's calls within the context."""
+    """Apply TeaCache to a stock transformer, for the pipeline's calls within the context."""
     with cached_ranges(model, [(blocks_of(model), policy)]):
         yield
 
 
-# --- fitting the polynomial, as the authors do -------------------------------------------------------------------
+# --- the polynomial, fitted as the authors do --------------------------------------------------------------------
 
 
 @dataclass
 class Fitting:
-    """Watches uncached runs: relative changes of the indicator and of the model's output, step by step."""
+    """Observer of uncached runs, for the fit of the polynomial.
+
+    Attributes:
+        pairs: (relative change of the indicator, relative change of the model's output) of each step after the first.
+    """
 
     pairs: list[tuple[float, float]] = field(default_factory=list)
 
@@ -105,21 +112,22 @@ class Fitting:
 
     @contextmanager
     def watch(self, model: torch.nn.Module):
+        """Observe the model's calls within the context."""
         with cached_ranges(model, [(blocks_of(model), self)]) as manager:
 
-            def leaving(module, args, kwargs, output):
-                state, made = manager.get_state(), output[0]
-                previous, state.memory["output"] = state.memory.get("output"), made
+            def record(module, args, kwargs, output):
+                state, new = manager.get_state(), output[0]
+                previous, state.memory["output"] = state.memory.get("output"), new
                 if previous is not None:
-                    self.pairs.append((state.memory["change"], relative_change(made, previous)))
+                    self.pairs.append((state.memory["change"], relative_change(new, previous)))
 
-            handle = model.register_forward_hook(leaving, with_kwargs=True)
+            handle = model.register_forward_hook(record, with_kwargs=True)
             try:
                 yield self
             finally:
                 handle.remove()
 
     def coefficients(self, degree: int = DEGREE) -> tuple[float, ...]:
-        """Least squares of the output's change as a polynomial of the indicator's, highest power first."""
+        """Return the least-squares polynomial from the indicator's change to the output's, highest power first."""
         changes, outputs = np.array(self.pairs).T
         return tuple(np.polyfit(changes, outputs, degree).tolist())

@@ -1,9 +1,9 @@
-"""T-GATE (Liu et al., 2025; HaozheLiu-ST/T-GATE): cross-attention settles early, so it is frozen at a gate step m.
+"""T-GATE (Liu et al., 2025; HaozheLiu-ST/T-GATE): cross-attention converges early, so it is frozen at a gate step m.
 
-Before the gate, self-attention is computed in every `interval`-th step (after a warm-up) and reused between. From the
-gate on, self-attention runs again in every step, cross-attention gives the mean of what it gave to both guidance
-branches in the last step before the gate, and the unconditional branch is dropped. For models with cross-attention and
-classifier-free guidance: Wan and Open-Sora; FLUX and CogVideoX have neither the one nor the other apart.
+Before the gate, self-attention is computed in every `interval`-th step after a warm-up, and reused in between. From the
+gate on, self-attention is computed in every step, cross-attention returns the mean of its outputs for both guidance
+branches at the last step before the gate, and the unconditional branch is dropped. It needs cross-attention modules
+and classifier-free guidance, as in Wan and Open-Sora; FLUX and CogVideoX attend to text and image tokens jointly.
 """
 
 from contextlib import contextmanager
@@ -15,14 +15,17 @@ from diffusers.hooks.hooks import StateManager
 
 from ertacache.caches.block_stack import BranchState, Clock, blocks_of, hooked
 
-ATTENTIONS = {"WanTransformerBlock": ("attn1", "attn2"), "STDiT3Block": ("attn", "cross_attn")}  # self, cross
+ATTENTIONS = {"WanTransformerBlock": ("attn1", "attn2"), "STDiT3Block": ("attn", "cross_attn")}  # (self, cross)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """step: m, the first step behind the gate. interval: of so many steps before it, self-attention runs in one.
+    """The gate and the cadence before it.
 
-    warmup: the first steps, in which it always runs.
+    Attributes:
+        step: m, the first step after the gate.
+        interval: Before the gate, self-attention is computed in one of so many steps.
+        warmup: Number of first steps in which it is always computed.
     """
 
     step: int = 10
@@ -30,11 +33,12 @@ class Gate:
     warmup: int = 2
 
     def self_attention_runs(self, step: int) -> bool:
+        """Return whether self-attention is computed in a step i = 0 … T−1."""
         return step < self.warmup or step >= self.step or (step - self.warmup) % self.interval == 0
 
 
 class _Attention(ModelHook):
-    """On an attention module: hands out an earlier output where the gate says so."""
+    """Hook on an attention module: reuses an earlier output where the gate asks for it."""
 
     _is_stateful = True
 
@@ -52,7 +56,7 @@ class _Attention(ModelHook):
         return output
 
     def frozen(self, module) -> torch.Tensor:
-        """The mean over branches: they are separate states, or the two halves of a batch."""
+        """Return the mean output over branches, which are separate states or the two halves of a batch."""
         branches = [s.memory[module] for s in self.state_manager._state_cache.values() if module in s.memory]
         if len(branches) == 1:
             branches = branches[0].chunk(2)
@@ -64,7 +68,7 @@ class _Attention(ModelHook):
 
 
 class _OneBranch(ModelHook):
-    """On the transformer: behind the gate only the conditional branch runs, and stands for both."""
+    """Hook on the transformer: after the gate only the conditional branch runs, and its output serves for both."""
 
     _is_stateful = True
 
@@ -74,17 +78,17 @@ class _OneBranch(ModelHook):
 
     def new_forward(self, module, *args, **kwargs):
         state, name = self.state_manager.get_state(), self.state_manager.context.name
-        run = self.fn_ref.original_forward
+        forward = self.fn_ref.original_forward
         if state.step < self.gate.step:
-            return run(*args, **kwargs)
+            return forward(*args, **kwargs)
         if name == "uncond":
             return self.state_manager._state_cache["cond"].memory["output"]
         if name == "cond_uncond":  # one batch [cond; uncond]
-            rows = len(args[0] if args else kwargs["hidden_states"])
-            args = [first_half(value, rows) for value in args]
-            kwargs = {key: first_half(value, rows) for key, value in kwargs.items()}
-            return tuple(torch.cat([part, part]) for part in run(*args, **kwargs))
-        state.memory["output"] = output = run(*args, **kwargs)
+            size = len(args[0] if args else kwargs["hidden_states"])
+            args = [first_half(value, size) for value in args]
+            kwargs = {key: first_half(value, size) for key, value in kwargs.items()}
+            return tuple(torch.cat([output, output]) for output in forward(*args, **kwargs))
+        state.memory["output"] = output = forward(*args, **kwargs)
         return output
 
     def reset_state(self, module):
@@ -92,21 +96,26 @@ class _OneBranch(ModelHook):
         return module
 
 
-def first_half(value, rows: int):
-    """The first half of a tensor that has a row for each of the batch; anything else as it is."""
-    return value[: rows // 2] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+def first_half(value, size: int):
+    """Return the first half of a tensor whose first axis is the batch of this size; anything else unchanged."""
+    return value[: size // 2] if isinstance(value, torch.Tensor) and value.ndim and len(value) == size else value
 
 
 @contextmanager
 def tgate(model: torch.nn.Module, gate: Gate):
-    """T-GATE on a stock transformer, for the pipeline's calls within the context."""
+    """Apply T-GATE to a stock transformer, for the pipeline's calls within the context.
+
+    Raises:
+        ValueError: A model without cross-attention.
+    """
     manager, blocks = StateManager(BranchState), blocks_of(model)
     name = type(blocks[0]).__name__
     if name not in ATTENTIONS:
         raise ValueError(f"T-GATE freezes cross-attention, and a {name} has none")
-    pairs = [(model, _OneBranch(manager, gate)), (model, Clock(manager))]
+    hooks = [(model, _OneBranch(manager, gate)), (model, Clock(manager))]
     for block in blocks:
-        own, cross = (getattr(block, attribute) for attribute in ATTENTIONS[name])
-        pairs += [(own, _Attention(manager, gate, cross=False)), (cross, _Attention(manager, gate, cross=True))]
-    with hooked(model, pairs):
+        self_attention, cross_attention = (getattr(block, attribute) for attribute in ATTENTIONS[name])
+        hooks.append((self_attention, _Attention(manager, gate, cross=False)))
+        hooks.append((cross_attention, _Attention(manager, gate, cross=True)))
+    with hooked(model, hooks):
         yield

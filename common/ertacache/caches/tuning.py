@@ -1,4 +1,4 @@
-"""The search for the setting of a method that is nearest to an asked speed-up."""
+"""Search for the setting of a cache whose speed-up is nearest to a target."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,15 +7,16 @@ from typing import Any
 
 
 def midpoint(a, b):
-    """Half-way between two values of a parameter, None where nothing is.
+    """Return the value half-way between two values of a parameter, or None if there is none.
 
-    The geometric mean of two positive numbers to three digits, the middle of whole numbers, tuples part by part.
+    It is the geometric mean of two positive floats (to three digits), the middle of two integers, and the midpoints of
+    the elements of two tuples of equal length.
     """
     if a == b:
         return a
     if type(a) is type(b) is tuple and len(a) == len(b):
-        parts = tuple(map(midpoint, a, b))
-        return None if None in parts else parts
+        midpoints = tuple(map(midpoint, a, b))
+        return None if None in midpoints else midpoints
     middle = None
     if type(a) is type(b) is int:
         middle = (a + b) // 2
@@ -27,32 +28,42 @@ def midpoint(a, b):
 def nearest_settings(
     values: Sequence,
     between: Callable[[Any, Any], Any] | None,
-    saved_of: Callable[[Any], float],
+    ratio_of: Callable[[Any], float],
     speedups: Iterable[float],
     refinements: int = 3,
 ) -> dict[float, tuple[Any, float]]:
-    """For each speed-up the (value, FLOPs saved) that comes nearest to it, in the logarithm of the ratio.
+    """Find the setting nearest to each target speed-up, in the logarithm of the ratio.
 
-    values: a sweep, in its order. between(a, b): the value between two, or None. saved_of(value): uncached FLOPs over
-    the method's own, asked once a value. Between two neighbours with the speed-up between their savings, the interval
-    is halved up to `refinements` times.
+    Where the target lies between the FLOPs ratios of two neighbours of the sweep, the interval between them is halved
+    up to `refinements` times.
+
+    Args:
+        values: The sweep, in its order.
+        between: between(a, b) returns the value between two, or None; None for no refinement.
+        ratio_of: ratio_of(value) measures uncached FLOPs over those with the cache; called once per value.
+        speedups: Target speed-ups.
+        refinements: Most halvings per target.
+
+    Returns:
+        For each target the value and its FLOPs ratio.
     """
-    speedups, saved = list(speedups), {}
+    speedups, ratios = list(speedups), {}
 
-    def off(value, speedup) -> float:
-        if value not in saved:
-            saved[value] = saved_of(value)
-        return math.log(saved[value] / speedup)
+    def distance(value, speedup) -> float:
+        """Return the signed logarithm of the reached speed-up over the target."""
+        if value not in ratios:
+            ratios[value] = ratio_of(value)
+        return math.log(ratios[value] / speedup)
 
     for speedup in speedups:
-        around = [(a, b) for a, b in pairwise(values) if off(a, speedup) * off(b, speedup) < 0]
-        if not around or between is None:
+        brackets = [(a, b) for a, b in pairwise(values) if distance(a, speedup) * distance(b, speedup) < 0]
+        if not brackets or between is None:
             continue
-        a, b = min(around, key=lambda pair: min(abs(off(value, speedup)) for value in pair))
+        a, b = min(brackets, key=lambda bracket: min(abs(distance(value, speedup)) for value in bracket))
         for _ in range(refinements):
             middle = between(a, b)
-            if middle is None or off(middle, speedup) == 0:
+            if middle is None or distance(middle, speedup) == 0:
                 break
-            a, b = (a, middle) if off(a, speedup) * off(middle, speedup) < 0 else (middle, b)
-    nearest = {s: min((*values, *saved), key=lambda value, s=s: abs(off(value, s))) for s in speedups}
-    return {s: (value, saved[value]) for s, value in nearest.items()}
+            a, b = (a, middle) if distance(a, speedup) * distance(middle, speedup) < 0 else (middle, b)
+    nearest = {s: min((*values, *ratios), key=lambda value, s=s: abs(distance(value, s))) for s in speedups}
+    return {s: (value, ratios[value]) for s, value in nearest.items()}

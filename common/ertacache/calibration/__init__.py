@@ -1,1 +1,1 @@
-"""How plans are learned: from a model folder's loop, or from a pipeline's own call."""
+"""Calibration of plans, from a model folder's loop or from a pipeline's own call."""

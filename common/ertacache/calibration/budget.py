@@ -1,46 +1,48 @@
-"""The calibration of budget plans: weights for the schedules of planner.py, on the plan's own trajectory.
+"""Calibration of budget plans: weights for the schedules of planner.py, fitted on the plan's own trajectory.
 
-Calibration runs the uncached model once over the prompts (T calls each), which gives the Gram matrix and the latents to
-aim at. A replay then walks all prompts through a schedule together (N calls each): at every computed step the weights
-of the next jump are fitted, by least squares over all prompts, from where the plan has led to where the reference is.
-Errors of early jumps are thus partly repaired by later ones.
-
-What is aimed at, the target, is the uncached run ("reference"), or the solution that this run itself approximates
-("exact", ode.py): then the steps to choose from are CANDIDATES equal intervals a step, and not the pipeline's grid.
+The target's trajectory is run once over the prompts, which gives the Gram matrix and the latents to aim at. A rollout
+then takes all prompts through a schedule together (N calls per prompt): at every computed step the weights of the next
+jump are fitted, by least squares over all prompts, from the rollout's latents to the target's. So later jumps correct a
+part of the errors of earlier ones.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
-from safetensors.numpy import save as save_arrays
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save
 
 from ertacache.calibration import planner
 from ertacache.calibration.gram import Gram, products
 from ertacache.calibration.planner import Schedule
-from ertacache.calibration.threshold import Calibration
+from ertacache.calibration.session import CalibrationSession, existing
+from ertacache.calibration.targets import TARGETS
 from ertacache.numerics import ode
 from ertacache.numerics.jump import jump
 from ertacache.plans.budget import BudgetPlan
+from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
-from ertacache.utils.ledger import digest
 
-ANCHORS = (3, 5)  # numbers of anchors H that calibration tries
+HISTORY_LENGTHS = (3, 5)  # values of H that calibration tries
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A schedule, what was fitted on it, and the mean squared error of the final latents that it leads to.
+class Rollout:
+    """A schedule with the coefficients fitted on it.
 
-    arrays: those of a `BudgetPlan`, by name. error: on the prompts of the fit; held_out: on those that were left out.
+    Attributes:
+        schedule: The computed steps.
+        arrays: Arrays of a `BudgetPlan`, by name.
+        error: Mean squared error of the final latents, on the prompts of the fit.
+        held_out: The same on the prompts left out of the fit; None where there are none.
     """
 
     schedule: Schedule
@@ -49,250 +51,260 @@ class Replay:
     held_out: float | None
 
 
-class BudgetCalibration(Calibration):
-    """Reference pass, candidate schedules, on-policy weights, for one program, pipeline and set of prompts.
+@dataclass
+class BatchState:
+    """A batch of prompts on its way through a schedule: its latents, and the newest velocities, newest first."""
 
-    A quarter of the prompts (none of fewer than four) is held out of the fit and measures the plan. Arguments as
-    for `Calibration`, without a site. target: "reference" or "exact".
+    inputs: Any
+    x: torch.Tensor = field(init=False)
+    history: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.x = self.inputs.latents
+
+
+class BudgetCalibration:
+    """The target's trajectory, candidate schedules and on-policy weights for one session.
+
+    A quarter of the prompts (none of fewer than four) is held out of the fit and measures the plan.
+
+    Args:
+        session: Sampler, pipeline and prompts.
+        target: "reference" (the uncached run) or "exact" (the ODE's solution).
+        restrict: restrict(inputs, schedule) returns the inputs of a rollout that computes these steps only.
+        around_pass: Context manager around each pass over the prompts.
+
+    Raises:
+        UserError: Too few prompts, or too small latents, to fit the weights.
     """
 
-    def __init__(self, *arguments, target="reference", **options):
-        self.target, self.grid, self.purpose = target, None, f"budget, {target}"
-        super().__init__(*arguments, site="output", **options)
-        self.fitted = len(self.prompts) - len(self.prompts) // 4
-        self.first = self.inputs(0)
-        self.native = self.first.sigmas
-        if target == "exact":
-            self.grid = ode.candidate_grid(self.native, ode.CANDIDATES * self.steps)
-            self.first = self.inputs(0)
-        first, self.end = self.first, len(self.first.times)
-        self.scaled = self.first_jump(0, 1)[0] != 1.0
-        needed = 10 * (max(ANCHORS) + self.scaled)
-        if self.fitted * first.latents[0].numel() < needed:
-            found = f"{self.fitted} calibration prompts of {first.latents[0].numel()} numbers each"
-            raise UserError(f"{found} are too few to fit the weights: give more prompts, or larger latents")
+    def __init__(
+        self,
+        session: CalibrationSession,
+        target: str = "reference",
+        *,
+        restrict: Callable[[Any, Schedule], Any] = lambda inputs, schedule: inputs,
+        around_pass: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.session, self.restrict, self.around_pass = session, restrict, around_pass
+        self.checkpoints = session.checkpoints(["budget", target])
+        self.fitted = len(session.prompts) - len(session.prompts) // 4
+        with around_pass():
+            native = session.inputs(0)
+            self.target = TARGETS[target](session, native, self.checkpoints)
+            self.native_sigmas = native.sigmas
+            self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
+            self.end = len(self.first.times)
+            self.elements = self.first.latents[0].numel()
+        self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
+        if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
+            size = f"{self.fitted} calibration prompts of {self.elements} numbers each"
+            raise UserError(f"{size} are too few to fit the weights: give more prompts, or larger latents")
 
     def inputs(self, batch: int):
-        """On the grid that the steps of the plan count on."""
-        inputs = super().inputs(batch)
-        return inputs if self.grid is None else inputs.on(self.grid)
+        """Return the inputs of a batch of prompts, on the grid that computed steps count on."""
+        return self.on_target_grid(self.session.inputs(batch))
 
-    # --- the reference -----------------------------------------------------------------------------------------------
+    def on_target_grid(self, inputs):
+        return inputs if self.target.sigmas is None else inputs.on(self.target.sigmas)
 
-    def reference(self) -> Gram:
-        """The target's trajectory for every prompt; afterwards its latents are on disk.
+    def first_order(self, i: int, k: int) -> tuple[float, float]:
+        """Return (a, w) of the solver's first-order jump x_k = a x_i + w v_i."""
+        return self.session.sampler.first_order(self.session.pipe, self.first, i, k)
 
-        The uncached run takes T calls a prompt, the exact solution 3 calls for each substep of each candidate.
+    # --- the target's trajectory -------------------------------------------------------------------------------------
+
+    def trajectories(self) -> Gram:
+        """Run the target's trajectory of every prompt once; afterwards its latents are on disk.
+
+        Returns:
+            The Gram matrix of the fitted prompts.
         """
-        self.expect(self.target, self.end * (3 * self.substeps if self.target == "exact" else 1))
-        sums = self.ledger.run(self.target, len(self.starts), self.reference_batch)
+        sums = self.session.run(
+            self.checkpoints, self.target.name, self.end * self.target.calls_per_step, self.trajectory_of_batch
+        )
         return Gram(sums["matrix"], int(sums["elements"]), int(sums["prompts"]))
 
-    def reference_batch(self, batch: int):
+    def trajectory_of_batch(self, batch: int) -> dict[str, Any]:
         latents, velocities = [], []
 
         def on_step(i, x, v):
-            self.require_finite_rows(v, batch, i)
+            self.session.require_finite(v, batch, i)
             latents.append(x.float().cpu())
             velocities.append(v.float().cpu())
-            self.bar.update(3 * self.substeps if self.target == "exact" else 1)
+            self.session.bar.update(self.target.calls_per_step)
 
-        inputs = self.inputs(batch)
-        if self.target == "exact":
-            options = {"rate": self.rate, "substeps": self.substeps, "on_step": on_step}
-            final = ode.integrate(self.program, self.pipe, inputs, inputs.sigmas, **options)
-        else:
-            final = self.program.denoise(self.pipe, inputs, None, on_step)
+        with self.around_pass():
+            final = self.target.integrate(self.inputs(batch), on_step)
         latents.append(final.float().cpu())
         named = {str(i): x.contiguous() for i, x in enumerate(latents)}
-        write_atomically(self.trajectory_path(batch), save_tensors(named))
-        part = self.fit_rows(batch)
-        gram = Gram.of([x[part] for x in latents], [v[part] for v in velocities])
+        write_atomically(self.trajectory_path(batch), save(named))
+        fitted = slice(0, max(0, min(self.session.batch_size, self.fitted - self.session.starts[batch])))
+        gram = Gram.of([x[fitted] for x in latents], [v[fitted] for v in velocities])
         return {"matrix": gram.matrix, "elements": gram.elements, "prompts": gram.prompts}
 
     def trajectory_path(self, batch: int):
-        return self.work / f"{self.target}-{batch:04d}.safetensors"
+        """Return the file of a batch's latents at every step of the target's trajectory."""
+        return self.checkpoints.folder / f"{self.target.name}-{batch:04d}.safetensors"
 
-    @cached_property
-    def substeps(self) -> int:
-        """Of a candidate interval, so that the exact solution has settled; found on the first prompts."""
-
-        def settled(batch):
-            first = self.prompts[: ode.SETTLING_PROMPTS], self.seeds[: ode.SETTLING_PROMPTS]
-            inputs = self.program.prepare(self.pipe, *first, **self.settings)
-            return {
-                "substeps": ode.settled_substeps(self.program, self.pipe, inputs.on(self.grid), self.grid, self.rate)
-            }
-
-        return int(self.ledger.run("substeps", 1, settled)["substeps"])
-
-    def wanted(self, batch: int, i: int) -> torch.Tensor:
-        """The target's latents x_i of a batch."""
-        with safe_open(self.found(self.trajectory_path(batch)), "pt") as file:
+    def target_latents(self, batch: int, i: int) -> torch.Tensor:
+        """Return the target's latents x_i of a batch, float32 on the CPU."""
+        with safe_open(existing(self.trajectory_path(batch)), "pt") as file:
             return file.get_tensor(str(i))
 
-    def fit_rows(self, batch: int) -> slice:
-        """The prompts of a batch that the weights are fitted on."""
-        return slice(0, max(0, min(self.batch_size, self.fitted - self.starts[batch])))
+    # --- rollouts ----------------------------------------------------------------------------------------------------
 
-    def require_finite_rows(self, v: torch.Tensor, batch: int, step: int) -> None:
-        finite = v.flatten(1).isfinite().all(1).tolist()
-        if not all(finite):
-            prompt = self.prompts[self.starts[batch] + finite.index(False)]
-            raise UserError(f"the model gave a non-finite value at step {step} of {prompt!r}: try --dtype float32")
-
-    def first_jump(self, i: int, k: int) -> tuple[float, float]:
-        """(a, w) of the solver's own first-order jump x_k = a x_i + w v_i."""
-        return self.program.first_order(self.pipe, self.first, i, k)
-
-    @property
-    def rate(self) -> float:
-        return ode.rate_of(self.program, self.pipe, self.first)
-
-    # --- replays -----------------------------------------------------------------------------------------------------
-
-    def replay(self, schedule: Schedule, anchors: int) -> Replay:
-        """Walk all prompts through a schedule and fit its weights on the way: N calls a prompt. Kept on disk."""
-        path = self.work / f"replay-{digest(['with repair', self.target, schedule, anchors])[:16]}.safetensors"
-        found = parallel.share(load_file(path) if path.exists() else None)
-        if found is None:
-            found = self.walk(schedule, anchors)
-            if parallel.is_main():
-                write_atomically(path, save_arrays(found))
-        error, held_out = float(found.pop("error")), float(found.pop("held_out"))
-        return Replay(schedule, found, error, None if np.isnan(held_out) else held_out)
+    def rollout(self, schedule: Schedule, history_length: int) -> Rollout:
+        """Take all prompts through a schedule and fit its weights on the way, N calls per prompt; stored on disk."""
+        key = ["rollout", self.target.name, schedule, history_length]
+        arrays = dict(self.checkpoints.arrays(key, lambda: self.fit_schedule(schedule, history_length)))
+        error, held_out = float(arrays.pop("error")), float(arrays.pop("held_out"))
+        return Rollout(schedule, arrays, error, None if np.isnan(held_out) else held_out)
 
     @torch.no_grad()
-    def walk(self, schedule: Schedule, anchors: int) -> dict[str, np.ndarray]:
-        """The arrays and errors of a replay. A process walks its own batches; their equations are added in order."""
-        runs = {batch: _Run(self.inputs_over(batch, schedule)) for batch in parallel.mine(len(self.starts))}
-        self.bar.total += len(schedule) * len(runs)
+    def fit_schedule(self, schedule: Schedule, history_length: int) -> dict[str, np.ndarray]:
+        """Return the arrays and errors of a rollout.
+
+        Each process runs its own batches; their normal equations are added in the order of batches.
+        """
+        batches = parallel.mine(self.session.batches)
+        self.session.expect(len(schedule) * len(batches))
         rows = []
-        for i, target in zip(schedule, [*schedule[1:], self.end], strict=True):
-            grams = parallel.in_order([self.compute(batch, run, i, target, anchors) for batch, run in runs.items()])
-            rows.append(parallel.share(self.fit(np.concatenate(grams), anchors, self.first_jump(i, target))))
-            for run in runs.values():
-                run.x = jump(run.x, run.history, rows[-1]["weights"], rows[-1]["scale"])
+        with self.around_pass():
+            states = {batch: BatchState(self.restrict(self.inputs(batch), schedule)) for batch in batches}
+            for i, k in zip(schedule, [*schedule[1:], self.end], strict=True):
+                grams = [self.compute(batch, state, i, k, history_length) for batch, state in states.items()]
+                grams = np.concatenate(parallel.in_order(grams))
+                rows.append(parallel.share(self.fit(grams, history_length, self.first_order(i, k))))
+                for state in states.values():
+                    state.x = jump(state.x, state.history, rows[-1]["weights"], rows[-1]["scale"])
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["prediction_errors"] = arrays["prediction_errors"].T.copy()  # [P, N]
-        return arrays | dict(zip(("error", "held_out"), map(np.array, self.errors_of(runs)), strict=True))
+        error, held_out = self.errors_of(states)
+        return arrays | {"error": np.array(error), "held_out": np.array(held_out)}
 
-    def compute(self, batch: int, run: "_Run", i: int, target: int, anchors: int) -> np.ndarray:
-        """A computed step of one batch: scalar products [B, R, R] of what the jump from i to target is fitted with.
+    def compute(self, batch: int, state: BatchState, i: int, k: int, history_length: int) -> np.ndarray:
+        """Compute step i of a batch. Returns scalar products [B, R, R] from which the jump from i to k is fitted.
 
-        Rows: the outputs, newest first; the latent where it has a weight; what it lacks to the target at i, and there.
+        The R rows are the velocities, newest first; the latents where they have a coefficient; target − latents at i
+        and at k.
         """
-        v = self.program.velocity(self.pipe, run.inputs, run.x, run.inputs.times[i])
-        self.require_finite_rows(v, batch, i)
-        run.history = [v, *run.history][:anchors]
-        lacks = [self.wanted(batch, k).to(run.x.device) - run.x.float() for k in (i, target)]
-        self.bar.update()
-        return products([*run.history, *([run.x] if self.scaled else []), *lacks])
+        v = self.session.sampler.velocity(self.session.pipe, state.inputs, state.x, state.inputs.times[i])
+        self.session.require_finite(v, batch, i)
+        state.history = [v, *state.history][:history_length]
+        errors = [self.target_latents(batch, step).to(state.x.device) - state.x.float() for step in (i, k)]
+        self.session.bar.update()
+        return products([*state.history, *([state.x] if self.scaled else []), *errors])
 
-    def fit(self, grams: np.ndarray, anchors: int, own: tuple[float, float]) -> dict[str, np.ndarray]:
-        """Of each array of a plan what belongs to one computed step. grams: [P, R, R] of `compute`; own: first_jump."""
+    def fit(
+        self, grams: np.ndarray, history_length: int, first_order: tuple[float, float]
+    ) -> dict[str, np.ndarray | float]:
+        """Fit one row of each array of a plan.
+
+        Args:
+            grams: Scalar products of `compute` for every prompt, [P, R, R].
+            history_length: H.
+            first_order: (a, w) of the solver's own jump, to which the ridge pulls the weights.
+        """
         total, end = grams[: self.fitted].sum(0), grams.shape[1] - 2
-        outputs = end - self.scaled
-        prior, none = np.zeros(end), np.zeros(end)
-        prior[0], prior[outputs:] = own[1], own[0] - 1
-        found = {}
-        for name, scale, column, start in (("weights", "scale", -1, prior), ("repair", "repair_scale", -2, none)):
+        velocities = end - self.scaled
+        prior, zero = np.zeros(end), np.zeros(end)
+        prior[0], prior[velocities:] = first_order[1], first_order[0] - 1
+        row = {}
+        for name, scale, column, start in (("weights", "scale", -1, prior), ("repair", "repair_scale", -2, zero)):
             solved = planner.solve_weights(total[:end, :end], total[:end, column], start)
-            found[name], found[scale] = np.pad(solved[:outputs], (0, anchors - outputs)), 1 + solved[outputs:].sum()
-        found["predictor"], squares = planner.fit_predictor(grams[:, :outputs, :outputs], anchors - 1, self.fitted)
-        return found | {"prediction_errors": np.sqrt(squares / self.first.latents[0].numel())}
+            row[name] = np.pad(solved[:velocities], (0, history_length - velocities))
+            row[scale] = 1 + solved[velocities:].sum()
+        products_of_velocities = grams[:, :velocities, :velocities]
+        row["predictor"], squares = planner.fit_predictor(products_of_velocities, history_length - 1, self.fitted)
+        return row | {"prediction_errors": np.sqrt(squares / self.elements)}
 
-    def inputs_over(self, batch: int, schedule: Schedule):
-        """What a batch's walk through these steps starts from."""
-        return self.inputs(batch)
-
-    def errors_of(self, runs) -> tuple[float, float]:
-        """Mean squared errors of final latents on the fitted and on the held-out prompts (nan where there are none)."""
-        errors = [self.squared_errors(batch, run.x) for batch, run in runs.items()]
-        squares = [e for batch in parallel.in_order(errors) for e in batch]
+    def errors_of(self, states: dict[int, BatchState]) -> tuple[float, float]:
+        """Return the mean squared errors of the final latents on fitted and on held-out prompts (nan without any)."""
+        errors = [self.squared_errors(batch, state.x) for batch, state in states.items()]
+        squares = [error for batch in parallel.in_order(errors) for error in batch]
         held_out = squares[self.fitted :]
         return float(np.mean(squares[: self.fitted])), float(np.mean(held_out)) if held_out else float("nan")
 
     def squared_errors(self, batch: int, final: torch.Tensor) -> list[float]:
-        """Mean squared error of each prompt's final latents."""
-        return (final.double().cpu() - self.wanted(batch, self.end)).square().flatten(1).mean(1).tolist()
+        """Return the mean squared error of each prompt's final latents."""
+        return (final.double().cpu() - self.target_latents(batch, self.end)).square().flatten(1).mean(1).tolist()
 
     def tuned_shift(self, steps: int) -> float:
-        """The shift in SHIFTS with which `steps` of the model's own solver come nearest to the target: a rival."""
-        self.reference()
+        """Return the shift in SHIFTS with which `steps` of the model's own solver come nearest to the target."""
+        self.trajectories()
+        session = self.session
 
-        def sums_of(batch):
-            inputs, errors = super(BudgetCalibration, self).inputs(batch), []
+        def sums_of(batch: int) -> dict[str, Any]:
+            inputs, errors = session.inputs(batch), []
             for shift in SHIFTS:
-                final = self.program.denoise(self.pipe, inputs.on(ode.shifted_grid(self.native, steps, shift)))
-                errors.append(sum(self.squared_errors(batch, final)))
+                grid = ode.shifted_grid(self.native_sigmas, steps, shift)
+                errors.append(sum(self.squared_errors(batch, session.sampler.denoise(session.pipe, inputs.on(grid)))))
             return {"errors": errors}
 
-        errors = self.ledger.run(f"{self.target}, {steps} steps, shifts", len(self.starts), sums_of)["errors"]
-        return SHIFTS[int(np.argmin(errors))]
+        key = f"{self.target.name}, {steps} steps, shifts"
+        return SHIFTS[int(np.argmin(self.checkpoints.sums(key, session.batches, sums_of)["errors"]))]
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
-    def plans(self, budgets: list[int], search: int = 0) -> dict[int, BudgetPlan]:
-        """A plan for each budget. search: how many more replays a local search may spend on each."""
+    def plans(self, budgets: Sequence[int], search: int = 0) -> dict[int, BudgetPlan]:
+        """Return a plan for each budget.
+
+        Args:
+            budgets: Numbers of computed steps, from 2 to T.
+            search: Rollouts that a local search may spend on each plan.
+        """
         for budget in budgets:
-            if not 2 <= budget <= self.steps:
-                raise UserError(f"--budget {budget}: give a number of computed steps from 2 to {self.steps}")
-        gram = self.reference()
-        candidates = parallel.share(planner.candidate_schedules(gram, budgets, self.scaled))
+            check_budget(budget, self.session.steps)
+        gram = self.trajectories()
+        candidates = parallel.share(planner.candidate_schedules(gram, list(budgets), self.scaled))
         return {budget: self.plan(gram, candidates[budget], search) for budget in budgets}
 
     def plan(self, gram: Gram, candidates: dict[str, Schedule], search: int = 0) -> BudgetPlan:
-        """The best of the candidate schedules by replay, then the best number of anchors, then local search."""
+        """Choose the best candidate schedule by rollout, then the best history length, then search locally."""
         budget = len(next(iter(candidates.values())))
-        self.bar.set_description(f"calibrate N={budget}")
-        tried = {name: self.replay(schedule, ANCHORS[0]) for name, schedule in candidates.items()}
+        self.session.bar.set_description(f"calibrate N={budget}")
+        tried = {name: self.rollout(schedule, HISTORY_LENGTHS[0]) for name, schedule in candidates.items()}
         name = min(tried, key=lambda n: tried[n].error)
-        for anchors in ANCHORS[1:]:
-            tried[f"{name}, H = {anchors}"] = self.replay(tried[name].schedule, anchors)
+        for history_length in HISTORY_LENGTHS[1:]:
+            tried[f"{name}, H = {history_length}"] = self.rollout(tried[name].schedule, history_length)
         name = min(tried, key=lambda n: tried[n].error)
         best = self.search(tried[name], search)
-        errors = {n: replayed.error for n, replayed in tried.items()} | {"after local search": best.error}
+        errors = {n: rollout.error for n, rollout in tried.items()} | {"after local search": best.error}
         bound = planner.projection_bound(gram, best.schedule, self.scaled)
         return BudgetPlan(
-            conditions=self.conditions,
+            requirements=self.session.requirements,
             computed=best.schedule,
-            native_sigmas=tuple(self.native.tolist()),
-            target=self.target,
-            sigmas=() if self.grid is None else tuple(self.grid.tolist()),
+            native_sigmas=tuple(self.native_sigmas.tolist()),
+            target=self.target.name,
+            sigmas=() if self.target.sigmas is None else tuple(self.target.sigmas.tolist()),
             predicted_error=best.error,
             held_out_error=best.held_out,
-            provenance=self.budget_provenance(name, errors, bound),
+            provenance=self.provenance(name, errors, bound),
             **{name: as_tuples(array.tolist()) for name, array in best.arrays.items()},
         )
 
-    def search(self, best: Replay, evaluations: int) -> Replay:
-        """Move one computed step by one place as long as that lowers the error on the calibration prompts."""
-        anchors, tried = best.arrays["weights"].shape[1], {best.schedule}
+    def search(self, best: Rollout, rollouts: int) -> Rollout:
+        """Move single computed steps by one while that lowers the error, with at most so many rollouts."""
+        history_length, tried = best.arrays["weights"].shape[1], {best.schedule}
         while True:
             options = [s for s in planner.neighbours(best.schedule, self.end) if s not in tried]
-            for schedule in options[:evaluations]:
-                evaluations -= 1
+            for schedule in options[:rollouts]:
+                rollouts -= 1
                 tried.add(schedule)
-                found = self.replay(schedule, anchors)
-                if found.error < best.error:
-                    best = found
+                moved = self.rollout(schedule, history_length)
+                if moved.error < best.error:
+                    best = moved
                     break
             else:
                 return best
 
-    def budget_provenance(self, chosen: str, errors: dict[str, float], bound: float):
-        found = self.provenance(chosen, errors)
-        found.pop("site")
-        found["prompts"]["fitted"] = self.fitted
-        found["calibration"]["projection_bound"] = bound
-        if self.target == "exact":
-            found["calibration"]["substeps"] = self.substeps
-        return found
+    def provenance(self, chosen: str, errors: dict[str, float], bound: float) -> dict[str, Any]:
+        provenance = self.session.provenance(self.checkpoints, chosen, errors)
+        provenance["prompts"] = {**provenance["prompts"], "fitted": self.fitted}
+        provenance["calibration"] |= {"projection_bound": bound, **self.target.facts()}
+        return provenance
 
-
-class _Run:
-    """A batch on its way through a plan."""
-
-    def __init__(self, inputs):
-        self.inputs, self.x, self.history = inputs, inputs.latents, []
+    def finish(self) -> None:
+        """Delete the checkpoints; call it once the plans are saved."""
+        self.session.finish(self.checkpoints)

@@ -1,99 +1,178 @@
-"""The plans in a model folder's cache/: finds the one that a run asks for, and calibrates what is not there."""
+"""Plans of a model folder: finds the stored plan that a run asks for, or calibrates it."""
 
-import math
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ertacache.calibration.budget import BudgetCalibration
-from ertacache.calibration.threshold import Calibration
-from ertacache.plans.names import budget_name, budget_of, check_speedups, plan_name
+from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.threshold import ThresholdCalibration
+from ertacache.demos.model_folder import Sampler
+from ertacache.plans.names import budget_name, budget_of, check_budget, check_speedups, threshold_name
 from ertacache.plans.plan import Plan
-from ertacache.plans.requirements import Conditions
+from ertacache.plans.requirements import Requirements
+from ertacache.plans.threshold import check_threshold
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable, read_prompts
 from ertacache.utils.provenance import fingerprint
 
 
-def find_plan(program, pipe, args, settings) -> tuple[Plan, Path]:
-    """The plan to run with, and its path: a file that is named, one stored for λ or a budget, or one calibrated now."""
-    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-    recorded = {k: v for k, v in settings.items() if k != "steps"} | {"dtype": dtype}
-    run = Conditions.of(pipe, settings["steps"], recorded)
-    if args.plan:
-        path, remedy = Path(args.plan), "make one with --threshold or --speedup instead of --plan"
-    else:
-        name, what = _wanted(args, settings["steps"])
-        path = program.FOLDER / "cache" / name
+@dataclass(frozen=True)
+class PlanRequest:
+    """The plan that a run asks for: by λ, by a number of computed steps, or by its file. Checked when it is made.
+
+    Args:
+        model: "demo", a directory or a Hub id, as the run loads it.
+        steps: T, steps of the uncached run.
+        threshold: λ > 0 of a threshold plan.
+        site: Cache site of a threshold plan, "output" or "blocks".
+        budget: N of a budget plan, from 2 to T.
+        speedup: T/N in place of `budget`, at least 1.
+        target: Of a budget plan, "reference" or "exact".
+        file: Of a plan, in place of the others.
+
+    Raises:
+        UserError: A number out of range; the message names the flag.
+    """
+
+    model: str
+    steps: int
+    threshold: float | None = None
+    site: str = "output"
+    budget: int | None = None
+    speedup: float | None = None
+    target: str = "reference"
+    file: Path | None = None
+
+    def __post_init__(self):
+        if [self.threshold, self.budget, self.speedup, self.file].count(None) != 3:
+            raise UserError("ask for a plan in one way: --threshold λ, --speedup S, --budget N or --plan FILE")
+        if self.threshold is not None:
+            check_threshold(self.threshold, "--threshold")
+        if self.speedup is not None:
+            check_speedups([self.speedup], "--speedup")
+        if self.computed is not None:
+            check_budget(self.computed, self.steps, "--budget" if self.speedup is None else "--speedup", self.speedup)
+
+    @property
+    def computed(self) -> int | None:
+        """N of the budget plan that is asked for."""
+        return self.budget if self.speedup is None else budget_of(self.steps, self.speedup)
+
+    @property
+    def name(self) -> str:
+        """File name of the plan in a model folder's cache/."""
+        if self.threshold is not None:
+            return threshold_name(self.model, self.steps, self.threshold, self.site)
+        return budget_name(self.model, self.steps, self.computed, self.target)
+
+    def __str__(self) -> str:
+        if self.threshold is not None:
+            return f"λ = {self.threshold:g}"
+        return f"{self.computed} of {self.steps} steps" + (", exact target" if self.target == "exact" else "")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a plan is calibrated that is not stored yet. Checked when it is made.
+
+    Args:
+        prompts: File with one prompt per line; None for the model folder's own.
+        batch_size: Prompts per call, at least 1.
+        search: Rollouts that the local search of a budget plan may spend, at least 0.
+    """
+
+    prompts: Path | None = None
+    batch_size: int = 4
+    search: int = 0
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("search", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
+
+
+def find_plan(
+    sampler: Sampler, pipe, settings: dict[str, Any], request: PlanRequest, options: CalibrationOptions
+) -> tuple[Plan, Path]:
+    """Return the plan that a run asks for, and its path: named by the request, stored, or calibrated now.
+
+    Args:
+        sampler: The model folder.
+        pipe: Its pipeline.
+        settings: The run's, of `sampler.settings_of`.
+        request: Which plan.
+        options: Of the calibration, where none is stored.
+
+    Raises:
+        PlanError: The plan was made for another model, scheduler or number of steps.
+    """
+    path, remedy = request.file, "make one with --threshold or --speedup instead of --plan"
+    if path is None:
+        path = sampler.FOLDER / "cache" / request.name
         remedy = f"delete {path} to calibrate it anew under these conditions"
         if not path.exists():
             if parallel.is_main():
-                print(f"no stored plan for {what}: calibrating one (once)", file=sys.stderr)
-            if args.threshold is not None:
-                return calibrate_plans(program, pipe, args, settings, [args.threshold])[0]
-            return calibrate_budgets(program, pipe, args, settings, [_budget(args, settings["steps"])])[0]
+                print(f"no stored plan for {request}: calibrating one (once)", file=sys.stderr)
+            session = open_session(sampler, pipe, settings, request.model, options, path.parent)
+            if request.threshold is not None:
+                return calibrate_thresholds(session, [request.threshold], request.site, path.parent)[0]
+            return calibrate_budgets(session, [request.computed], request.target, options.search, path.parent)[0]
     plan = Plan.load(path)
-    plan.check(run, remedy)
-    made_for, found = plan.provenance.get("weights"), fingerprint(pipe)
-    if made_for != found and "offloaded" not in (made_for, found):
-        warnings.warn(f"the plan was calibrated on other weights ({made_for}, now {found}): {remedy}", stacklevel=2)
+    recorded = {name: value for name, value in settings.items() if name != "steps"}
+    recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
+    plan.check(Requirements.of(pipe, settings["steps"], recorded), remedy)
+    weights, present = plan.provenance.get("weights"), fingerprint(pipe)
+    if weights != present and "offloaded" not in (weights, present):
+        warnings.warn(f"the plan was calibrated on other weights ({weights}, now {present}): {remedy}", stacklevel=2)
     return plan, path
 
 
-def _wanted(args, steps: int) -> tuple[str, str]:
-    """File name of the plan that the arguments ask for, and the words for it."""
-    if args.threshold is None:
-        budget = _budget(args, steps)
-        exact = ", exact target" if args.target == "exact" else ""
-        return budget_name(args.model, steps, budget, args.target), f"{budget} of {steps} steps{exact}"
-    if not (math.isfinite(args.threshold) and args.threshold > 0):
-        raise UserError(f"--threshold {args.threshold}: λ must be a finite number above 0, for example 0.1")
-    return plan_name(args.model, steps, args.threshold, args.site), f"λ = {args.threshold:g}"
+def open_session(
+    sampler: Sampler, pipe, settings: dict[str, Any], model: str, options: CalibrationOptions, work: Path
+) -> CalibrationSession:
+    """Return a session on the prompts of the options, or on the folder's own. work: folder for its checkpoints."""
+    default = "calibration-demo.txt" if model == "demo" else "calibration.txt"
+    prompts = read_prompts(options.prompts or sampler.FOLDER / "prompts" / default)
+    return CalibrationSession(
+        sampler,
+        pipe,
+        prompts,
+        range(len(prompts)),
+        settings=settings,
+        batch_size=options.batch_size,
+        work=ensure_writable(work),
+        model_id=model,
+    )
 
 
-def _budget(args, steps: int) -> int:
-    if args.speedup is None:
-        budget, flag = args.budget, f"--budget {args.budget}"
-    else:
-        check_speedups([args.speedup], "--speedup")
-        budget, flag = budget_of(steps, args.speedup), f"--speedup {args.speedup:g}"
-    if not 2 <= budget <= steps:
-        raise UserError(f"{flag}: give a number of computed steps from 2 to {steps}")
-    return budget
+def calibrate_thresholds(
+    session: CalibrationSession, thresholds: Sequence[float], site: str, folder: Path
+) -> list[tuple[Plan, Path]]:
+    """Calibrate a threshold plan for each λ and store it in `folder`."""
+    calibration = ThresholdCalibration(session, site)
+    return _store(calibration, (calibration.plan(threshold) for threshold in thresholds), folder)
 
 
-def open_calibration(program, pipe, args, settings, work: Path, kind=Calibration, **options):
-    """A calibration on the prompts that the arguments name, or on the folder's own; its ledger lies in `work`."""
-    default = "calibration-demo.txt" if args.model == "demo" else "calibration.txt"
-    prompts = read_prompts(args.calibration_prompts or program.FOLDER / "prompts" / default)
-    options |= {"settings": settings, "batch_size": args.batch_size, "model_id": args.model}
-    return kind(program, pipe, prompts, range(len(prompts)), work=ensure_writable(work), **options)
+def calibrate_budgets(
+    session: CalibrationSession, budgets: Sequence[int], target: str, search: int, folder: Path
+) -> list[tuple[Plan, Path]]:
+    """Calibrate a budget plan for each number of computed steps and store it in `folder`; one trajectory serves all."""
+    calibration = BudgetCalibration(session, target)
+    return _store(calibration, calibration.plans(budgets, search).values(), folder)
 
 
-def calibrate_plans(program, pipe, args, settings, thresholds, folder=None):
-    """Calibrate a threshold plan for each λ: (plan, path) pairs. Stored in `folder`, by default the `cache/`."""
-    folder = ensure_writable(folder or program.FOLDER / "cache")
-    calibration = open_calibration(program, pipe, args, settings, folder, site=args.site)
-    found = []
-    for threshold in thresholds:
-        plan = calibration.plan(threshold)
-        path = folder / plan_name(args.model, plan.steps, plan.threshold, plan.site)
-        found.append((plan, _save(plan, path)))
+def _store(calibration, plans: Iterable[Plan], folder: Path) -> list[tuple[Plan, Path]]:
+    """Save each plan once it is there, by rank 0 (all ranks have the same plans); then delete the checkpoints."""
+    folder, stored = ensure_writable(folder), []
+    for plan in plans:
+        stored.append((plan, folder / plan.file_name(calibration.session.identity["model"])))
+        if parallel.is_main():
+            plan.save(stored[-1][1])
     calibration.finish()
-    return found
-
-
-def calibrate_budgets(program, pipe, args, settings, budgets, folder=None):
-    """Calibrate a budget plan for each number of computed steps: (plan, path) pairs. One reference pass serves all."""
-    folder = ensure_writable(folder or program.FOLDER / "cache")
-    calibration = open_calibration(program, pipe, args, settings, folder, BudgetCalibration, target=args.target)
-    plans = calibration.plans(budgets, args.search)
-    found = [(p, _save(p, folder / budget_name(args.model, p.steps, p.nfe, p.target))) for p in plans.values()]
-    calibration.finish()
-    return found
-
-
-def _save(plan: Plan, path: Path) -> Path:
-    """Written by main; the other processes have the same plan."""
-    return plan.save(path) if parallel.is_main() else path
+    return stored

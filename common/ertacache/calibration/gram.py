@@ -1,8 +1,9 @@
-"""The Gram matrix of trajectories: all that planning has to know of a model, a few hundred kilobytes of it.
+"""The Gram matrix of trajectories: all that schedule planning needs of a model, a few hundred kilobytes.
 
 A trajectory of T steps is z = [x_0 … x_T, v_0 … v_{T−1}], 2T + 1 vectors of one prompt's elements, and G = Σ z zᵀ over
-the calibration prompts. Every question of the form "how near can these outputs come to that latent" is answered by G
-alone, so one reference pass serves every budget, and matrices of several processes or files are simply added.
+the calibration prompts. Every question of the form "how well can these velocities reproduce that latent" is answered
+by G alone. So one pass along the target's trajectory serves every budget, and matrices of several processes or files
+add up.
 """
 
 from collections.abc import Sequence
@@ -16,14 +17,17 @@ from safetensors.numpy import load_file, save
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
 
-CHUNK = 2**16  # elements that are multiplied at a time
+CHUNK = 2**16  # elements per matrix product
 
 
 @dataclass(frozen=True)
 class Gram:
-    """matrix: [2T+1, 2T+1] in float64, rows x_0 … x_T, then v_0 … v_{T−1}. elements: numbers in all latents x_i summed.
+    """The Gram matrix of trajectories of T steps.
 
-    prompts: how many trajectories are in it.
+    Attributes:
+        matrix: G, float64 [2T+1, 2T+1], rows x_0 … x_T, then v_0 … v_{T−1}.
+        elements: Elements of a latent x_i, summed over the prompts.
+        prompts: Number of trajectories.
     """
 
     matrix: np.ndarray
@@ -32,14 +36,22 @@ class Gram:
 
     @classmethod
     def of(cls, latents: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor]) -> "Gram":
-        """G of a batch. latents: T+1 tensors [B, …], velocities: T of the same shape; any float dtype and device."""
+        """Return the Gram matrix of a batch.
+
+        Args:
+            latents: x_0 … x_T, T+1 tensors [B, …] of any float dtype, on any device.
+            velocities: v_0 … v_{T−1}, T tensors of the same shape.
+
+        Raises:
+            ValueError: Other numbers of tensors.
+        """
         if len(latents) != len(velocities) + 1:
             raise ValueError(f"{len(latents)} latents and {len(velocities)} velocities: T + 1 and T are needed")
         rows = [z.reshape(-1) for z in (*latents, *velocities)]
         matrix = np.zeros((len(rows), len(rows)))
         for start in range(0, rows[0].numel(), CHUNK):
-            part = torch.stack([row[start : start + CHUNK].to("cpu", torch.float64) for row in rows])
-            matrix += (part @ part.T).numpy()
+            chunk = torch.stack([row[start : start + CHUNK].to("cpu", torch.float64) for row in rows])
+            matrix += (chunk @ chunk.T).numpy()
         return cls(matrix, rows[0].numel(), len(latents[0]))
 
     def __add__(self, other: "Gram") -> "Gram":
@@ -52,21 +64,23 @@ class Gram:
         """T."""
         return len(self.matrix) // 2
 
-    def v(self, i):
-        """Row of the velocity v_i (of x_i it is i)."""
+    def v(self, i: int | np.ndarray) -> int | np.ndarray:
+        """Return the row of the velocity v_i; the row of the latents x_i is i itself."""
         return self.steps + 1 + i
 
     def save(self, path: str | Path) -> None:
+        """Write the matrix and the counts to a safetensors file."""
         counts = np.array([self.elements, self.prompts], np.int64)
         write_atomically(path, save({"matrix": self.matrix, "counts": counts}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Gram":
+        """Read what `save` has written."""
         arrays = load_file(path)
         return cls(arrays["matrix"], *(int(n) for n in arrays["counts"]))
 
 
 def products(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """All scalar products of R tensors [B, …] of one shape, in float64 and for each prompt: [B, R, R]."""
+    """Return all scalar products of R tensors [B, …] of one shape, per prompt, float64 [B, R, R]."""
     rows = torch.stack([z.flatten(1).double() for z in tensors], 1)  # [B, R, elements]
     return (rows @ rows.mT).cpu().numpy()

@@ -1,94 +1,107 @@
-"""Budget plans: which N of T steps to compute, and how to jump from one to the next.
+"""Schedules of budget plans: which N of T steps to compute.
 
-Steps 0 = c_1 < … < c_N are computed. From one the run jumps straight to the next (or to the end, T) along a weighted
-sum of the newest H outputs, its anchors:
+Steps 0 = c_1 < … < c_N are computed. From each of them the run jumps straight to the next one (or to the end, T) along
+a weighted sum of the newest H velocities:
 
-    x_{k} = x_{c} + Σ_j w_j v_{c_j},   c_1 = c > c_2 > …: the newest anchors first.                          (jump)
+    x_k = x_c + Σ_j w_j v_{c_j},   c = c_1 > c_2 > … the newest H computed steps, newest first               (jump)
 
-The schedule is found exactly, by dynamic programming over costs read off the Gram matrix of reference trajectories; the
-weights by least squares on the plan's own trajectory (`budget.py`). Works on numpy arrays in float64; T ≈ 50 takes
-seconds. Nothing here calls a model.
+H is the history length, the order of this linear multistep method; (c_1, c_2, …) is the history of the jump. Schedules
+are optimal for costs read off the Gram matrix of the target's trajectories (gram.py), by dynamic programming. The
+weights of a plan are fitted on its own trajectory (budget.py). Everything is numpy in float64; T ≈ 50 takes seconds.
+No function here calls a model.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
 from ertacache.calibration.gram import Gram
 
-RIDGE = 1e-6  # share of the diagonal added to the normal equations
-LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 candidate steps with 3 anchors
+RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
+LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
 
-Schedule = tuple[int, ...]
+Schedule = tuple[int, ...]  # computed steps, ascending from 0
 
 
-def anchor_tuples(steps: int, anchors: int) -> list[tuple[int, ...]]:
-    """The histories a jump may start from, newest step first: H computed steps, or fewer that reach back to step 0."""
-    full = [t[::-1] for t in combinations(range(steps), anchors)]
-    early = [(*t[::-1], 0) for m in range(anchors - 1) for t in combinations(range(1, steps), m)]
+def histories(steps: int, history_length: int) -> list[tuple[int, ...]]:
+    """Return all histories a jump may have, newest step first: H computed steps, or fewer that reach back to step 0."""
+    full = [t[::-1] for t in combinations(range(steps), history_length)]
+    early = [(*t[::-1], 0) for m in range(history_length - 1) for t in combinations(range(1, steps), m)]
     return full + early
 
 
-def jump_costs(gram: Gram, anchors: int = 2, scaled: bool = False) -> np.ndarray:
-    """min_w ‖(x_k − x_c) − Σ_j w_j v_{c_j}‖² for every history c_1 > c_2 > … and target k > c_1, on the reference.
+def jump_costs(gram: Gram, history_length: int = 2, scaled: bool = False) -> np.ndarray:
+    """Return min_w ‖(x_k − x_c) − Σ_j w_j v_{c_j}‖² for every history c = c_1 > c_2 > … and target step k > c.
 
-    Returns [T+1] * H + [T+1]: one axis an anchor, newest first, where index T means "none", and the target k. ∞ where
-    the order is impossible. scaled: x_c has a weight of its own too (solvers with x' = a x + b v, a ≠ 1).
+    Args:
+        gram: Of the target's trajectories.
+        history_length: H.
+        scaled: Whether x_c has a coefficient of its own too (solvers with x' = a x + b v, a ≠ 1).
+
+    Returns:
+        Costs, shape [T+1] * H + [T+1]: one axis per step of the history, newest first, where index T means "none", and
+        one for k. ∞ where the order is impossible.
     """
     steps, g = gram.steps, gram.matrix
-    costs = np.full((steps + 1,) * (anchors + 1), np.inf)
-    by_length: dict[int, list] = {}
-    for history in anchor_tuples(steps, anchors):
+    costs = np.full((steps + 1,) * (history_length + 1), np.inf)
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for history in histories(steps, history_length):
         by_length.setdefault(len(history), []).append(history)
-    for length, histories in by_length.items():
-        index = np.array(histories)  # [M, length]
+    for length, group in by_length.items():
+        index = np.array(group)  # [M, length]
         newest, rows = index[:, 0], gram.v(index)
         if scaled:
             rows = np.concatenate([rows, newest[:, None]], axis=1)
         targets = np.arange(steps + 1)
         normal = g[rows[:, :, None], rows[:, None, :]]  # [M, R, R]
-        # Moments of (x_k − x_c) with the regressors, [M, R, T+1], and its own squares, [M, T+1].
+        # Scalar products of x_k − x_c with the regressors, [M, R, T+1], and its squared norms, [M, T+1].
         moment = g[rows[:, :, None], targets] - g[rows, newest[:, None]][:, :, None]
         square = g[targets, targets] - 2 * g[newest[:, None], targets] + g[newest, newest][:, None]
         weights = np.linalg.solve(_with_ridge(normal), moment)
         error = square - 2 * (weights * moment).sum(1) + (weights * (normal @ weights)).sum(1)
         error = np.where(targets > newest[:, None], np.maximum(error, 0.0), np.inf)
-        places = [index[:, j] if j < length else np.full(len(index), steps) for j in range(anchors)]
-        costs[tuple(places)] = error
+        axes = [index[:, j] if j < length else np.full(len(index), steps) for j in range(history_length)]
+        costs[tuple(axes)] = error
     return costs
 
 
 def _with_ridge(normal: np.ndarray) -> np.ndarray:
-    """normal [..., R, R] with a little on the diagonal, so that equal anchors cannot make it singular."""
+    """Return normal [..., R, R] with a small addition on its diagonal, so that equal velocities keep it regular."""
     diagonal = np.einsum("...ii->...i", normal)
     floor = np.finfo(np.float64).tiny
     return normal + np.einsum("...i,ij->...ij", RIDGE * diagonal + floor, np.eye(normal.shape[-1]))
 
 
 def best_schedules(costs: np.ndarray, largest: int, power: float = 1.0) -> dict[int, Schedule]:
-    """For each budget N = 1 … `largest` the schedule with the least Σ cost^p over its jumps; p = ∞: the least maximum.
+    """Return for each budget N = 1 … `largest` the schedule with the least Σ cost^p over its jumps.
 
-    costs: of `jump_costs`. Exact dynamic programming over histories: O(N T^(H+1)) operations.
+    Exact dynamic programming over histories, O(N T^(H+1)) operations.
+
+    Args:
+        costs: Of `jump_costs`.
+        largest: Largest budget, at most T.
+        power: p > 0; ∞ minimizes the largest cost.
     """
-    anchors, steps = costs.ndim - 1, len(costs) - 1
+    history_length, steps = costs.ndim - 1, len(costs) - 1
     costs = costs if np.isinf(power) else costs**power
     join = np.maximum if np.isinf(power) else np.add
-    best = np.full((steps + 1,) * anchors, np.inf)  # best[c_1, …, c_H] after n computed steps
-    best[(0, *[steps] * (anchors - 1))] = 0.0
-    parents, found = [], {}
+    best = np.full((steps + 1,) * history_length, np.inf)  # best[c_1, …, c_H] after n computed steps
+    best[(0, *[steps] * (history_length - 1))] = 0.0
+    parents, schedules = [], {}
     for budget in range(1, largest + 1):
         total = join(best, costs[..., steps])
         history = np.unravel_index(np.argmin(total), total.shape)
-        found[budget] = _trace(history, parents, steps)
+        schedules[budget] = _trace(history, parents, steps)
         step = join(best[..., None], costs)  # [c_1, …, c_H, k]
-        parents.append(np.moveaxis(step.argmin(anchors - 1), -1, 0))  # the oldest anchor, [k, c_1, …, c_{H−1}]
-        best = np.moveaxis(step.min(anchors - 1), -1, 0).copy()
+        parents.append(np.moveaxis(step.argmin(history_length - 1), -1, 0))  # the oldest step c_H, [k, c_1, …, c_{H−1}]
+        best = np.moveaxis(step.min(history_length - 1), -1, 0).copy()
         best[steps] = np.inf  # T is the end, not a step to compute
-    return found
+    return schedules
 
 
-def _trace(history, parents, none: int) -> Schedule:
-    """The computed steps that led to this history (newest first), from the table of oldest anchors."""
+def _trace(history: Sequence[int], parents: list[np.ndarray], none: int) -> Schedule:
+    """Return the computed steps that led to a history (newest first), from the tables of oldest steps."""
     history, schedule = tuple(int(c) for c in history), []
     for table in reversed(parents):
         schedule.append(history[0])
@@ -98,57 +111,88 @@ def _trace(history, parents, none: int) -> Schedule:
 
 
 def candidate_schedules(gram: Gram, budgets: list[int], scaled: bool = False) -> dict[int, dict[str, Schedule]]:
-    """For each budget the different schedules that the costs propose, by name: 2 anchors with p = ½, 1 and ∞, and 3
-    anchors with p = 1 where their table is not too large. Which is best depends on the model and the budget;
-    calibration tries them."""
-    found: dict[int, dict[str, Schedule]] = {n: {} for n in budgets}
-    sizes = [anchors for anchors in (2, 3) if (gram.steps + 1) ** (anchors + 1) <= LARGEST_TABLE]
-    costs = {anchors: jump_costs(gram, anchors, scaled) for anchors in sizes}
-    for anchors, power in ((2, 0.5), (2, 1.0), (2, np.inf), (3, 1.0)):
-        if anchors not in costs:
+    """Return the different schedules that the costs propose for each budget, by name.
+
+    They are H = 2 with p = ½, 1 and ∞, and H = 3 with p = 1 where its table is not too large. Which one is best depends
+    on the model and the budget; calibration tries them. Names are kept in plan files.
+
+    Args:
+        gram: Of the target's trajectories.
+        budgets: Numbers of computed steps.
+        scaled: As in `jump_costs`.
+    """
+    candidates: dict[int, dict[str, Schedule]] = {n: {} for n in budgets}
+    lengths = [length for length in (2, 3) if (gram.steps + 1) ** (length + 1) <= LARGEST_TABLE]
+    costs = {length: jump_costs(gram, length, scaled) for length in lengths}
+    for length, power in ((2, 0.5), (2, 1.0), (2, np.inf), (3, 1.0)):
+        if length not in costs:
             continue
-        schedules = best_schedules(costs[anchors], max(budgets), power)
+        schedules = best_schedules(costs[length], max(budgets), power)
         for n in budgets:
-            if schedules[n] not in found[n].values():
-                found[n][f"{anchors} anchors, p = {power:g}"] = schedules[n]
-    return found
+            if schedules[n] not in candidates[n].values():
+                candidates[n][f"{length} anchors, p = {power:g}"] = schedules[n]
+    return candidates
 
 
 def solve_weights(normal: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """argmin_w ‖y − V w‖² + ridge ‖w − prior‖²_diag, from VᵀV [R, R] and Vᵀy [R]; never worse than the prior itself.
+    """Return argmin_w ‖y − V w‖² + ridge ‖w − prior‖²_diag; never a larger ‖y − V w‖² than the prior's.
 
-    The ridge is `RIDGE` times the diagonal: it keeps the weights of nearly equal anchors from running away.
+    The ridge is `RIDGE` times the diagonal: it bounds the weights of nearly equal velocities.
+
+    Args:
+        normal: VᵀV, [R, R].
+        moment: Vᵀy, [R].
+        prior: Weights that the ridge pulls to, [R].
     """
     return prior + np.linalg.solve(_with_ridge(normal), moment - normal @ prior)
 
 
-def fit_predictor(grams: np.ndarray, anchors: int, fitted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the prediction [anchors] (0 where there are fewer outputs), and each prompt's squared error [P].
+def fit_predictor(grams: np.ndarray, history_length: int, fitted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fit the prediction of a computed step's velocity from those before it (drift.py).
 
-    grams: [P, R, R], scalar products of a computed step's output (row 0) and those before it, newest first, for each
-    prompt. fitted: how many prompts, the first ones, the weights are fitted on.
+    Args:
+        grams: Scalar products of the velocity (row 0) and those before it, newest first, per prompt, [P, R, R].
+        history_length: Number of weights.
+        fitted: Number of prompts, from the first, that the weights are fitted on.
+
+    Returns:
+        Weights [history_length], 0 where there are fewer velocities, and each prompt's squared error [P].
     """
-    weights, total = np.zeros(anchors), grams[:fitted].sum(0)
+    weights, total = np.zeros(history_length), grams[:fitted].sum(0)
     count = grams.shape[1] - 1
     if count == 0:
         return weights, np.zeros(len(grams))
-    hold = np.array([1.0] + [0.0] * (count - 1))  # the newest output itself
-    weights[:count] = solve_weights(total[1:, 1:], total[1:, 0], hold)
+    prior = np.array([1.0] + [0.0] * (count - 1))  # the newest velocity itself
+    weights[:count] = solve_weights(total[1:, 1:], total[1:, 0], prior)
     error = np.concatenate([[1.0], -weights[:count]])
     return weights, np.maximum(np.einsum("i,pij,j->p", error, grams, error), 0.0)
 
 
-def euler_weights(sigmas: np.ndarray, schedule: Schedule, anchors: int) -> np.ndarray:
-    """The jumps of fewer Euler steps, [N, H]: s_{c_{k+1}} − s_{c_k} on the newest output, 0 on the others."""
-    weights = np.zeros((len(schedule), anchors))
+def euler_weights(sigmas: np.ndarray, schedule: Schedule, history_length: int) -> np.ndarray:
+    """Return the jumps of fewer Euler steps: s_{c_{k+1}} − s_{c_k} on the newest velocity, 0 on the others.
+
+    Args:
+        sigmas: The grid, [T+1].
+        schedule: N computed steps.
+        history_length: H.
+
+    Returns:
+        Weights, [N, H].
+    """
+    weights = np.zeros((len(schedule), history_length))
     weights[:, 0] = np.diff(np.asarray(sigmas, np.float64)[[*schedule, len(sigmas) - 1]])
     return weights
 
 
 def projection_bound(gram: Gram, schedule: Schedule, scaled: bool = False) -> float:
-    """min_w ‖(x_T − x_0) − Σ_c w_c v_c‖² / elements on the reference: what no weighting of these outputs gets below.
+    """Return min_w ‖(x_T − x_0) − Σ_c w_c v_c‖² / elements, a lower bound for any weighting of these velocities.
 
-    Outputs are those of the reference trajectory, so that it is a bound for plans that stay near it.
+    The velocities are those of the target's trajectory, so that the bound holds for plans that stay near it.
+
+    Args:
+        gram: Of the target's trajectories.
+        schedule: The computed steps c.
+        scaled: As in `jump_costs`.
     """
     rows = [gram.v(c) for c in schedule] + ([0] if scaled else [])
     normal = gram.matrix[np.ix_(rows, rows)]
@@ -159,51 +203,76 @@ def projection_bound(gram: Gram, schedule: Schedule, scaled: bool = False) -> fl
 
 
 def neighbours(schedule: Schedule, steps: int) -> list[Schedule]:
-    """The schedules in which one computed step (not the first) is moved by one place."""
-    found = []
+    """Return the schedules in which one computed step, not the first, moves by one within 1 … `steps` − 1."""
+    moved_schedules = []
     for place in range(1, len(schedule)):
-        for moved in (schedule[place] - 1, schedule[place] + 1):
-            if moved not in schedule and 0 < moved < steps:
-                found.append((*schedule[:place], moved, *schedule[place + 1 :]))
-    return found
+        for step in (schedule[place] - 1, schedule[place] + 1):
+            if step not in schedule and 0 < step < steps:
+                moved_schedules.append((*schedule[:place], step, *schedule[place + 1 :]))
+    return moved_schedules
 
 
-# --- weights that need no replay, to compare with ------------------------------------------------------------------
+# --- weights without a rollout, for comparison ---------------------------------------------------------------------
 
 
 def offline_weights(
-    gram: Gram, schedule: Schedule, anchors: int, scaled: bool = False
+    gram: Gram, schedule: Schedule, history_length: int, scaled: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [N, H] and scales [N] of jumps fitted on the reference trajectory instead of the plan's own."""
-    weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
+    """Fit jumps on the target's trajectory instead of the plan's own.
+
+    Args:
+        gram: Of the target's trajectories.
+        schedule: N computed steps.
+        history_length: H.
+        scaled: As in `jump_costs`.
+
+    Returns:
+        Weights [N, H] and scales [N].
+    """
+    weights, scale = np.zeros((len(schedule), history_length)), np.ones(len(schedule))
     for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
-        rows = [gram.v(c) for c in schedule[max(0, k + 1 - anchors) : k + 1][::-1]]
-        count, rows = len(rows), rows + [i] * scaled
+        rows = [gram.v(c) for c in schedule[max(0, k + 1 - history_length) : k + 1][::-1]]
+        count, rows = len(rows), rows + ([i] if scaled else [])
         moment = gram.matrix[rows, target] - gram.matrix[rows, i]
-        solved = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), moment)
-        weights[k, :count], scale[k] = solved[:count], 1 + solved[count] if scaled else 1.0
+        solution = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), moment)
+        weights[k, :count], scale[k] = solution[:count], 1 + solution[count] if scaled else 1.0
     return weights, scale
 
 
-def predictor_weights(gram: Gram, steps: list[tuple[float, float]], schedule: Schedule, anchors: int):
-    """Weights [N, H] and scales [N] of linear prediction: every skipped output is predicted from the anchors by least
-    squares on the reference, and the solver makes all its T steps x_{i+1} = a x_i + w v_i, given as pairs (a, w).
+def predictor_weights(
+    gram: Gram, steps: list[tuple[float, float]], schedule: Schedule, history_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return linear prediction of velocities, written as jumps: the form of learned linear predictors in this field.
 
-    That is the form that learned linear predictors of this field take, written as jumps.
+    Every skipped velocity is predicted from the history by least squares on the target's trajectory, and the solver
+    makes all its T steps.
+
+    Args:
+        gram: Of the target's trajectories.
+        steps: (a, w) of the solver's steps x_{i+1} = a x_i + w v_i, T pairs.
+        schedule: N computed steps.
+        history_length: H.
+
+    Returns:
+        Weights [N, H] and scales [N].
     """
-    weights, scale = np.zeros((len(schedule), anchors)), np.ones(len(schedule))
+    weights, scale = np.zeros((len(schedule), history_length)), np.ones(len(schedule))
     for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
-        rows = gram.v(np.array(schedule[max(0, k + 1 - anchors) : k + 1][::-1]))
-        between = gram.matrix[np.ix_(rows, gram.v(np.arange(i, target)))]
-        predict = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), between)  # [anchors, skipped]
-        for place, (a, w) in enumerate(steps[i:target]):
+        rows = gram.v(np.array(schedule[max(0, k + 1 - history_length) : k + 1][::-1]))
+        cross = gram.matrix[np.ix_(rows, gram.v(np.arange(i, target)))]
+        prediction = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), cross)  # [history, skipped]
+        for column, (a, w) in enumerate(steps[i:target]):
             weights[k], scale[k] = a * weights[k], a * scale[k]
-            weights[k, : len(rows)] += w * predict[:, place]
+            weights[k, : len(rows)] += w * prediction[:, column]
     return weights, scale
 
 
 def adams_bashforth_weights(sigmas: np.ndarray) -> np.ndarray:
-    """[N, 2]: the second-order Adams–Bashforth method on a grid of any intervals, Euler in the first step."""
+    """Return the second-order Adams–Bashforth method as jumps on any grid [N+1], Euler in the first step.
+
+    Returns:
+        Weights for the newest two velocities, [N, 2].
+    """
     h = np.diff(np.asarray(sigmas, np.float64))
     weights = np.zeros((len(h), 2))
     weights[0, 0] = h[0]

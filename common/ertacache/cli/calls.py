@@ -1,4 +1,4 @@
-"""Calls of one pipeline on the same prompts and seeds, each following a plan or none."""
+"""Calls of one pipeline on the same prompts and seeds, each with a plan or without."""
 
 import time
 from collections.abc import Mapping
@@ -10,13 +10,20 @@ import torch
 
 from ertacache.cli.request import Request
 from ertacache.pipelines.enable import disable, enable
-from ertacache.plans.plan import Plan
+from ertacache.plans import Plan
 from ertacache.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Method:
-    """How a call is made. scheduler: the pipeline's own, or one that follows the plan."""
+class Call:
+    """How a call is made.
+
+    Attributes:
+        name: For files and tables.
+        scheduler: The pipeline's own, or one that follows the plan.
+        arguments: Of the call.
+        plan: That the scheduler follows.
+    """
 
     name: str
     scheduler: Any
@@ -25,31 +32,42 @@ class Method:
 
 
 class Calls:
-    """The loaded pipeline with its prompts; prompt j starts from the noise of seed + j, whatever the batches."""
+    """The loaded pipeline with its prompts; prompt j starts from the noise of seed + j, whatever the batches.
 
-    def __init__(self, request: Request, prompts: list[str], seed: int, batch_size: int, on_drift: str = "warn"):
-        self.request, self.prompts, self.seed, self.on_drift = request, prompts, seed, on_drift
-        self.batches = [slice(b, min(b + batch_size, len(prompts))) for b in range(0, len(prompts), batch_size)]
+    Args:
+        request: Pipeline, prompts and arguments.
+        seed: Of the first prompt.
+        on_drift: As in `ertacache.enable`.
+    """
+
+    def __init__(self, request: Request, seed: int, on_drift: str = "warn"):
+        self.request, self.prompts, self.seed, self.on_drift = request, list(request.prompts), seed, on_drift
+        count, size = len(self.prompts), request.batch_size
+        self.batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self.pipe = request.load()
 
-    def method(self, name: str, plan: Plan | None = None, **changes) -> Method:
-        """changes: of the call's arguments."""
+    def call(self, name: str, plan: Plan | None = None, **changes) -> Call:
+        """Return a call with a plan or without. changes: of its arguments."""
         disable(self.pipe)
         if plan is not None:
             enable(self.pipe, plan, on_drift=self.on_drift)
-        return Method(name, self.pipe.scheduler, {**self.request.arguments, **changes}, plan)
+        return Call(name, self.pipe.scheduler, {**self.request.arguments, **changes}, plan)
 
-    def run(self, method: Method, part: slice) -> tuple[np.ndarray, float]:
-        """Float pictures [B, H, W, 3] or videos [B, F, H, W, 3] in [0, 1], and the seconds of the call end to end."""
-        self.pipe.scheduler = method.scheduler
-        text = f"{method.name}, prompt {part.stop} of {len(self.prompts)}"
+    def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:
+        """Make a call for some prompts.
+
+        Returns:
+            Images [B, H, W, 3] or videos [B, F, H, W, 3] in [0, 1], and the seconds of the call end to end.
+        """
+        self.pipe.scheduler = call.scheduler
+        text = f"{call.name}, prompt {part.stop} of {len(self.prompts)}"
         self.pipe.set_progress_bar_config(disable=None, leave=False, desc=text)
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]
         start = time.perf_counter()
         with self.request.calling():
-            result = self.pipe(prompt=self.prompts[part], generator=generators, output_type="np", **method.arguments)
+            result = self.pipe(prompt=self.prompts[part], generator=generators, output_type="np", **call.arguments)
         seconds = time.perf_counter() - start  # the result is in main memory, so the device has finished
-        found = getattr(result, "images", getattr(result, "frames", None))
-        if found is None:
-            raise UserError(f"{type(self.pipe).__name__} makes neither pictures nor videos: use ertacache.enable")
-        return np.asarray(found, np.float32), seconds
+        images = getattr(result, "images", getattr(result, "frames", None))
+        if images is None:
+            raise UserError(f"{type(self.pipe).__name__} makes neither images nor videos: use ertacache.enable")
+        return np.asarray(images, np.float32), seconds

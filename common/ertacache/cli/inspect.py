@@ -11,17 +11,19 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ertacache.plans.plan import Plan
+from ertacache.plans import BudgetPlan, Plan, ThresholdPlan
+from ertacache.plans.names import TARGETS
 
 STYLES = {True: "bold cyan", False: "dim"}  # of computed and of skipped steps
-WIDEST = 3  # characters a step
-FACTS = (  # of a model's or scheduler's config, where they are there
+WIDEST = 3  # characters per step
+FACTS = (  # of a model's or scheduler's config, where it has them
     *("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size"),
     *("shift", "flow_shift", "use_dynamic_shifting", "solver_order", "prediction_type", "timestep_spacing"),
 )
 
 
 def show(source: str, as_json: bool) -> None:
+    """Print a plan, drawn or as JSON."""
     plan = read(source)
     if as_json:
         print(json.dumps(as_values(plan), indent=1, ensure_ascii=False))
@@ -31,21 +33,22 @@ def show(source: str, as_json: bool) -> None:
 
 
 def read(source: str) -> Plan:
-    """A plan's file, or whatever else `pipelines.find` finds (which imports diffusers, and takes seconds)."""
+    """Read a plan from its file, or from a folder or the Hub (which imports diffusers, and takes seconds)."""
     if Path(source).expanduser().is_file():
         return Plan.load(Path(source).expanduser())
-    from ertacache.pipelines.enable import find
+    from ertacache.pipelines.enable import read_plan
 
-    return find(source)
+    return read_plan(source)
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
-    """All of a plan, arrays included, as JSON values."""
-    found = {"kind": plan.kind, "nfe": plan.nfe, "speedup_nfe": plan.steps / plan.nfe, **dataclasses.asdict(plan)}
-    return {**found.pop("conditions"), **found}
+    """Return the whole plan, arrays included, as JSON values."""
+    values = {"kind": plan.kind, "nfe": plan.nfe, "speedup_nfe": plan.speedup, **dataclasses.asdict(plan)}
+    return {**values.pop("requirements"), **values}
 
 
 def drawn(plan: Plan, width: int, unicode: bool = True) -> Group:
+    """Return all that is printed of a plan, within so many characters per line."""
     parts = [Text(f"ERTACache {plan.kind} plan: {plan.nfe} of {plan.steps} steps computed", "bold"), Text()]
     parts += [*schedule(plan, width, "█░" if unicode else "#."), Text(), facts(plan)]
     tried = plan.provenance.get("calibration", {}).get("errors")
@@ -58,7 +61,7 @@ def drawn(plan: Plan, width: int, unicode: bool = True) -> Group:
 
 
 def schedule(plan: Plan, width: int, blocks: str) -> Iterator[Text]:
-    """The steps as blocks, computed and skipped, wrapped at the width; σ at both ends; the step's number above.
+    """Yield the steps as blocks, computed and skipped, wrapped at the width, with σ at both ends and numbers above.
 
     A plan with a grid of its own shows the steps of that grid.
     """
@@ -81,7 +84,7 @@ def schedule(plan: Plan, width: int, blocks: str) -> Iterator[Text]:
 
 
 def ruler(start: int, stop: int, cell: int) -> str:
-    """The numbers of every tenth step over their blocks."""
+    """Return the numbers of every tenth step over their blocks."""
     return "".join(f"{i:<{10 * cell}}" for i in range(start, stop, 10)).rstrip()
 
 
@@ -89,82 +92,82 @@ def ruler(start: int, stop: int, cell: int) -> str:
 
 
 def facts(plan: Plan) -> Table:
-    """What the plan is for, its errors, and its provenance."""
-    found = Table.grid(padding=(0, 2))
-    found.add_column(style="bold", no_wrap=True)
-    found.add_column(overflow="fold")
-    made = plan.conditions
+    """Return what the plan is for, its errors, and its provenance."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    required = plan.requirements
     rows = {
-        "model": component(made.model),
-        "scheduler": component(made.scheduler),
-        "settings": listed(made.settings) or "–",
-        "calls": f"N = {plan.nfe} of T = {plan.steps}, {plan.steps / plan.nfe:.2f}× fewer",
-        **(budget_facts(plan) if plan.kind == "budget" else threshold_facts(plan)),
+        "model": component(required.model),
+        "scheduler": component(required.scheduler),
+        "settings": listed(required.settings) or "–",
+        "calls": f"N = {plan.nfe} of T = {plan.steps}, {plan.speedup:.2f}× fewer",
+        **(budget_facts(plan) if isinstance(plan, BudgetPlan) else threshold_facts(plan)),
         **provenance(plan.provenance),
     }
     for name, value in rows.items():
-        found.add_row(name, Text(value))
-    return found
+        table.add_row(name, Text(value))
+    return table
 
 
-def budget_facts(plan) -> dict[str, str]:
-    target = {"reference": "the uncached run", "exact": "the exact solution, which the uncached run approximates"}
+def budget_facts(plan: BudgetPlan) -> dict[str, str]:
     errors = {"calibration": plan.predicted_error, "held-out prompts": plan.held_out_error}
     errors = ", ".join(f"{name} {value:.2e}" for name, value in errors.items() if value is not None)
     return {
-        "target": f"{plan.target}: {target[plan.target]}",
-        "anchors": f"H = {plan.anchors} outputs a jump",
+        "target": f"{plan.target}: {TARGETS[plan.target]}",
+        "history": f"H = {plan.history_length} velocities per jump",
         "error": f"{errors} (mean squared error of the final latents)" if errors else "–",
     }
 
 
-def threshold_facts(plan) -> dict[str, str]:
-    made = plan.provenance.get("calibration", {})
-    error = made.get("errors", {}).get(made.get("chosen"))
+def threshold_facts(plan: ThresholdPlan) -> dict[str, str]:
+    calibration = plan.provenance.get("calibration", {})
+    error = calibration.get("errors", {}).get(calibration.get("chosen"))
     return {
         "threshold": f"λ = {plan.threshold:g}",
-        "site": f"{plan.site}" + ("" if plan.site == "output" else " (for the model folders, not for pipelines)"),
+        "site": f"{plan.site}" + ("" if plan.can_follow_pipeline() else " (for the model folders, not for pipelines)"),
         "parts": f"time adjustment φ: {plan.phi_definition}, rectified: {'yes' if plan.rectified else 'no'}",
         "error": "–" if error is None else f"calibration {error:.2e} (mean squared error of the final latents)",
     }
 
 
-def provenance(made: Mapping[str, Any]) -> dict[str, str]:
-    """Where the plan comes from; what it does not say is left out."""
-    prompts = dict(made.get("prompts", {}))
+def provenance(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """Return where the plan comes from; what it does not record is left out."""
+    prompts = dict(recorded.get("prompts", {}))
+    fitted = f" ({prompts['fitted']} fitted, the others held out)" if "fitted" in prompts else ""
     texts = {
-        "model": f"{made.get('model')}, weights {made.get('weights')}",
-        "prompts": f"{prompts.get('count')} prompts"
-        + (f" ({prompts['fitted']} fitted, the others held out)" if "fitted" in prompts else ""),
-        "seeds": f"seeds {ranges(made.get('seeds', ()))}",
-        "batch_size": f"{made.get('batch_size')} a call",
+        "model": f"{recorded.get('model')}, weights {recorded.get('weights')}",
+        "prompts": f"{prompts.get('count')} prompts{fitted}",
+        "seeds": f"seeds {ranges(recorded.get('seeds', ()))}",
+        "batch_size": f"{recorded.get('batch_size')} per call",
     }
-    found = "; ".join(text for name, text in texts.items() if name in made)
-    rows = {"calibrated on": found, "date": made.get("date"), "with": listed(made.get("libraries", {}))}
+    source = "; ".join(text for name, text in texts.items() if name in recorded)
+    rows = {"calibrated on": source, "date": recorded.get("date"), "with": listed(recorded.get("libraries", {}))}
     return {name: value for name, value in rows.items() if value}
 
 
 def candidates(errors: Mapping[str, float], chosen: str | None) -> Table:
-    """What was tried in calibration, the best first."""
-    found = Table("tried in calibration", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    found.add_column("error", justify="right", no_wrap=True)
-    found.add_column("")
+    """Return what calibration tried, the best first."""
+    table = Table("tried in calibration", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("")
     for name, error in sorted(errors.items(), key=lambda item: item[1]):
-        found.add_row(Text(name), f"{error:.2e}", "chosen" if name == chosen else "")
-    return found
+        table.add_row(Text(name), f"{error:.2e}", "chosen" if name == chosen else "")
+    return table
 
 
 def component(config: Mapping[str, Any]) -> str:
-    """Class and main facts of a model or scheduler."""
+    """Return class and main facts of a model or scheduler."""
     main = listed({name: config[name] for name in FACTS if config.get(name) is not None})
     return f"{config.get('class', '–')}" + (f" ({main})" if main else "")
 
 
 def listed(values: Mapping[str, Any]) -> str:
+    """Return names and values, joined."""
     return ", ".join(f"{name} {json.dumps(v, ensure_ascii=False) if v == '' else v}" for name, v in values.items())
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 → 0–2, 5."""
+    """Return 0, 1, 2, 5 as 0–2, 5."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda item: item[1] - item[0])]
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

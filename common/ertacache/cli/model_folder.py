@@ -1,211 +1,243 @@
-"""The command line of a model folder's `generate.py`: which runs, and what is written."""
+"""The command line of a model folder's `generate.py`: what runs, and what is written."""
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ertacache.calibration.from_folder import find_plan
-from ertacache.demos.model_folder import makes_videos, settings_parameters, world
+from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
+from ertacache.cli.arguments import ArgumentParser, prompts_of
+from ertacache.demos.model_folder import Sampler, grammar_of, makes_videos, settings_parameters
+from ertacache.evaluation.comparison import compare
 from ertacache.evaluation.metrics import METRICS, Lpips
-from ertacache.evaluation.metrics import quality as measure
-from ertacache.plans.budget import TARGETS
+from ertacache.plans import Plan
+from ertacache.plans.names import TARGETS
+from ertacache.plans.threshold import SITES
 from ertacache.utils import media
 from ertacache.utils.devices import synchronize
-from ertacache.utils.errors import ArgumentParser, UserError
-from ertacache.utils.files import ensure_writable, read_prompts, relative
+from ertacache.utils.errors import UserError
+from ertacache.utils.files import ensure_writable, relative
 
-METHODS = {"threshold": "ertacache", "budget": "budget"}  # what a kind of plan is called in files and tables
-SETTINGS = {  # what a model folder may let one choose, with the type and help of its flag
+SETTINGS = {  # settings that a model folder may offer, with the type and help of their flag
     "steps": (int, "T, steps of the uncached run"),
-    "guidance": (float, "scale of the guidance"),
+    "guidance": (float, "guidance scale"),
     "height": (int, "in pixels"),
     "width": (int, "in pixels"),
     "frames": (int, "frames of the video"),
-    "negative_prompt": (str, "what the unconditional branch is told"),
-    "aesthetic_score": (float, "what is said of the video's beauty behind the prompt, from 4 to 7"),
+    "negative_prompt": (str, "prompt of the unconditional branch"),
+    "aesthetic_score": (float, "aesthetic score appended to the prompt, 4 to 7"),
 }
 
 
-def parse_arguments(program, arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description=program.__doc__.splitlines()[0])
+def parse_arguments(sampler: Sampler, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of a model folder; its settings are flags too. Other scripts add theirs to these."""
+    parser = ArgumentParser(description=sampler.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--seed", type=int, default=1000, help="seed of the first prompt; the next one has seed + 1, and so on")
-    for name, default in settings_parameters(program).items():
+    for name, default in settings_parameters(sampler).items():
         kind, text = SETTINGS[name]
         add(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
-    if makes_videos(program):
-        add("--fps", type=int, default=8, help="frames a second of the .mp4 files")
+    if makes_videos(sampler):
+        add("--fps", type=int, default=8, help="frames per second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
     choice.add_argument("--speedup", type=float, metavar="S", help="compute exactly T/S steps, where they matter most")
     choice.add_argument("--budget", type=int, metavar="N", help="compute exactly N steps, where they matter most")
-    choice.add_argument("--plan", metavar="FILE", help="cache by this plan file")
+    choice.add_argument("--plan", type=Path, metavar="FILE", help="cache by this plan file")
     choice.add_argument("--baseline", action="store_true", help="the uncached run only")
-    add("--site", choices=("output", "blocks"), default="output", help="where the residual is cached")
+    add("--site", choices=SITES, default="output", help="where the residual is cached")
     add("--compare", action="store_true", help="also run uncached, and compare")
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
-    add("--batch-size", type=int, default=4, help="prompts a model call")
-    add("--calibration-prompts", metavar="FILE", help="prompts for a plan that is not stored yet")
-    searched = "replays that calibration may spend to better a budget plan"
-    add("--search", type=int, default=0, metavar="EVALS", help=searched)
+    add("--batch-size", type=int, default=4, help="prompts per call")
+    add("--calibration-prompts", type=Path, metavar="FILE", help="prompts for a plan that is not stored yet")
+    add("--search", type=int, default=0, metavar="N", help="rollouts that the local search of a budget plan may spend")
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
-    add("--target", choices=TARGETS, default="reference", help=aims)
-    add("--out", default="sample", help="output folder (default: sample)")
+    add("--target", choices=tuple(TARGETS), default="reference", help=aims)
+    add("--out", type=Path, default=Path("sample"), help="output folder (default: sample)")
     add("--device", help="cuda or cpu (default: cuda when there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
     add("--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory, slower")
     return parser.parse_args(arguments)
 
 
-def checked_settings(program, pipe, args) -> dict:
-    """The settings that the arguments ask for, checked by the model folder."""
-    return program.settings_of(pipe, **{name: getattr(args, name) for name in settings_parameters(program)})
-
-
-def parse_list(text: str) -> list[float]:
-    """Numbers with commas between them, from a flag like --thresholds."""
-    try:
-        values = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise UserError(f"{text!r} is no list of numbers: write them with commas between, like 0.05,0.1") from error
-    if not values:
-        raise UserError("an empty list of numbers: give at least one, like 0.1")
-    return values
-
-
-def generate(program, arguments: list[str] | None = None) -> None:
-    """Run a model folder's command line. program: its `generate.py` as a module."""
-    args = parse_arguments(program, arguments)
-    prompts = _prompts(program, args)
-    for name in ("repeats", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a whole number of at least 1")
-    if not (args.plan or args.baseline) and (args.threshold, args.budget, args.speedup) == (None, None, None):
+def plan_request(args: argparse.Namespace) -> PlanRequest | None:
+    """Return the plan that the flags ask for; None for the uncached run."""
+    if args.baseline:
+        return None
+    ways = {"threshold": args.threshold, "speedup": args.speedup, "budget": args.budget, "file": args.plan}
+    if all(value is None for value in ways.values()):
         raise UserError("nothing to do: give --threshold λ, --speedup S, --budget N, --plan FILE or --baseline")
-    out = ensure_writable(args.out)
-    pipe = load(program, args)
-    settings = checked_settings(program, pipe, args)
-    plan, plan_path = (None, None) if args.baseline else find_plan(program, pipe, args, settings)
-
-    methods = {METHODS[plan.kind]: plan} if plan else {"baseline": None}
-    if args.compare and plan:
-        methods = {"baseline": None, **methods}
-    runs = run_interleaved(program, pipe, prompts, args, settings, methods)
-    for method, run in runs.items():
-        media.save_results(out, run["pictures"], method, getattr(args, "fps", None))
-    report(program, args, prompts, runs, plan, plan_path, out)
+    return PlanRequest(args.model, args.steps, site=args.site, target=args.target, **ways)
 
 
-def load(program, args):
-    """The pipeline that the arguments ask for, quietly."""
+def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
+    """Return how the flags ask for a plan to be calibrated."""
+    return CalibrationOptions(args.calibration_prompts, args.batch_size, args.search)
+
+
+def checked_settings(sampler: Sampler, pipe, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the flags ask for, checked by the model folder."""
+    return sampler.settings_of(pipe, **{name: getattr(args, name) for name in settings_parameters(sampler)})
+
+
+def open_pipeline(sampler: Sampler, args: argparse.Namespace):
+    """Load the pipeline that the flags ask for, without the libraries' own messages."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    return program.load(args.model, device, getattr(torch, dtype), args.offload)
+    return sampler.load(args.model, device, getattr(torch, dtype), args.offload)
 
 
-def _prompts(program, args) -> list[str]:
-    if args.prompt and args.prompts:
-        raise UserError("--prompt and --prompts exclude each other: give one of them")
-    default = "demo.txt" if args.model == "demo" else "examples.txt"
-    prompts = args.prompt or read_prompts(args.prompts or program.FOLDER / "prompts" / default)
-    if not all(p.strip() for p in prompts):
-        raise UserError("--prompt is empty: say what should be seen")
-    return prompts
+def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
+    """Run a model folder's command line.
+
+    Args:
+        sampler: Its `generate.py` as a module.
+        arguments: Words of the command line; default: those of the process.
+
+    Raises:
+        UserError: Wrong input; the message names the flag.
+    """
+    args = parse_arguments(sampler, arguments)
+    default = sampler.FOLDER / "prompts" / ("demo.txt" if args.model == "demo" else "examples.txt")
+    prompts = prompts_of(args.prompt, args.prompts, default)
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: give a whole number of at least 1")
+    request, options = plan_request(args), calibration_options(args)
+    out = ensure_writable(args.out)
+    pipe = open_pipeline(sampler, args)
+    settings = checked_settings(sampler, pipe, args)
+    plan, path = (None, None) if request is None else find_plan(sampler, pipe, settings, request, options)
+
+    methods = {"baseline": None} if plan is None else {plan.method: plan}
+    if args.compare and plan:
+        methods = {"baseline": None, **methods}
+    runs = run_interleaved(sampler, pipe, prompts, args, settings, methods)
+    for method, run in runs.items():
+        media.save_results(out, run.images, method, getattr(args, "fps", None))
+    report(sampler, args, prompts, runs, plan, path)
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
 
 
-def run_interleaved(program, pipe, prompts, args, settings, methods):
-    """Run each method `repeats` times in turn (A B A B …): name → pictures and denoising seconds, the median."""
-    runs = {name: {"seconds": [], "pictures": []} for name in methods}
+@dataclass
+class TimedRun:
+    """A method's runs over all prompts.
+
+    Attributes:
+        images: Images [N, H, W, 3] or videos [N, F, H, W, 3] in [0, 1].
+        times: Seconds of the denoising loops, one entry per timed run.
+    """
+
+    images: np.ndarray = field(default_factory=lambda: np.empty(0))
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
+
+
+def run_interleaved(
+    sampler: Sampler,
+    pipe,
+    prompts: Sequence[str],
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    methods: Mapping[str, Plan | None],
+) -> dict[str, TimedRun]:
+    """Run each method `--repeats` times in turn (A B A B …); a comparison warms up with one more round."""
+    runs = {name: TimedRun() for name in methods}
     parts = [slice(b, b + args.batch_size) for b in range(0, len(prompts), args.batch_size)]
     seeds = range(args.seed, args.seed + len(prompts))
-    inputs = [program.prepare(pipe, prompts[p], seeds[p], **settings) for p in parts]
-    rounds = args.repeats + (len(methods) > 1)  # a comparison warms up first
+    inputs = [sampler.prepare(pipe, prompts[part], seeds[part], **settings) for part in parts]
+    rounds = args.repeats + (len(methods) > 1)
     bar = tqdm(total=rounds * len(methods) * len(parts) * settings["steps"], unit="step", disable=None)
 
-    def tick(i, x, v):
+    def on_step(i, x, v):
         bar.update()
 
     for number in range(rounds):
         for name, plan in methods.items():
             bar.set_description(name)
-            latents, start = [], time.perf_counter()
-            for part in inputs:
-                latents.append(program.denoise(pipe, part, plan, tick))
+            start = time.perf_counter()
+            latents = [sampler.denoise(pipe, part, plan, on_step) for part in inputs]
             synchronize(pipe)
             if number or rounds == args.repeats:
-                runs[name]["seconds"].append(time.perf_counter() - start)
+                runs[name].times.append(time.perf_counter() - start)
             if number == 0:
-                pictures = [program.decode(pipe, z, part) for z, part in zip(latents, inputs, strict=True)]
-                runs[name]["pictures"] = np.concatenate(pictures)
+                images = [sampler.decode(pipe, z, part) for z, part in zip(latents, inputs, strict=True)]
+                runs[name].images = np.concatenate(images)
     bar.close()
-    for run in runs.values():
-        run["seconds"] = statistics.median(run["seconds"])
     return runs
 
 
-def report(program, args, prompts, runs, plan, plan_path, out) -> None:
-    """metrics.json (schema 1 of common/docs/metrics.md), comparison.png, and a line for people."""
-    method, kind = METHODS[plan.kind] if plan else "baseline", "videos" if makes_videos(program) else "pictures"
+def report(
+    sampler: Sampler,
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    runs: Mapping[str, TimedRun],
+    plan: Plan | None,
+    path: Path | None,
+) -> None:
+    """Write metrics.json (common/docs/reference/metrics.md), and where both ran comparison.png; print one line."""
+    seconds = {"baseline": None, "cached": None} | {_role(name): run.seconds for name, run in runs.items()}
     both = len(runs) == 2
-    seconds = {"baseline": None, "cached": None}
-    seconds |= {_role(name): run["seconds"] for name, run in runs.items()}
-    quality = dict.fromkeys(METRICS)
+    comparison, quality = None, dict.fromkeys(METRICS)
     if both:
-        quality = measure(runs["baseline"]["pictures"], runs[method]["pictures"], Lpips())
-    quality["prompt_accuracy"] = _prompt_accuracy(world(program), args.model, prompts, runs)
-    speedup = seconds["baseline"] / seconds["cached"] if both else None
+        comparison = compare(prompts, *(run.images for run in runs.values()), plan, Lpips())
+        quality = dict(comparison.quality)
+    quality["prompt_accuracy"] = _prompt_accuracy(sampler, args.model, prompts, runs)
     metrics = {
         "schema": 1,
         "model": args.model,
-        "method": method,
-        "plan": relative(plan_path, program.FOLDER) if plan else None,
+        "method": plan.method if plan else "baseline",
+        "plan": relative(path, sampler.FOLDER) if plan else None,
         "steps": args.steps,
         "nfe": plan.nfe if plan else args.steps,
         "prompts": len(prompts),
         "latency_s": seconds,
-        "speedup": speedup,
+        "speedup": seconds["baseline"] / seconds["cached"] if both else None,
         "quality": quality,
     }
-    media.save_metrics(out, metrics)
-    if not both:
-        print(f"{len(prompts)} {kind} in {out}/, {metrics['nfe']} steps computed for each")
+    media.save_metrics(args.out, metrics)
+    kind = "videos" if makes_videos(sampler) else "images"
+    if comparison is None:
+        print(f"{len(prompts)} {kind} in {args.out}/, {metrics['nfe']} steps computed for each")
         return
-    titles = (f"baseline, {args.steps} steps", f"ERTACache {plan.title}, {plan.nfe} computed")
-    sheet = media.comparison(prompts, *(runs[name]["pictures"] for name in ("baseline", method)), titles)
-    media.save_png(out / "comparison.png", sheet)
+    media.save_png(args.out / "comparison.png", comparison.sheet)
     if quality["psnr"] is None:
-        print("PSNR has no number: a cached picture equals the uncached one", file=sys.stderr)
-    if getattr(plan, "target", "reference") == "exact":
-        print("this plan aims at the exact solution, PSNR and SSIM are to the uncached run", file=sys.stderr)
-    psnr = "equal" if quality["psnr"] is None else f"{quality['psnr']:.1f} dB"
+        print("PSNR has no number: a cached image equals the uncached one", file=sys.stderr)
     print(
-        f"{len(prompts)} {kind} in {out}/: {plan.nfe} of {args.steps} steps computed, {speedup:.2f}× faster denoising "
-        f"({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s), PSNR {psnr}, SSIM {quality['ssim']:.4f}"
+        f"{len(prompts)} {kind} in {args.out}/: {plan.nfe} of {args.steps} steps computed, "
+        f"{metrics['speedup']:.2f}× faster denoising ({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s), "
+        f"{comparison}"
     )
 
 
-def _prompt_accuracy(oracle, model, prompts, runs) -> dict:
-    accuracy = {"baseline": None, "cached": None}
+def _prompt_accuracy(
+    sampler: Sampler, model: str, prompts: Sequence[str], runs: Mapping[str, TimedRun]
+) -> dict[str, float | None]:
+    accuracy: dict[str, float | None] = {"baseline": None, "cached": None}
     if model != "demo":
         return accuracy
     for name, run in runs.items():
-        pictures = [media.to_uint8(p) for p in run["pictures"]]
-        accuracy[_role(name)] = oracle.prompt_accuracy(prompts, pictures)
+        images = [media.to_uint8(image) for image in run.images]
+        accuracy[_role(name)] = grammar_of(sampler).prompt_accuracy(list(prompts), images)
     if all(value is None for value in accuracy.values()):
         print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
     return accuracy

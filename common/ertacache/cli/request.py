@@ -1,4 +1,4 @@
-"""Which pipeline a command runs, how it is loaded, and the arguments of its call."""
+"""What a command runs: a pipeline, its prompts, and the arguments of its call."""
 
 import contextlib
 import difflib
@@ -7,22 +7,35 @@ import inspect
 import json
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ertacache.utils.errors import UserError, reason_of
-from ertacache.utils.files import read_prompts
+
+if TYPE_CHECKING:
+    from ertacache.plans import Plan
 
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for. flags: the call's common arguments, by flag; settings: NAME=VALUE, the others."""
+    """What the shared options of a command ask for.
+
+    Args:
+        model: A directory or a Hub id.
+        prompts: Texts.
+        batch_size: Prompts per call.
+        flags: Common arguments of the call, by flag.
+        settings: Further arguments, each NAME=VALUE.
+        dtype, device, offload, revision: How the model is loaded.
+    """
 
     model: str
+    prompts: Sequence[str]
+    batch_size: int
     flags: Mapping[str, Any]
     settings: Sequence[str] = ()
     dtype: str | None = None
@@ -38,21 +51,21 @@ class Request:
         import diffusers
         from transformers.utils import logging
 
-        from ertacache.pipelines.load import check_model_directory
+        from ertacache.pipelines.load import check_model_directory, one_line_errors
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        with self.loading():
+        with one_line_errors(self.source):
             name = json.loads(self.index.read_text("utf-8")).get("_class_name")
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if found is None:
+        pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if pipeline is None:
             raise UserError(f"{self.model} holds a {name}, unknown to diffusers: use ertacache.enable in a script")
-        missing = [name for name in NEEDED if name not in inspect.signature(found.__call__).parameters]
+        missing = [name for name in NEEDED if name not in inspect.signature(pipeline.__call__).parameters]
         if missing:
             raise UserError(f"{self.model}: {name}'s call takes no {missing[0]}: use ertacache.enable in a script")
         if Path(self.source).is_dir():
             check_model_directory(Path(self.source), name)
-        return found
+        return pipeline
 
     @property
     def index(self) -> Path:
@@ -74,25 +87,25 @@ class Request:
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """Of the pipeline's call, by its own names; only what was given."""
-        from ertacache.pipelines.uncached import NAMES
+        """Arguments of the pipeline's call, by its own names; only what was given."""
+        from ertacache.pipelines.uncached import CALL_NAMES
 
-        given = [(f"--{flag_of(name)}", NAMES.get(name, name), value) for name, value in self.flags.items()]
+        given = [(f"--{flag_of(name)}", CALL_NAMES.get(name, name), value) for name, value in self.flags.items()]
         given += [(f"--set {text}", *_parsed(text)) for text in self.settings]
-        found = {}
+        arguments: dict[str, Any] = {}
         for flag, name, value in given:
             self.check_name(flag, name)
-            if name in found:
+            if name in arguments:
                 raise UserError(f"{flag}: {name} is given twice, leave one of them out")
-            found[name] = value
-        return found
+            arguments[name] = value
+        return arguments
 
     def check_name(self, flag: str, name: str) -> None:
-        """Refuse what the call does not take, and what the commands set themselves."""
-        from ertacache.calibration.from_pipeline import OURS
+        """Refuse an argument that the call does not take, or that the commands set themselves."""
+        from ertacache.calibration.from_pipeline import SET_BY_CALIBRATE
 
         known = list(inspect.signature(self.pipeline.__call__).parameters)[1:]
-        if name in (*OURS, "output_type", "return_dict"):
+        if name in (*SET_BY_CALIBRATE, "output_type", "return_dict"):
             raise UserError(f"{flag}: {name} is set by the command, leave it out")
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known)
@@ -108,28 +121,28 @@ class Request:
             raise UserError(f"num_inference_steps = {steps}: give --steps with a whole number of at least 1")
         return steps
 
-    def plan(self, source: str | None):
-        """The plan at `source`, for T steps (None: none); the call is checked.
+    def plan(self, source: str | None) -> "Plan | None":
+        """Return the plan at `source` (None: none), checked against T.
 
         Warns when the call's settings differ from those of the calibration.
         """
-        from ertacache.pipelines.enable import find
-        from ertacache.pipelines.uncached import NAMES
-        from ertacache.plans.requirements import Conditions
+        from ertacache.pipelines.enable import read_plan
+        from ertacache.pipelines.uncached import CALL_NAMES
+        from ertacache.plans.requirements import Requirements
 
         steps = self.steps
         if source is None:
             return None
-        plan = find(source)
+        plan = read_plan(source)
         known = inspect.signature(self.pipeline.__call__).parameters.items()
         call = {name: p.default for name, p in known if p.default not in (None, inspect.Parameter.empty)}
         call |= self.arguments
-        settings = call | {flag: call[name] for flag, name in NAMES.items() if name in call}  # a model folder's names
-        made = shlex.join(["ertacache", "calibrate", self.model, "--steps", str(steps)])
-        remedy = f"give what it was made for, or make another plan with `{made} …`"
+        settings = call | {name: call[argument] for name, argument in CALL_NAMES.items() if argument in call}
+        command = shlex.join(["ertacache", "calibrate", self.model, "--steps", str(steps)])
+        remedy = f"give what it was made for, or make another plan with `{command} …`"
         if plan.steps != steps:
-            remedy = f"give --steps {plan.steps}, or make another plan with `{made} …`"
-        plan.check(Conditions(steps, {}, {}, settings), remedy)
+            remedy = f"give --steps {plan.steps}, or make another plan with `{command} …`"
+        plan.check(Requirements(steps, {}, {}, settings), remedy)
         return plan
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
@@ -141,7 +154,7 @@ class Request:
         return str(path) if path.is_dir() else self.model
 
     def load(self):
-        """The pipeline on its device."""
+        """Load the pipeline onto its device."""
         import torch
 
         from ertacache.pipelines.load import load_pipeline
@@ -149,28 +162,11 @@ class Request:
 
         device = parallel.device(self.device)
         dtype = getattr(torch, self.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-
-        def read(source, dtype):
-            with self.loading():
-                return self.pipeline.from_pretrained(source, dtype=dtype, revision=self.revision)
-
-        return load_pipeline(self.pipeline, self.source, device, dtype, self.offload, read)
+        return load_pipeline(self.pipeline, self.source, device, dtype, self.offload, revision=self.revision)
 
     @contextlib.contextmanager
-    def loading(self):
-        """What goes wrong in it is one line about the model."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # hub, json, safetensors and torch all raise their own types here
-            local = Path(self.source).is_dir()
-            remedy = "the files are damaged, download them again" if local else "check the id, network and hf login"
-            raise UserError(f"cannot load {self.model} ({reason_of(error)}): {remedy}") from error
-
-    @contextlib.contextmanager
-    def calling(self):
-        """A call that fails, mostly on a value that the pipeline cannot take, is one line."""
+    def calling(self) -> Iterator[None]:
+        """Turn a failing call, mostly on a value that the pipeline cannot take, into one line."""
         try:
             yield
         except UserError:
@@ -180,7 +176,7 @@ class Request:
             raise UserError(f"{self.pipeline.__name__}'s call failed ({reason_of(error)}): {remedy}") from error
 
     def words(self) -> list[str]:
-        """The arguments that were given, as the command line takes them."""
+        """Return the given arguments as the command line takes them."""
         options = {"dtype": self.dtype, "device": self.device, "revision": self.revision}
         options["offload"] = None if self.offload == "none" else self.offload
         given = {**self.flags, **{name: value for name, value in options.items() if value is not None}}
@@ -189,22 +185,12 @@ class Request:
 
 
 def flag_of(name: str) -> str:
+    """Return a setting's flag without its dashes."""
     return name.replace("_", "-")
 
 
-def prompts_of(prompt: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of --prompt or --prompts, of which one must be given."""
-    if bool(prompt) == bool(file):
-        problem = "--prompt and --prompts exclude each other" if prompt else "no prompt"
-        raise UserError(f"{problem}: give --prompt TEXT, or --prompts FILE with one a line")
-    prompts = prompt or read_prompts(file)
-    if not all(text.strip() for text in prompts):
-        raise UserError("--prompt is empty: say what should be seen")
-    return prompts
-
-
 def _parsed(text: str) -> tuple[str, Any]:
-    """NAME and value of NAME=VALUE: JSON, or text where it is none."""
+    """Return NAME and value of NAME=VALUE: JSON, or text where it is no JSON."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise UserError(f"--set {text}: write NAME=VALUE, for example --set max_sequence_length=128")

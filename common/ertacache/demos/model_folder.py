@@ -110,12 +110,20 @@ class Sampler(StepwiseSampler, Protocol):
         """
 
 
-def load_program(folder: str | Path) -> ModuleType:
-    """The `generate.py` of a model folder as a module."""
+def load_model_folder(folder: str | Path) -> Sampler:
+    """Load the `generate.py` of a model folder as a module.
+
+    Raises:
+        UserError: There is no generate.py in it.
+
+    Example:
+        >>> sampler = load_model_folder("ERTACache4FLUX")
+        >>> pipe = sampler.load("demo")
+    """
     path = Path(folder).resolve() / "generate.py"
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: there is no generate.py in it (try ERTACache4FLUX)")
-    name = "ertacache_program_" + "".join(c if c.isalnum() else "_" for c in path.parent.name)
+    name = "ertacache_folder_" + "".join(c if c.isalnum() else "_" for c in path.parent.name)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up by name
@@ -123,13 +131,33 @@ def load_program(folder: str | Path) -> ModuleType:
     return module
 
 
+def settings_parameters(sampler: Sampler) -> dict[str, Any]:
+    """Return the settings that a model folder takes, with their defaults: steps, guidance, height, width, frames, …"""
+    parameters = inspect.signature(sampler.settings_of).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "pipe"}
+
+
+def makes_videos(sampler: Sampler) -> bool:
+    """Return whether a model folder makes videos; others make images."""
+    return "frames" in settings_parameters(sampler)
+
+
+def grammar_of(sampler: Sampler) -> ModuleType:
+    """Return the captions' grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
+    return moving_scenes if makes_videos(sampler) else scenes
+
+
+# --- checks of settings, for `settings_of` ---------------------------------------------------------------------------
+
+
 def check_number(name: str, value: float, minimum: float) -> None:
+    """Refuse a setting that is not a finite number of at least `minimum`."""
     if not math.isfinite(value) or value < minimum:
         raise UserError(f"--{name} {value}: give a number of at least {minimum}")
 
 
 def check_size(name: str, value: int, multiple: int) -> None:
-    """A height or width that the VAE (and the packing of its latents) can take."""
+    """Refuse a height or width that the VAE (and the packing of its latents) cannot take."""
     if value < multiple or value % multiple:
         lower = max(value // multiple * multiple, multiple)
         raise UserError(
@@ -139,7 +167,7 @@ def check_size(name: str, value: int, multiple: int) -> None:
 
 
 def check_frames(frames: int, multiple: int) -> None:
-    """A number of frames that the VAE can take: the first one alone, then groups of `multiple`."""
+    """Refuse a number of frames that the VAE cannot take: the first one alone, then groups of `multiple`."""
     if frames < 1 or frames % multiple != 1:
         lower = max((frames - 1) // multiple, 0) * multiple + 1
         raise UserError(
@@ -148,23 +176,8 @@ def check_frames(frames: int, multiple: int) -> None:
         )
 
 
-def check_scheduler(pipe, known: tuple[str, ...]) -> None:
-    """Refuse a scheduler whose step the loop does not take."""
-    found = type(pipe.scheduler).__name__
-    if found not in known:
-        raise UserError(f"the model's scheduler is {found}, this loop knows {' and '.join(known)}: load one of them")
-
-
-def settings_parameters(program) -> dict:
-    """The settings that a model folder takes, with their defaults: steps, guidance, height, width, frames, …"""
-    parameters = inspect.signature(program.settings_of).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name != "pipe"}
-
-
-def makes_videos(program) -> bool:
-    return "frames" in settings_parameters(program)
-
-
-def world(program):
-    """The grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
-    return moving_scenes if makes_videos(program) else scenes
+def check_loop_scheduler(pipe, known: tuple[str, ...]) -> None:
+    """Refuse a scheduler whose step the folder's loop does not make."""
+    name = type(pipe.scheduler).__name__
+    if name not in known:
+        raise UserError(f"the model's scheduler is {name}, this loop knows {' and '.join(known)}: load one of them")

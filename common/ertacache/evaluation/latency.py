@@ -20,13 +20,13 @@ import torch
 from ertacache.algorithm import uniform_cached
 from ertacache.caches import registry, third_party
 from ertacache.caches.block_stack import blocks_of
-from ertacache.caches.fitting import Bench
+from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.teacache import TeaCachePolicy, teacache
-from ertacache.calibration.budget import ANCHORS
-from ertacache.pipelines.uncached import stock_latents
+from ertacache.calibration.budget import HISTORY_LENGTHS
+from ertacache.pipelines.uncached import uncached_latents
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of
-from ertacache.plans.requirements import Conditions
+from ertacache.plans.requirements import Requirements
 from ertacache.plans.threshold import ThresholdPlan
 from ertacache.utils.devices import peak_memory, reset_peak_memory
 from ertacache.utils.errors import UserError
@@ -55,7 +55,7 @@ def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPla
     """The other steps are reused, and rectified by nothing (K = 0, B = −2)."""
     steps = settings["steps"]
     return ThresholdPlan(
-        conditions=Conditions.of(pipe, steps, settings),
+        requirements=Requirements.of(pipe, steps, settings),
         threshold=1.0,
         cached=uniform_cached(steps, budget_of(steps, SPEEDUP)),
         site="output",
@@ -64,14 +64,14 @@ def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPla
     )
 
 
-def first_order_budget_plan(program, pipe, settings, inputs) -> BudgetPlan:
+def first_order_budget_plan(sampler, pipe, settings, inputs) -> BudgetPlan:
     """The same steps with the solver's own jumps, over as many anchors as a fitted plan has at least."""
     steps, computed = settings["steps"], computed_steps(settings["steps"])
-    jumps = [program.first_order(pipe, inputs, i, k) for i, k in zip(computed, [*computed[1:], steps], strict=True)]
+    jumps = [sampler.first_order(pipe, inputs, i, k) for i, k in zip(computed, [*computed[1:], steps], strict=True)]
     return BudgetPlan(
-        conditions=Conditions.of(pipe, steps, settings),
+        requirements=Requirements.of(pipe, steps, settings),
         computed=computed,
-        weights=tuple((w, *[0.0] * (ANCHORS[0] - 1)) for _, w in jumps),
+        weights=tuple((w, *[0.0] * (HISTORY_LENGTHS[0] - 1)) for _, w in jumps),
         scale=tuple(a for a, _ in jumps),
         native_sigmas=tuple(inputs.sigmas.tolist()),
     )
@@ -166,16 +166,16 @@ class Latency:
     settings: of the folder's `prepare`. repeats: timed runs of each method; the median counts.
     """
 
-    def __init__(self, program, pipe, settings, repeats: int):
-        self.program, self.pipe, self.settings, self.repeats = program, pipe, settings, repeats
+    def __init__(self, sampler, pipe, settings, repeats: int):
+        self.sampler, self.pipe, self.settings, self.repeats = sampler, pipe, settings, repeats
         self.steps, self.model, self.device = settings["steps"], pipe.transformer, pipe._execution_device
-        self.bench = Bench(pipe, settings, [PROMPT], 1)
+        self.bench = PipelineUnderTest(pipe, settings, [PROMPT], 1)
         self.passes, self.uncached = Passes(), 0
         self.thresholds: dict[str, float] = {}
 
     @cached_property
     def inputs(self):
-        return self.program.prepare(self.pipe, [PROMPT], [0], **self.settings)
+        return self.sampler.prepare(self.pipe, [PROMPT], [0], **self.settings)
 
     def rows(self, methods: list[str], backend: str | None = None) -> list[dict]:
         """A row for each method, in their order; with a backend the transformer's blocks are compiled by it."""
@@ -221,11 +221,11 @@ class Latency:
         if name == "threshold":
             return partial(self.loop, neutral_threshold_plan(self.pipe, self.settings, self.inputs.sigmas))
         if name == "budget":
-            return partial(self.loop, first_order_budget_plan(self.program, self.pipe, self.settings, self.inputs))
+            return partial(self.loop, first_order_budget_plan(self.sampler, self.pipe, self.settings, self.inputs))
         if name == "teacache":
             policy = fixed_share(TeaCachePolicy(1.0, (1.0, 0.0), self.steps), computed_steps(self.steps))
             return partial(self.stock, lambda: teacache(self.model, policy))
-        reason = registry.PEERS[name].unfit(self.bench)
+        reason = registry.CACHES[name].reason_not_to_run(self.bench)
         if reason:
             raise UserError(f"{name} {reason}")
         return partial(self.stock, partial(SEARCHED[name], self.bench, self.threshold_of(name)))
@@ -234,13 +234,13 @@ class Latency:
         inputs = self.inputs
         self.synchronize()
         start = time.perf_counter()
-        self.program.denoise(self.pipe, inputs, plan)
+        self.sampler.denoise(self.pipe, inputs, plan)
         self.synchronize()
         return time.perf_counter() - start
 
     def stock(self, cache=nullcontext) -> float:
         with cache():
-            return stock_latents(self.pipe, [PROMPT], [0], self.settings)[1]
+            return uncached_latents(self.pipe, [PROMPT], [0], self.settings)[1]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

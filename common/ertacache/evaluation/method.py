@@ -1,4 +1,4 @@
-"""A method at one setting, before and after it was run: what evaluation.py measures."""
+"""A method at one setting, and what a run of it gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,45 +10,72 @@ import torch
 from ertacache.plans.plan import Plan
 
 
-class Run(NamedTuple):
-    """What a method made of some prompts: final latents, the inputs to decode them with, seconds of its loop."""
+class MethodRun(NamedTuple):
+    """A run over some prompts.
+
+    Attributes:
+        latents: Final latents [B, …].
+        inputs: What to decode them with; None where the stock pipeline ran.
+        seconds: Of the denoising loop.
+    """
 
     latents: torch.Tensor
     inputs: Any
     seconds: float
 
 
+Runner = Callable[..., MethodRun]  # run(part, on_step=None): on a slice of the prompts
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a method made of all prompts: pictures float [N, H, W, 3] or videos [N, F, H, W, 3], and latents [N, …].
+    """Results over all prompts.
 
-    flops: of the transformer, a prompt of the first batch.
+    Attributes:
+        images: Images float [N, H, W, 3], or videos [N, F, H, W, 3], in [0, 1].
+        latents: Final latents [N, …].
+        flops: Of the transformer, per prompt of the first batch.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     latents: np.ndarray
     flops: float | None = None
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A method at one setting, to be measured. run(part of the prompts, on_step) → Run; names as in rows.md.
+class Method:
+    """A method at one setting, to be measured; names are those of a row (rows.py).
 
-    against: what its latency is compared with, the uncached run made in the same way.
+    Args:
+        name: Of the method.
+        label: The method with its setting, for tables.
+        family: "budget", "ertacache", "steps", "peer" or "none".
+        run: Runs it.
+        reference: Runs uncached in the same way; latency is compared with it.
+        settings: Of the run.
+        nfe: Computed steps; None for T over the speed-up in FLOPs.
+        plan: That it follows.
+        path: Of the plan, relative to the repository.
+        extra: Further settings of the row: threshold, site, shift, value.
     """
 
-    method: str
+    name: str
     label: str
     family: str
-    run: Callable[..., Run]
-    against: Callable[..., Run]
-    settings: dict
-    nfe: float | None = None  # None: T over the speed-up in FLOPs
+    run: Runner
+    reference: Runner
+    settings: dict[str, Any]
+    nfe: float | None = None
     plan: Plan | None = None
     path: str | None = None
-    extra: dict = field(default_factory=dict)  # of the row's settings: threshold, site, shift, value
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_uncached(self) -> bool:
+        return self.name == "none"
 
     @property
     def key(self) -> list:
+        """Identifies the row in the result cache."""
         plan = self.plan and {name: getattr(self.plan, name) for name in (*self.plan.FIELDS, *self.plan.ARRAYS)}
-        return ["row", self.method, self.label, self.settings, self.extra, plan]
+        return ["row", self.name, self.label, self.settings, self.extra, plan]

@@ -1,102 +1,130 @@
-"""The methods that scripts/evaluate.py compares: each makes candidates at an asked speed-up, which become rows."""
+"""The methods that scripts/evaluate.py compares: each is measured at a target speed-up and becomes rows."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ertacache import BudgetPlan, ThresholdPlan
 from ertacache.algorithm import uniform_cached
-from ertacache.caches.fitting import Bench
-from ertacache.caches.registry import PEERS
+from ertacache.caches.fitting import PipelineUnderTest
+from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
 from ertacache.calibration.budget import BudgetCalibration
-from ertacache.calibration.from_folder import open_calibration
+from ertacache.calibration.from_folder import CalibrationOptions, open_session
 from ertacache.calibration.planner import adams_bashforth_weights, offline_weights, predictor_weights
-from ertacache.evaluation.runner import Candidate, Evaluation
-from ertacache.plans.names import budget_name, budget_of, plan_name
+from ertacache.calibration.threshold import ThresholdCalibration
+from ertacache.evaluation.method import Method
+from ertacache.evaluation.rows import Row
+from ertacache.evaluation.runner import Evaluation
+from ertacache.numerics import ode
+from ertacache.plans import BudgetPlan, ThresholdPlan
+from ertacache.plans.names import budget_name, budget_of, threshold_name
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
-SWEPT = 2  # calibration prompts that the FLOPs of a setting are counted on
-METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *PEERS)
+FLOP_PROMPTS = 2  # calibration prompts on which the FLOPs of a setting are counted
+METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *CACHES)
 
 
-class Comparison:
-    """The rows of one model folder. plans: folder of the stored plans; store: keep those that are calibrated here."""
+class MethodRows:
+    """The rows of one model folder.
 
-    def __init__(self, evaluation: Evaluation, sites: list[str], plans: Path, store: bool = False):
-        self.evaluation, self.sites, self.plans, self.store = evaluation, sites, plans, store
-        self.options, self.settings = evaluation.options, evaluation.settings
-        self.steps = self.settings["steps"]
-        self.opened: dict = {}
+    Args:
+        evaluation: Measures.
+        options: How plans are calibrated that are not stored.
+        sites: Cache sites of threshold plans.
+        plans: Folder of the stored plans.
+        target: Of the grids that fewer steps are tuned for, "reference" or "exact".
+        store: Whether to store the plans that are calibrated here.
+    """
 
-    def calibration(self, **options):
-        """A calibration on the calibration prompts, which are never those of the evaluation; opened once."""
-        key = tuple(options.values())
-        if key not in self.opened:
-            place = self.evaluation.program, self.evaluation.pipe, self.options, self.settings, self.evaluation.work
-            self.opened[key] = open_calibration(*place, **options)
-        return self.opened[key]
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        options: CalibrationOptions,
+        sites: Sequence[str],
+        plans: Path,
+        target: str = "reference",
+        store: bool = False,
+    ):
+        self.evaluation, self.options, self.sites = evaluation, options, sites
+        self.plans, self.target, self.store = plans, target, store
+        self.steps = evaluation.settings["steps"]
+        self.open: dict[str, Any] = {}  # calibrations by site or target
 
-    def budget_calibration(self, target: str) -> BudgetCalibration:
-        return self.calibration(kind=BudgetCalibration, target=target)
+    @cached_property
+    def session(self):
+        """A session on the calibration prompts, which are never those of the evaluation."""
+        e = self.evaluation
+        return open_session(e.sampler, e.pipe, e.settings, e.model, self.options, e.work)
+
+    def thresholds_at(self, site: str) -> ThresholdCalibration:
+        """Return the calibration of threshold plans at a cache site."""
+        return self.open.setdefault(f"site {site}", ThresholdCalibration(self.session, site))
+
+    def budgets_for(self, target: str) -> BudgetCalibration:
+        """Return the calibration of budget plans for a target."""
+        if target not in self.open:
+            self.open[target] = BudgetCalibration(self.session, target)
+        return self.open[target]
 
     def finish(self) -> None:
-        """Close the calibrations and remove what they kept for a rerun."""
-        for calibration in self.opened.values():
+        """Delete the checkpoints of the calibrations."""
+        for calibration in self.open.values():
             calibration.finish()
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def rows(self, methods: list[str], speedups: list[float] = (), thresholds: list[float] = ()) -> Iterator[dict]:
-        """All rows of these methods, at each speed-up or λ. Groups of finished rows need no calibration again."""
-        yield self.evaluation.row(self.evaluation.uncached())
+    def rows(
+        self, methods: Sequence[str], speedups: Sequence[float] = (), thresholds: Sequence[float] = ()
+    ) -> Iterator[Row]:
+        """Yield all rows of these methods, at each speed-up or λ. Stored groups of rows need no calibration again."""
+        evaluation = self.evaluation
+        yield evaluation.row(evaluation.uncached())
         for speedup in speedups:
             if "fewer-steps" in methods:
                 steps = budget_of(self.steps, speedup)
-                candidate = self.evaluation.fewer_steps("fewer-steps", f"fewer steps ({steps})", steps)
-                yield self.evaluation.row(candidate, speedup)
-            for method in (m for m in BUDGET_METHODS if m in methods):
-                yield from self.group([method, speedup], partial(self.budgeted, method, speedup), speedup)
-        asked = [m for m in THRESHOLD_METHODS if m in methods]
+                yield evaluation.row(evaluation.fewer_steps("fewer-steps", f"fewer steps ({steps})", steps), speedup)
+            for name in (name for name in BUDGET_METHODS if name in methods):
+                yield from self.group([name, speedup], partial(self.budget_methods, name, speedup), speedup)
+        asked = [name for name in THRESHOLD_METHODS if name in methods]
         for site in self.sites if asked else []:
             for speedup in speedups:
-                yield from self.group(
-                    [*asked, site, speedup], partial(self.threshold_rows, asked, site, speedup), speedup
-                )
+                make = partial(self.threshold_methods, asked, site, speedup=speedup)
+                yield from self.group([*asked, site, speedup], make, speedup)
             for threshold in thresholds:
-                methods_here = [*asked, *(m for m in methods if m == "fewer-steps")]
-                make = partial(self.threshold_rows, methods_here, site, None, threshold)
-                yield from self.group([*methods_here, site, "λ", threshold], make)
-        for method in (m for m in PEERS if m in methods):
-            yield from self.peer_rows(method, list(speedups))
+                names = [*asked, *(name for name in methods if name == "fewer-steps")]
+                make = partial(self.threshold_methods, names, site, threshold=threshold)
+                yield from self.group([*names, site, "λ", threshold], make)
+        for name in (name for name in CACHES if name in methods):
+            yield from self.rows_of_cache(name, list(speedups))
 
-    def group(self, key: list, candidates, asked: float | None = None) -> list[dict]:
-        """The rows of some candidates, which are not even made when all of them are finished."""
-        stored = (
-            {str(p.name): p.stat().st_mtime_ns for p in sorted(self.plans.glob("*.json"))}
-            if self.plans.is_dir()
-            else {}
-        )
-        evaluation = self.evaluation
-        how = [self.options.search, self.options.calibration_prompts, stored, evaluation.repeats, evaluation.timed]
-        return evaluation.shelf.keep(
-            ["group", key, how], lambda: [evaluation.row(candidate, asked) for candidate in candidates()]
+    def group(self, key: list, methods: Callable[[], Iterator[Method]], target: float | None = None) -> list[Row]:
+        """Return the rows of some methods, which are not even made when all their rows are stored."""
+        files = sorted(self.plans.glob("*.json")) if self.plans.is_dir() else []
+        stored = {path.name: path.stat().st_mtime_ns for path in files}
+        options = [self.options.search, str(self.options.prompts), self.target, stored]
+        key = ["group", key, options, self.evaluation.repeats, self.evaluation.timed]
+        return self.evaluation.checkpoints.value(
+            key, lambda: [self.evaluation.row(method, target) for method in methods()]
         )
 
-    def threshold_rows(self, methods, site: str, speedup, threshold=None) -> Iterator[Candidate]:
-        """At the NFE that one λ gives: the stored plan, or one calibrated now, and the parts that it is made of."""
-        calibration, evaluation = self.calibration(site=site), self.evaluation
+    def threshold_methods(
+        self, names: Sequence[str], site: str, speedup: float | None = None, threshold: float | None = None
+    ) -> Iterator[Method]:
+        """Yield methods at the NFE that one λ gives: the stored plan, or one calibrated now, and its parts."""
+        calibration, evaluation = self.thresholds_at(site), self.evaluation
         threshold = threshold or calibration.threshold_for(round(self.steps / speedup))
-        stored = self.plans / plan_name(self.options.model, self.steps, threshold, site)
-        if "ablation" not in methods and stored.exists():
+        stored = self.plans / threshold_name(evaluation.model, self.steps, threshold, site)
+        if "ablation" not in names and stored.exists():
             plans, chosen = {}, ThresholdPlan.load(stored)
-            chosen.check(calibration.conditions, remedy=f"delete {stored}")
-            if "uniform" in methods:
+            chosen.check(self.session.requirements, remedy=f"delete {stored}")
+            if "uniform" in names:
                 neutral = {"phi": (), "k": (), "b": (), "rectified": False, "phi_definition": "none"}
                 plans["uniform"] = replace(chosen, cached=uniform_cached(self.steps, chosen.nfe), **neutral)
         else:
@@ -104,130 +132,123 @@ class Comparison:
             chosen = calibration.choose(plans, errors)
             if self.store:
                 chosen.save(stored)
-        if "fewer-steps" in methods:
+        if "fewer-steps" in names:
             yield evaluation.fewer_steps("fewer-steps", f"fewer steps ({chosen.nfe})", chosen.nfe)
-        for name in list(plans) if "ablation" in methods else [n for n in plans if n in methods]:
+        for name in list(plans) if "ablation" in names else [name for name in plans if name in names]:
             yield evaluation.planned(name, f"{name}, {site}", plans[name])
-        if "ertacache" in methods:
+        if "ertacache" in names:
             best = chosen.provenance["calibration"]["chosen"]
             label = f"ertacache, {site}, λ = {threshold:g} ({best})"
             yield evaluation.planned("ertacache", label, chosen, stored)
 
-    def budgeted(self, method: str, speedup: float) -> Iterator[Candidate]:
-        """With exactly T/speedup computed steps."""
-        return Budgeted(self, speedup).candidates(method)
+    def budget_methods(self, name: str, speedup: float) -> Iterator[Method]:
+        """Yield methods with exactly T/speedup computed steps."""
+        return BudgetMethods(self, speedup).methods(name)
 
-    def peer_rows(self, method: str, speedups: list[float]) -> Iterator[dict]:
-        """Another cache, at the value of its parameter whose FLOPs come nearest to each speed-up."""
-        peer, shelf = PEERS[method], self.evaluation.shelf
-        reason = peer.unfit(self.bench)
+    def rows_of_cache(self, name: str, speedups: list[float]) -> Iterator[Row]:
+        """Yield rows of another cache, at the setting whose FLOPs come nearest to each speed-up."""
+        cache, checkpoints = CACHES[name], self.evaluation.checkpoints
+        reason = cache.reason_not_to_run(self.subject)
         if reason:
-            print(f"{method} is left out on {self.evaluation.program.FOLDER.name}: it {reason}", file=sys.stderr)
+            print(f"{name} is left out on {self.evaluation.sampler.FOLDER.name}: it {reason}", file=sys.stderr)
             return
-        uncached = shelf.keep(["flops"], lambda: self.bench.flops(SWEPT))
+        uncached = checkpoints.value(["flops"], lambda: self.subject.flops(FLOP_PROMPTS))
 
-        def saved_of(value) -> float:
-            def measured():
-                with peer.apply(self.bench, value):
-                    return uncached / self.bench.flops(SWEPT)
+        def speedup_of(value) -> float:
+            def measure() -> float:
+                with cache.apply(self.subject, value):
+                    return uncached / self.subject.flops(FLOP_PROMPTS)
 
-            return shelf.keep(["sweep", method, value], measured)
+            return checkpoints.value(["sweep", name, value], measure)
 
-        for speedup, (value, _) in nearest_settings(peer.values, peer.between, saved_of, speedups).items():
-            cached = partial(peer.apply, self.bench, value)
-            label = f"{method} ({peer.written(value)})"
-            yield self.evaluation.row(self.evaluation.peer(method, label, value, cached), speedup)
+        for speedup, (value, _) in nearest_settings(cache.values, cache.between, speedup_of, speedups).items():
+            cached = partial(cache.apply, self.subject, value)
+            label = f"{name} ({cache.written(value)})"
+            yield self.evaluation.row(self.evaluation.other_cache(name, label, value, cached), speedup)
 
     @cached_property
-    def bench(self) -> Bench:
-        calibration = self.calibration(site="output")
-        return Bench(
-            self.evaluation.pipe, self.settings, calibration.prompts, self.options.batch_size, self.options.model
-        )
+    def subject(self) -> PipelineUnderTest:
+        """The stock pipeline with the calibration prompts, on which other caches run and are fitted."""
+        e = self.evaluation
+        return PipelineUnderTest(e.pipe, e.settings, self.session.prompts, e.batch_size, e.model)
 
 
-class Budgeted:
+class BudgetMethods:
     """Methods that are given the number of computed steps, at one speed-up."""
 
-    def __init__(self, comparison: Comparison, speedup: float):
-        self.comparison, self.evaluation, self.steps = comparison, comparison.evaluation, comparison.steps
-        self.options, self.budget = comparison.options, budget_of(comparison.steps, speedup)
-        self.uniform = tuple(i for i in range(self.steps) if i not in uniform_cached(self.steps, self.budget))
-
-    def calibration(self, target: str) -> BudgetCalibration:
-        return self.comparison.budget_calibration(target)
+    def __init__(self, rows: MethodRows, speedup: float):
+        self.rows, self.evaluation, self.steps = rows, rows.evaluation, rows.steps
+        self.budget = budget_of(rows.steps, speedup)
+        cached = uniform_cached(self.steps, self.budget)
+        self.uniform = tuple(i for i in range(self.steps) if i not in cached)
 
     def plan(self, target: str) -> tuple[BudgetPlan, Path]:
-        """The stored plan, or one calibrated now."""
-        path = self.comparison.plans / budget_name(self.options.model, self.steps, self.budget, target)
-        calibration = self.calibration(target)
-        plan = (
-            BudgetPlan.load(path)
-            if path.exists()
-            else calibration.plans([self.budget], self.options.search)[self.budget]
-        )
-        plan.check(calibration.conditions, remedy=f"delete {path}")
-        if self.comparison.store:
+        """Return the stored plan, or one calibrated now, and its path."""
+        path = self.rows.plans / budget_name(self.evaluation.model, self.steps, self.budget, target)
+        if path.exists():
+            plan = BudgetPlan.load(path)
+        else:
+            plan = self.rows.budgets_for(target).plans([self.budget], self.rows.options.search)[self.budget]
+        plan.check(self.rows.session.requirements, remedy=f"delete {path}")
+        if self.rows.store:
             plan.save(path)
         return plan, path
 
-    def candidates(self, method: str) -> Iterator[Candidate]:
-        if method in ("budget", "budget-exact"):
-            plan, path = self.plan("exact" if method == "budget-exact" else "reference")
-            label = (
-                f"budget plan (H = {plan.anchors})"
-                if method == "budget"
-                else f"budget plan, exact target (H = {plan.anchors})"
-            )
-            yield self.evaluation.planned(method, label, plan, path)
-        elif method == "fewer-steps-tuned":
-            shift = self.calibration(self.options.target).tuned_shift(self.budget)
+    def methods(self, name: str) -> Iterator[Method]:
+        """Yield the methods of a name in BUDGET_METHODS."""
+        if name in ("budget", "budget-exact"):
+            plan, path = self.plan("exact" if name == "budget-exact" else "reference")
+            aim = ", exact target" if name == "budget-exact" else ""
+            yield self.evaluation.planned(name, f"budget plan{aim} (H = {plan.history_length})", plan, path)
+        elif name == "fewer-steps-tuned":
+            shift = self.rows.budgets_for(self.rows.target).tuned_shift(self.budget)
             label = f"fewer steps ({self.budget}), tuned shift ({shift:g})"
-            yield self.evaluation.fewer_steps(method, label, self.budget, shift)
-        elif method == "fewer-steps-ab2":
-            yield self.adams_bashforth(method)
-        elif method == "least-squares":
-            yield self.least_squares(method)
+            yield self.evaluation.fewer_steps(name, label, self.budget, shift)
+        elif name == "fewer-steps-ab2":
+            yield self.adams_bashforth(name)
+        elif name == "least-squares":
+            yield self.least_squares(name)
         else:
             yield from self.ablation()
 
-    def weighted(self, schedule, weights, scale=()) -> BudgetPlan:
-        """A budget plan by hand, on the uncached run's grid."""
-        calibration = self.calibration("reference")
+    def weighted(self, schedule: Sequence[int], weights, scale=()) -> BudgetPlan:
+        """Return a budget plan with these weights, on the uncached run's grid."""
+        native = tuple(self.rows.budgets_for("reference").native_sigmas.tolist())
         weights = tuple(tuple(float(w) for w in row) for row in weights)
-        native = tuple(calibration.native.tolist())
-        return BudgetPlan(calibration.conditions, tuple(schedule), weights, native, scale=tuple(scale))
+        return BudgetPlan(self.rows.session.requirements, tuple(schedule), weights, native, scale=tuple(scale))
 
-    def adams_bashforth(self, method: str) -> Candidate:
-        """Fewer steps on a grid uniform in the noise level, by the two-step Adams–Bashforth method."""
+    def adams_bashforth(self, name: str) -> Method:
+        """Return fewer steps on a grid uniform in the noise level, by the two-step Adams–Bashforth method."""
         sigmas = np.linspace(1, 0, self.budget + 1)
-        weights = adams_bashforth_weights(sigmas) * self.calibration("reference").rate
+        calibration = self.rows.budgets_for("reference")
+        session = calibration.session
+        weights = adams_bashforth_weights(sigmas) * ode.rate_of(session.sampler, session.pipe, calibration.first)
         plan = replace(self.weighted(range(self.budget), weights), sigmas=tuple(sigmas.tolist()))
-        return self.evaluation.planned(method, f"Adams–Bashforth 2, uniform grid ({self.budget})", plan)
+        return self.evaluation.planned(name, f"Adams–Bashforth 2, uniform grid ({self.budget})", plan)
 
-    def least_squares(self, method: str) -> Candidate:
-        """Each skipped output predicted from the last three computed ones, by least squares on the reference."""
-        calibration = self.calibration("reference")
-        solver = [calibration.first_jump(i, i + 1) for i in range(self.steps)]
-        predicted = predictor_weights(calibration.reference(), solver, self.uniform, anchors=3)
+    def least_squares(self, name: str) -> Method:
+        """Return the method that predicts each skipped velocity from the last three computed ones."""
+        calibration = self.rows.budgets_for("reference")
+        solver = [calibration.first_order(i, i + 1) for i in range(self.steps)]
+        predicted = predictor_weights(calibration.trajectories(), solver, self.uniform, history_length=3)
         label = "least-squares prediction per step, uniform schedule"
-        return self.evaluation.planned(method, label, self.weighted(self.uniform, *predicted))
+        return self.evaluation.planned(name, label, self.weighted(self.uniform, *predicted))
 
-    def ablation(self) -> Iterator[Candidate]:
-        """The plan's two parts alone and together: which steps, and how the jumps are weighted."""
-        calibration, (plan, _) = self.calibration("reference"), self.plan("reference")
+    def ablation(self) -> Iterator[Method]:
+        """Yield the plan's two parts alone and together: which steps, and how the jumps are weighted."""
+        calibration, (plan, _) = self.rows.budgets_for("reference"), self.plan("reference")
 
-        def solver_jumps(schedule):
-            pairs = [calibration.first_jump(i, k) for i, k in zip(schedule, [*schedule[1:], self.steps], strict=True)]
+        def solver_jumps(schedule: Sequence[int]) -> BudgetPlan:
+            pairs = [calibration.first_order(i, k) for i, k in pairwise([*schedule, self.steps])]
             return self.weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
 
-        found = calibration.replay(self.uniform, plan.anchors)
-        offline = offline_weights(calibration.reference(), plan.computed, plan.anchors, calibration.scaled)
+        rollout = calibration.rollout(self.uniform, plan.history_length)
+        gram = calibration.trajectories()
+        offline = offline_weights(gram, plan.computed, plan.history_length, calibration.scaled)
+        fitted = self.weighted(self.uniform, rollout.arrays["weights"], rollout.arrays["scale"])
         parts = {
             "uniform, solver's jumps": solver_jumps(self.uniform),
-            "uniform, fitted on the plan's trajectory": self.weighted(
-                self.uniform, found.arrays["weights"], found.arrays["scale"]
-            ),
+            "uniform, fitted on the plan's trajectory": fitted,
             "planned, solver's jumps": solver_jumps(plan.computed),
             "planned, fitted on the reference": self.weighted(plan.computed, *offline),
         }

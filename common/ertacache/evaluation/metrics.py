@@ -1,4 +1,4 @@
-"""Distances between uncached and cached pictures or videos: thin faces over scikit-image and lpips, on floats."""
+"""Distances between uncached and cached images or videos: thin wrappers around scikit-image and lpips, on floats."""
 
 import sys
 
@@ -7,17 +7,17 @@ import numpy as np
 METRICS = ("psnr", "ssim", "lpips", "temporal_psnr")
 
 
-def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of float pictures [H, W, 3] in [0, 1]; ∞ when they are equal."""
+def psnr(reference: np.ndarray, image: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of float images [H, W, 3] in [0, 1]; ∞ when they are equal."""
     from skimage.metrics import peak_signal_noise_ratio
 
-    if np.array_equal(reference, picture):
+    if np.array_equal(reference, image):
         return float("inf")
-    return float(peak_signal_noise_ratio(reference, picture, data_range=1.0))
+    return float(peak_signal_noise_ratio(reference, image, data_range=1.0))
 
 
 def latent_psnr(references: np.ndarray, results: np.ndarray) -> float | None:
-    """Mean PSNR in dB of latents [N, …], with each reference's largest minus least value as the data range.
+    """Return the mean PSNR in dB of latents [N, …], with each reference's largest minus least value as data range.
 
     None when a pair is equal.
     """
@@ -27,16 +27,16 @@ def latent_psnr(references: np.ndarray, results: np.ndarray) -> float | None:
     return None if np.any(error == 0) else float(np.mean(10 * np.log10(ranges**2 / error)))
 
 
-def ssim(reference: np.ndarray, picture: np.ndarray) -> float:
-    """Structural similarity in [−1, 1] of float pictures [H, W, 3] in [0, 1], with the window of Wang et al. 2004."""
+def ssim(reference: np.ndarray, image: np.ndarray) -> float:
+    """Return the structural similarity in [−1, 1] of float images [H, W, 3] in [0, 1] (Wang et al. 2004)."""
     from skimage.metrics import structural_similarity
 
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(reference, picture, channel_axis=-1, data_range=1.0, **options))
+    return float(structural_similarity(reference, image, channel_axis=-1, data_range=1.0, **options))
 
 
 class Lpips:
-    """LPIPS (AlexNet), when the `eval` extra and its weights are there; otherwise None, with one line that says why."""
+    """LPIPS (AlexNet), where the `eval` extra and its weights are installed; else None, with one line that says why."""
 
     def __init__(self):
         self.network = None
@@ -48,27 +48,34 @@ class Lpips:
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             print(f"LPIPS is not computed ({reason}): pip install 'ertacache[eval]'", file=sys.stderr)
 
-    def __call__(self, reference: np.ndarray, picture: np.ndarray) -> float | None:
+    def __call__(self, reference: np.ndarray, image: np.ndarray) -> float | None:
         import torch
 
         if self.network is None:
             return None
-        pair = (torch.from_numpy(p).permute(2, 0, 1)[None].float() * 2 - 1 for p in (reference, picture))
+        pair = (torch.from_numpy(p).permute(2, 0, 1)[None].float() * 2 - 1 for p in (reference, image))
         with torch.no_grad():
             return float(self.network(*pair))
 
 
 def temporal_psnr(reference: np.ndarray, video: np.ndarray) -> float:
-    """Temporal consistency: mean PSNR in dB between the consecutive-frame differences of two videos [F, H, W, 3].
+    """Return the mean PSNR in dB between the consecutive-frame differences of two videos [F, H, W, 3].
 
-    A difference f_{j+1} − f_j lies in [−1, 1]; both are halved, so that the data range is 1 as for pictures.
+    A difference f_{j+1} − f_j lies in [−1, 1]; both are halved, so that the data range is 1 as for images.
     """
     pairs = zip(np.diff(reference, axis=0) / 2, np.diff(video, axis=0) / 2, strict=True)
     return float(np.mean([psnr(*pair) for pair in pairs]))
 
 
 class Clip:
-    """CLIP (Radford et al. 2021) by transformers. model: a hub id, a directory, or None: then everything is None."""
+    """CLIP (Radford et al. 2021) by transformers.
+
+    Args:
+        model: A Hub id or directory; None: every measure is None.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
 
     def __init__(self, model: str | None):
         self.model = None
@@ -84,42 +91,42 @@ class Clip:
             raise UserError(f"--clip {model} cannot be loaded ({str(error).splitlines()[0]}): check the id") from error
 
     def similarity(self, references: np.ndarray, results: np.ndarray) -> float | None:
-        """Mean cosine between the embeddings of pictures (or frames) and of their references: the paper's Table 2."""
+        """Return the mean cosine between embeddings of images (or frames) and of their references (paper, Table 2)."""
         if self.model is None:
             return None
         pairs = (self.embedded(images=frames_of(x)) for x in (references, results))
         return float(np.mean(np.sum(np.multiply(*pairs), axis=-1)))
 
     def score(self, prompts: list[str], results: np.ndarray) -> float | None:
-        """CLIP score (Hessel et al. 2021), 100 · max(0, cosine) of a prompt and its picture, or of all its frames."""
+        """Return the CLIP score (Hessel et al. 2021), 100 · max(0, cosine) of a prompt and its image or frames."""
         if self.model is None:
             return None
-        pictures = self.embedded(images=frames_of(results)).reshape(len(prompts), -1, self.model.config.projection_dim)
+        images = self.embedded(images=frames_of(results)).reshape(len(prompts), -1, self.model.config.projection_dim)
         texts = self.embedded(text=list(prompts))[:, None]
-        return float(100 * np.mean(np.maximum(0, np.sum(pictures * texts, axis=-1))))
+        return float(100 * np.mean(np.maximum(0, np.sum(images * texts, axis=-1))))
 
     def embedded(self, images=None, text=None) -> np.ndarray:
-        """Unit vectors [N, D] of pictures float [N, H, W, 3] in [0, 1], or of texts, which are cut at CLIP's length."""
+        """Return unit vectors [N, D] of images float [N, H, W, 3] in [0, 1], or of texts, cut at CLIP's length."""
         import torch
 
         with torch.no_grad():
             if text is not None:
                 inputs = self.processor(text=text, return_tensors="pt", padding=True, truncation=True)
-                found = self.model.get_text_features(**inputs)
+                features = self.model.get_text_features(**inputs)
             else:
                 rounded = list(np.rint(images * 255).clip(0, 255).astype(np.uint8))
-                found = self.model.get_image_features(**self.processor(images=rounded, return_tensors="pt"))
-        found = getattr(found, "pooler_output", found).numpy()
-        return found / np.linalg.norm(found, axis=-1, keepdims=True)
+                features = self.model.get_image_features(**self.processor(images=rounded, return_tensors="pt"))
+        features = getattr(features, "pooler_output", features).numpy()
+        return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def frames_of(results: np.ndarray) -> np.ndarray:
-    """Pictures [N, H, W, 3] as they are, videos [N, F, H, W, 3] as their frames [N·F, H, W, 3]."""
+    """Return images [N, H, W, 3] unchanged, and videos [N, F, H, W, 3] as their frames [N·F, H, W, 3]."""
     return results.reshape(-1, *results.shape[-3:])
 
 
 def mean(metric, references: np.ndarray, results: np.ndarray) -> float | None:
-    """Mean of a metric over pictures, or over the frames of all videos; None when a value has no number.
+    """Return the mean of a metric over images, or over the frames of all videos; None when a value is not finite.
 
     The PSNR of an equal pair has none.
     """
@@ -127,14 +134,20 @@ def mean(metric, references: np.ndarray, results: np.ndarray) -> float | None:
     return float(np.mean(values)) if np.all(np.isfinite(values)) else None
 
 
-def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips) -> dict[str, float | None]:
-    """The METRICS: means over pictures [N, H, W, 3], or over the frames of videos [N, F, H, W, 3].
+def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = None) -> dict[str, float | None]:
+    """Measure the METRICS, as means over images or over the frames of videos.
 
-    temporal_psnr, a mean over videos, is None for pictures.
+    Args:
+        references: Images [N, H, W, 3], or videos [N, F, H, W, 3], in [0, 1].
+        results: Of the same shape.
+        lpips: Measures LPIPS; without it LPIPS is None.
+
+    Returns:
+        A value for each name in METRICS. temporal_psnr, a mean over videos, is None for images.
     """
-    found = {name: mean(metric, references, results) for name, metric in (("psnr", psnr), ("ssim", ssim))}
-    found["lpips"] = mean(lpips, references, results) if lpips.network is not None else None
+    values = {name: mean(metric, references, results) for name, metric in (("psnr", psnr), ("ssim", ssim))}
+    values["lpips"] = mean(lpips, references, results) if lpips and lpips.network is not None else None
     videos = references.ndim == 5
-    values = [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else []
-    found["temporal_psnr"] = float(np.mean(values)) if videos and np.all(np.isfinite(values)) else None
-    return found
+    temporal = [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else []
+    values["temporal_psnr"] = float(np.mean(temporal)) if videos and np.all(np.isfinite(temporal)) else None
+    return values

@@ -1,14 +1,20 @@
-"""Who stands where among the rows of `scripts/evaluate.py` (docs/rows.md). Pure functions on lists of rows.
+"""Ranks the rows of an evaluation. Pure functions on lists of rows (rows.py).
 
-A row is ranked at the speed-up that was asked for when it reaches it: FLOPs of the uncached run over its own are at
-least REACHED × asked (T / NFE where FLOPs were not counted). The uncached run and rows without
-the metric are not ranked.
+A row is ranked at its target speed-up, the row's `asked`, when it reaches it: the FLOPs of the uncached run over its
+own are at least REACHED × the target (T / NFE where FLOPs were not counted). The uncached run and rows without the
+metric are not ranked.
 """
 
-OURS = ("budget", "ertacache")
-OTHERS = ("peer", "steps")
-FAMILIES = (*OURS, *OTHERS, "none")
-REACHED = 0.9
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ertacache.utils.tables import MISSING
+from ertacache.utils.tables import markdown as markdown_table
+
+OUR_FAMILIES = ("budget", "ertacache")
+OTHER_FAMILIES = ("peer", "steps")
+FAMILIES = (*OUR_FAMILIES, *OTHER_FAMILIES, "none")
+REACHED = 0.9  # of the target speed-up
 LESS_IS_BETTER = {"nfe", "flops", "latency_s", "end_to_end_s", "lpips", "peak_memory_mib"}
 TITLES = {
     "label": "method",
@@ -31,65 +37,74 @@ TITLES = {
     "place": "place",
 }
 DIGITS = {"ssim": 5, "exact_ssim": 5, "lpips": 4, "clip_similarity": 4, "prompt_accuracy": 3, "peak_memory_mib": 0}
-MISSING = "–"
+
+AnyRow = Mapping[str, Any]  # a Row, or one with fewer fields
 
 
-def is_ours(row: dict) -> bool:
-    return row["family"] in OURS
+def is_ours(row: AnyRow) -> bool:
+    """Return whether the method is one of ours: a budget or a threshold plan."""
+    return row["family"] in OUR_FAMILIES
 
 
-def speedup(row: dict) -> float | None:
-    """By FLOPs; by computed steps where FLOPs were not counted."""
+def speedup(row: AnyRow) -> float | None:
+    """Return the speed-up by FLOPs; by computed steps where FLOPs were not counted."""
     return row["speedup_nfe"] if row.get("speedup_flops") is None else row["speedup_flops"]
 
 
-def reaches(row: dict, asked: float | None) -> bool:
-    """Whether a row is as fast as was asked, within a tenth."""
-    return asked is not None and speedup(row) is not None and speedup(row) >= REACHED * asked
+def reaches(row: AnyRow, target: float | None) -> bool:
+    """Return whether a row is as fast as its target speed-up, within a tenth."""
+    return target is not None and speedup(row) is not None and speedup(row) >= REACHED * target
 
 
 def better(metric: str, a: float, b: float) -> bool:
+    """Return whether value a of a metric is strictly better than b."""
     return a < b if metric in LESS_IS_BETTER else a > b
 
 
-def standing(rows: list[dict], folder: str, asked: float, metric: str) -> list[tuple[int, dict]]:
-    """(place, row) of the ranked rows, best first. Equal values share a place: 1, 1, 3."""
-    here = [row for row in rows if row["folder"] == folder and row["asked"] == asked and row["method"] != "none"]
-    ranked = [row for row in here if reaches(row, asked) and row.get(metric) is not None]
+def ranking(rows: Sequence[AnyRow], folder: str, target: float, metric: str) -> list[tuple[int, AnyRow]]:
+    """Return (place, row) of the ranked rows, best first. Equal values share a place: 1, 1, 3.
+
+    Args:
+        rows: Of any folders and targets.
+        folder: Model folder to rank.
+        target: Target speed-up.
+        metric: Column by which rows are ranked.
+    """
+    candidates = [row for row in rows if (row["folder"], row["asked"]) == (folder, target) and row["method"] != "none"]
+    ranked = [row for row in candidates if reaches(row, target) and row.get(metric) is not None]
     places = [(1 + sum(better(metric, other[metric], row[metric]) for other in ranked), row) for row in ranked]
     return sorted(places, key=lambda pair: pair[0])
 
 
-def margin(rows: list[dict], folder: str, asked: float, metric: str, others=OTHERS) -> float | None:
-    """Our best budget row minus the best row of other families, in the metric's unit; None when either is missing."""
-    ranked = [row for _, row in standing(rows, folder, asked, metric)]
+def margin(
+    rows: Sequence[AnyRow], folder: str, target: float, metric: str, others: Sequence[str] = OTHER_FAMILIES
+) -> float | None:
+    """Return our best budget row minus the best row of other families, in the metric's unit; None without either."""
+    ranked = [row for _, row in ranking(rows, folder, target, metric)]
     ours = next((row[metric] for row in ranked if row["family"] == "budget"), None)
     theirs = next((row[metric] for row in ranked if row["family"] in others), None)
     return None if ours is None or theirs is None else ours - theirs
 
 
-def best(rows: list[dict], column: str) -> float | None:
-    """The best value of a column among the rows that reach what they were asked for."""
+def best(rows: Sequence[AnyRow], column: str) -> float | None:
+    """Return the best value of a column among the rows that reach their target speed-up."""
     values = [row[column] for row in rows if reaches(row, row["asked"]) and row.get(column) is not None]
     return (min if column in LESS_IS_BETTER else max)(values, default=None)
 
 
-def ordered(rows: list[dict], metric: str = "psnr") -> list[tuple[int | None, dict]]:
-    """(place or None, row): by asked speed-up, then the ranked rows from the best, then the others."""
-    order = []
-    for asked in sorted({row["asked"] for row in rows}, key=lambda asked: asked or 0):
-        here = [row for row in rows if row["asked"] == asked]
-        ranked = [
-            pair
-            for folder in dict.fromkeys(r["folder"] for r in here)
-            for pair in standing(here, folder, asked, metric)
-        ]
-        order += ranked + [(None, row) for row in here if not any(row is other for _, other in ranked)]
+def ordered(rows: Sequence[AnyRow], metric: str = "psnr") -> list[tuple[int | None, AnyRow]]:
+    """Return (place or None, row): by target speed-up, then the ranked rows from the best, then the others."""
+    order: list[tuple[int | None, AnyRow]] = []
+    for target in sorted({row["asked"] for row in rows}, key=lambda target: target or 0):
+        group = [row for row in rows if row["asked"] == target]
+        folders = dict.fromkeys(row["folder"] for row in group)
+        ranked = [pair for folder in folders for pair in ranking(group, folder, target, metric)]
+        order += ranked + [(None, row) for row in group if not any(row is other for _, other in ranked)]
     return order
 
 
-def cell(row: dict, column: str) -> str:
-    """A value as tables show it; what was not measured as a dash."""
+def cell(row: AnyRow, column: str) -> str:
+    """Return a value as tables show it; a dash where it was not measured."""
     value = row.get(column)
     if value is None:
         return MISSING
@@ -100,17 +115,23 @@ def cell(row: dict, column: str) -> str:
     return f"{value:.{DIGITS.get(column, 2)}f}" + "×" * column.startswith("speedup")
 
 
-def markdown(rows: list[dict], columns: list[str], metric: str = "psnr") -> str:
-    """A table by asked speed-up, then metric; the best of a column at each speed-up is bold. place: by the metric."""
+def markdown(rows: Sequence[AnyRow], columns: Sequence[str], metric: str = "psnr") -> str:
+    """Return a Markdown table by target speed-up, then metric; the best of a column at each speed-up is bold.
 
-    def text(place, row, column):
+    Args:
+        rows: One line per row.
+        columns: Fields of a row, and "place", which is by the metric.
+        metric: Orders the rows.
+    """
+
+    def text(place: int | None, row: AnyRow, column: str) -> str:
         if column == "place":
             return str(place or MISSING)
-        shown = cell(row, column).replace("|", "\\|").replace("\n", " ")
+        shown = cell(row, column)
         comparable = reaches(row, row["asked"]) and row.get(column) is not None and not isinstance(row[column], str)
-        peers = [other for other in rows if (other["folder"], other["asked"]) == (row["folder"], row["asked"])]
-        return f"**{shown}**" if comparable and row[column] == best(peers, column) else shown
+        group = [other for other in rows if (other["folder"], other["asked"]) == (row["folder"], row["asked"])]
+        return f"**{shown}**" if comparable and row[column] == best(group, column) else shown
 
     lines = [[text(place, row, column) for column in columns] for place, row in ordered(rows, metric)]
-    head = [[TITLES.get(column, column) for column in columns], ["---" if c == "label" else "--:" for c in columns]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in head + lines)
+    align = ["---" if column == "label" else "--:" for column in columns]
+    return markdown_table([TITLES.get(column, column) for column in columns], lines, align)

@@ -1,270 +1,314 @@
-"""Held-out measurements of one pipeline: quality, cost and interleaved latency of any method, a row each.
-
-common/docs/rows.md says what a row holds.
-"""
+"""Held-out measurements of one pipeline: quality, cost and interleaved latency of any method, one row each."""
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ertacache.demos.model_folder import world
+from ertacache.demos.model_folder import OnStep, Sampler, grammar_of
 from ertacache.evaluation import metrics
-from ertacache.evaluation.method import Candidate, Outcome, Run
+from ertacache.evaluation.method import Method, MethodRun, Outcome, Runner
+from ertacache.evaluation.rows import LATENCY, Row, Timeline
 from ertacache.numerics import ode
-from ertacache.pipelines.uncached import stock_latents
-from ertacache.plans.plan import Plan
+from ertacache.pipelines.uncached import uncached_latents
+from ertacache.plans import Plan
 from ertacache.utils import media, parallel
+from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.files import relative
-from ertacache.utils.ledger import digest
 from ertacache.utils.provenance import fingerprint, library_versions, machine
-from ertacache.utils.shelf import Shelf
 
-RIVALS = ("uniform", "fewer-steps-ab2", "least-squares")  # schedules and solvers that run as plans
-LATENCY = ("latency_s", "speedup_latency", "end_to_end_s", "speedup_end_to_end")
+SOLVER_METHODS = ("uniform", "fewer-steps-ab2", "least-squares")  # schedules and solvers that run as plans
 
 
 class Evaluation:
-    """One program, pipeline and set of held-out prompts; the uncached run is made once.
+    """One sampler, pipeline and set of held-out prompts; the uncached run is made once.
 
-    settings: keyword arguments of the folder's `prepare`. options: the command line. repeats: timed runs, 0 for none,
-    of `timed` prompts. exact: measure the distance to the finely integrated solution too. samples: pictures kept of
-    each row. clip: a CLIP model's id or directory. work: the folder where finished rows are kept.
+    Args:
+        sampler: The model folder.
+        pipe: Its pipeline.
+        prompts: Held-out prompts, one seed each.
+        seeds: Of the prompts.
+        settings: Keyword arguments of `sampler.prepare`.
+        model: "demo", a directory or a Hub id, for the rows.
+        batch_size: Prompts per call.
+        work: Folder for finished rows.
+        repeats: Timed runs; 0 for none.
+        timed: Prompts of the timed batch; default: batch_size.
+        exact: Whether to measure the distance to the ODE's solution too.
+        samples: Images kept of each row.
+        clip: Hub id or directory of a CLIP model.
+        fps: Frames per second of kept videos.
     """
 
     def __init__(
-        self, program, pipe, prompts, seeds, settings, options, *, work, repeats=0, timed=None, exact=False, samples=0,
-        clip=None,
-    ):  # fmt: skip
-        self.program, self.pipe, self.prompts, self.seeds = program, pipe, list(prompts), list(seeds)
-        self.settings, self.options, self.repeats, self.exact = settings, options, repeats, exact
-        self.work, self.samples, self.timed = Path(work), samples, min(timed or options.batch_size, len(self.prompts))
+        self,
+        sampler: Sampler,
+        pipe,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: dict[str, Any],
+        *,
+        model: str,
+        batch_size: int,
+        work: str | Path,
+        repeats: int = 0,
+        timed: int | None = None,
+        exact: bool = False,
+        samples: int = 0,
+        clip: str | None = None,
+        fps: int | None = None,
+    ):
+        self.sampler, self.pipe, self.settings, self.model = sampler, pipe, settings, model
+        self.prompts, self.seeds, self.batch_size = list(prompts), list(seeds), batch_size
+        self.work, self.repeats, self.exact, self.samples, self.fps = Path(work), repeats, exact, samples, fps
+        self.timed = min(timed or batch_size, len(self.prompts))
         self.lpips, self.clip = metrics.Lpips(), metrics.Clip(clip)
-        parts = [options.model, fingerprint(pipe), settings, self.prompts, self.seeds, options.batch_size]
-        how = [exact, samples, clip, str(pipe.transformer.dtype), machine(), library_versions()]
-        self.shelf = Shelf(self.work, ["rows, 1", program.FOLDER.name, *parts, *how])
+        self.uncached_trajectory: dict[int, torch.Tensor] = {}  # latents of the first prompt, by step
+        measured = [model, fingerprint(pipe), settings, self.prompts, self.seeds, batch_size, exact, samples, clip]
+        machines = [str(pipe.transformer.dtype), machine(), library_versions()]
+        self.checkpoints = Checkpoints(self.work, ["rows, 2", sampler.FOLDER.name, *measured, *machines])
 
     # --- ways to run -------------------------------------------------------------------------------------------------
 
-    def inputs(self, part, settings=None, shift=None):
-        """With a shift: settings["steps"] steps between the ends of the uncached run's grid."""
+    def inputs(self, part: slice, settings: dict[str, Any] | None = None, shift: float | None = None):
+        """Return the inputs of some prompts.
+
+        Args:
+            part: Of the prompts.
+            settings: Other settings.
+            shift: Puts settings["steps"] steps between the ends of the uncached run's grid, shifted by it.
+        """
         settings = settings or self.settings
         steps = self.settings["steps"] if shift is not None else settings["steps"]
-        inputs = self.program.prepare(self.pipe, self.prompts[part], self.seeds[part], **{**settings, "steps": steps})
+        inputs = self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **{**settings, "steps": steps})
         return inputs if shift is None else inputs.on(ode.shifted_grid(inputs.sigmas, settings["steps"], shift))
 
-    def own(self, plan=None, settings=None, shift=None):
-        """The folder's loop: with a plan, or the model's own solver at other settings or on a shifted grid."""
+    def in_loop(
+        self, plan: Plan | None = None, settings: dict[str, Any] | None = None, shift: float | None = None
+    ) -> Runner:
+        """Run the folder's loop: with a plan, or the model's solver at other settings or on a shifted grid."""
 
-        def run(part, on_step=None) -> Run:
+        def run(part: slice, on_step: OnStep | None = None) -> MethodRun:
             inputs = self.inputs(part, settings, shift)
             start = time.perf_counter()
-            latents = self.program.denoise(self.pipe, inputs, plan, on_step)
+            latents = self.sampler.denoise(self.pipe, inputs, plan, on_step)
             synchronize(self.pipe)
-            return Run(latents, inputs, time.perf_counter() - start)
+            return MethodRun(latents, inputs, time.perf_counter() - start)
 
         return run
 
-    def stock(self, cached=nullcontext):
-        """The stock pipeline's call, within the context that `cached` opens."""
+    def in_pipeline(self, cached: Callable[[], AbstractContextManager] = nullcontext) -> Runner:
+        """Run the stock pipeline's call, within the context that `cached` opens."""
 
-        def run(part, on_step=None) -> Run:
+        def run(part: slice, on_step: OnStep | None = None) -> MethodRun:
             with cached():
-                latents, seconds = stock_latents(self.pipe, self.prompts[part], self.seeds[part], self.settings)
-            return Run(latents, None, seconds)
+                latents, seconds = uncached_latents(self.pipe, self.prompts[part], self.seeds[part], self.settings)
+            return MethodRun(latents, None, seconds)
 
         return run
 
-    def decode(self, run: Run, part) -> np.ndarray:
+    def decode(self, run: MethodRun, part: slice) -> np.ndarray:
+        """Return the images of a run's latents."""
         inputs = run.inputs if run.inputs is not None else self.inputs(part)
-        return self.program.decode(self.pipe, run.latents.to(inputs.latents.dtype), inputs)
+        return self.sampler.decode(self.pipe, run.latents.to(inputs.latents.dtype), inputs)
 
-    def outcome(self, run, on_step=None, count=True) -> Outcome:
-        """All prompts; processes take the batches in turn. on_step sees the first batch, whose FLOPs are counted."""
-        size, found = self.options.batch_size, []
-        starts = range(0, len(self.prompts), size)
+    def outcome(self, run: Runner, on_step: OnStep | None = None, count: bool = True) -> Outcome:
+        """Run all prompts; processes take batches in turn.
+
+        Args:
+            run: On a part of the prompts.
+            on_step: Sees the first batch.
+            count: Whether to count the first batch's FLOPs.
+        """
+        results = []
+        starts = range(0, len(self.prompts), self.batch_size)
         for number in tqdm(parallel.mine(len(starts)), desc="prompts", leave=False, disable=None):
-            part = slice(starts[number], starts[number] + size)
+            part = slice(starts[number], starts[number] + self.batch_size)
             flops = None
             if number == 0 and count:
                 with FlopCounterMode(display=False) as counter:
-                    made = run(part, on_step)
+                    batch = run(part, on_step)
                 name = type(self.pipe.transformer).__name__
                 flops = sum(counter.get_flop_counts()[name].values()) / len(self.prompts[part])
             else:
-                made = run(part)
-            found.append((self.decode(made, part), made.latents.float().cpu().numpy(), flops))
-        pictures, latents, flops = zip(*parallel.in_order(found), strict=True)
-        return Outcome(np.concatenate(pictures), np.concatenate(latents), flops[0])
+                batch = run(part)
+            results.append((self.decode(batch, part), batch.latents.float().cpu().numpy(), flops))
+        images, latents, flops = zip(*parallel.in_order(results), strict=True)
+        return Outcome(np.concatenate(images), np.concatenate(latents), flops[0])
 
-    # --- what others are compared with -------------------------------------------------------------------------------
-
-    @cached_property
-    def trajectory(self) -> dict[int, torch.Tensor]:
-        """Latents of the uncached run's first prompt at each step; filled by `reference`."""
-        return {}
+    # --- what methods are compared with ------------------------------------------------------------------------------
 
     @cached_property
-    def reference(self) -> Outcome:
-        def on_step(i, x, v):
-            self.trajectory[i] = x[0].float().cpu()
+    def uncached_outcome(self) -> Outcome:
+        """The uncached run; also fills `uncached_trajectory`."""
 
-        return self.outcome(self.own(), on_step)
+        def on_step(i: int, x: torch.Tensor, v: torch.Tensor) -> None:
+            self.uncached_trajectory[i] = x[0].float().cpu()
+
+        return self.outcome(self.in_loop(), on_step)
 
     @cached_property
     def solution(self) -> Outcome:
-        """The exact solution, integrated with as many substeps as settle it for the first prompts."""
+        """The ODE's solution, with as many substeps as settle it for the first prompts."""
 
-        def integrated():
+        def integrate() -> dict[str, np.ndarray]:
             first = self.inputs(slice(0, ode.SETTLING_PROMPTS))
             grid = ode.candidate_grid(first.sigmas, ode.CANDIDATES * self.settings["steps"])
-            rate = ode.rate_of(self.program, self.pipe, first)
-            substeps = ode.settled_substeps(self.program, self.pipe, first, grid, rate)
+            rate = ode.rate_of(self.sampler, self.pipe, first)
+            substeps = ode.settled_substeps(self.sampler, self.pipe, first, grid, rate)
 
-            def run(part, on_step=None) -> Run:
+            def run(part: slice, on_step: OnStep | None = None) -> MethodRun:
                 inputs = self.inputs(part)
-                return Run(ode.integrate(self.program, self.pipe, inputs, grid, rate, substeps), inputs, 0.0)
+                return MethodRun(ode.integrate(self.sampler, self.pipe, inputs, grid, rate, substeps), inputs, 0.0)
 
-            found = self.outcome(run, count=False)
-            return {"pictures": found.pictures, "latents": found.latents}
+            outcome = self.outcome(run, count=False)
+            return {"images": outcome.images, "latents": outcome.latents}
 
-        return Outcome(**self.shelf.keep_arrays("solution", integrated))
+        return Outcome(**self.checkpoints.arrays("solution", integrate))
+
+    # --- methods -----------------------------------------------------------------------------------------------------
+
+    def uncached(self) -> Method:
+        """Return the uncached run as a method."""
+        run = self.in_loop()
+        return Method("none", "none", "none", run, run, self.settings, self.settings["steps"])
+
+    def planned(self, name: str, label: str, plan: Plan, path: Path | None = None) -> Method:
+        """Return the folder's loop with a plan as a method."""
+        extra = {"threshold": plan.threshold, "site": plan.site} if plan.kind == "threshold" else {}
+        family = "steps" if name in SOLVER_METHODS else plan.method
+        path = relative(path, self.sampler.FOLDER.parent) if path and path.exists() else None
+        run, reference = self.in_loop(plan), self.in_loop()
+        return Method(name, label, family, run, reference, self.settings, plan.nfe, plan, path, extra)
+
+    def fewer_steps(self, name: str, label: str, steps: int, shift: float | None = None) -> Method:
+        """Return the model's own solver with fewer steps as a method."""
+        settings, extra = {**self.settings, "steps": steps}, {} if shift is None else {"shift": shift}
+        run, reference = self.in_loop(settings=settings, shift=shift), self.in_loop()
+        return Method(name, label, "steps", run, reference, settings, steps, extra=extra)
+
+    def other_cache(self, name: str, label: str, value: Any, cached: Callable[[], AbstractContextManager]) -> Method:
+        """Return another cache in the stock pipeline as a method. cached(): the context in which calls are cached."""
+        run, reference = self.in_pipeline(cached), self.in_pipeline()
+        return Method(name, label, "peer", run, reference, self.settings, extra={"value": value})
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def row(self, candidate: Candidate, asked: float | None = None) -> dict:
-        """The row of a method, measured or kept from an earlier run."""
-        row = self.shelf.keep(candidate.key, lambda: self.measure(candidate))
-        timed = self.shelf.keep([candidate.key, self.repeats, self.timed], lambda: self.latency(candidate))
-        return {**row, **timed, "asked": asked}
+    def row(self, method: Method, target: float | None = None) -> Row:
+        """Return the row of a method, measured or stored by an earlier run. target: its target speed-up."""
+        row = self.checkpoints.value(method.key, lambda: self.measure(method))
+        timed = self.checkpoints.value([method.key, self.repeats, self.timed], lambda: self.latency(method))
+        return {**row, **timed, "asked": target}
 
-    def uncached(self) -> Candidate:
-        return Candidate("none", "none", "none", self.own(), self.own(), self.settings, self.settings["steps"])
-
-    def planned(self, method: str, label: str, plan: Plan, path: Path | None = None) -> Candidate:
-        """The folder's loop with a plan."""
-        extra = {"threshold": plan.threshold, "site": plan.site} if plan.kind == "threshold" else {}
-        ours = {"threshold": "ertacache", "budget": "budget"}[plan.kind]
-        family = "steps" if method in RIVALS else ours
-        run = self.own(plan)
-        path = relative(path, self.program.FOLDER.parent) if path and path.exists() else None
-        return Candidate(method, label, family, run, self.own(), self.settings, plan.nfe, plan, path, extra)
-
-    def fewer_steps(self, method: str, label: str, steps: int, shift: float | None = None) -> Candidate:
-        """The model's own solver with fewer steps."""
-        settings, extra = {**self.settings, "steps": steps}, {} if shift is None else {"shift": shift}
-        run = self.own(settings=settings, shift=shift)
-        return Candidate(method, label, "steps", run, self.own(), settings, steps, extra=extra)
-
-    def peer(self, method: str, label: str, value, cached) -> Candidate:
-        """Another cache in the stock pipeline. cached(): the context in which its calls are cached."""
-        run, extra = self.stock(cached), {"value": value}
-        return Candidate(method, label, "peer", run, self.stock(), self.settings, extra=extra)
-
-    def measure(self, candidate: Candidate) -> dict:
-        reset_peak_memory(self.pipe._execution_device)
-        seen: dict[int, torch.Tensor] = {}
-        found = self.reference
-        if candidate.method != "none":
-            found = self.outcome(candidate.run, lambda i, x, v: seen.update({i: x[0].float().cpu()}))
-        memory, saved = peak_memory(self.pipe._execution_device), self.reference.flops / found.flops
-        nfe = candidate.nfe or self.settings["steps"] / saved
+    def measure(self, method: Method) -> Row:
+        """Measure quality and cost of a method."""
+        device = self.pipe._execution_device
+        reset_peak_memory(device)
+        trajectory: dict[int, torch.Tensor] = {}
+        outcome = self.uncached_outcome
+        if not method.is_uncached:
+            outcome = self.outcome(method.run, lambda i, x, v: trajectory.update({i: x[0].float().cpu()}))
+        memory, speedup = peak_memory(device), self.uncached_outcome.flops / outcome.flops
+        nfe = method.nfe or self.settings["steps"] / speedup
         return {
-            "folder": self.program.FOLDER.name,
-            "model": self.options.model,
-            **{name: getattr(candidate, name) for name in ("method", "label", "family")},
+            "folder": self.sampler.FOLDER.name,
+            "model": self.model,
+            "method": method.name,
+            "label": method.label,
+            "family": method.family,
             "asked": None,
-            "settings": {**candidate.settings, **candidate.extra},
+            "settings": {**method.settings, **method.extra},
             "steps": self.settings["steps"],
             "nfe": nfe,
             "prompts": len(self.prompts),
             "seed": self.seeds[0],
-            "batch_size": self.options.batch_size,
-            "flops": found.flops,
-            "speedup_flops": saved,
+            "batch_size": self.batch_size,
+            "flops": outcome.flops,
+            "speedup_flops": speedup,
             "speedup_nfe": self.settings["steps"] / nfe,
             **dict.fromkeys(LATENCY),
-            **self.distances(candidate, found),
-            "prompt_accuracy": self.prompt_accuracy(found),
+            **self.distances(method, outcome),
+            "prompt_accuracy": self.prompt_accuracy(outcome),
             "peak_memory_mib": memory,
-            "plan": candidate.path,
-            "timeline": self.timeline(candidate.plan, seen) if candidate.plan else None,
-            **self.keep_samples(candidate, found),
+            "plan": method.path,
+            "timeline": self.timeline(method.plan, trajectory) if method.plan else None,
+            **self.keep_samples(method, outcome),
             "machine": machine(),
             "libraries": library_versions(),
             "date": date.today().isoformat(),
         }
 
-    def distances(self, candidate: Candidate, found: Outcome) -> dict[str, float | None]:
-        """To the uncached run (which has none to itself), to the solution, and to the prompts."""
-        row = dict.fromkeys((*metrics.METRICS, "latent_psnr", "clip_similarity"))
-        if candidate.method != "none":
-            row = metrics.quality(self.reference.pictures, found.pictures, self.lpips)
-            row["latent_psnr"] = metrics.latent_psnr(self.reference.latents, found.latents)
-            row["clip_similarity"] = self.clip.similarity(self.reference.pictures, found.pictures)
-        row["clip_score"] = self.clip.score(self.prompts, found.pictures)
-        row |= dict.fromkeys(("exact_psnr", "exact_ssim", "exact_latent_psnr"))
+    def distances(self, method: Method, outcome: Outcome) -> dict[str, float | None]:
+        """Return distances to the uncached run (which has none to itself), to the solution, and to the prompts."""
+        distances = dict.fromkeys((*metrics.METRICS, "latent_psnr", "clip_similarity"))
+        if not method.is_uncached:
+            uncached = self.uncached_outcome
+            distances = metrics.quality(uncached.images, outcome.images, self.lpips)
+            distances["latent_psnr"] = metrics.latent_psnr(uncached.latents, outcome.latents)
+            distances["clip_similarity"] = self.clip.similarity(uncached.images, outcome.images)
+        distances["clip_score"] = self.clip.score(self.prompts, outcome.images)
+        distances |= dict.fromkeys(("exact_psnr", "exact_ssim", "exact_latent_psnr"))
         if self.exact:
-            row["exact_psnr"] = metrics.mean(metrics.psnr, self.solution.pictures, found.pictures)
-            row["exact_ssim"] = metrics.mean(metrics.ssim, self.solution.pictures, found.pictures)
-            row["exact_latent_psnr"] = metrics.latent_psnr(self.solution.latents, found.latents)
-        return row
+            distances["exact_psnr"] = metrics.mean(metrics.psnr, self.solution.images, outcome.images)
+            distances["exact_ssim"] = metrics.mean(metrics.ssim, self.solution.images, outcome.images)
+            distances["exact_latent_psnr"] = metrics.latent_psnr(self.solution.latents, outcome.latents)
+        return distances
 
-    def latency(self, candidate: Candidate) -> dict[str, float | None]:
-        """Medians over runs that alternate with uncached ones (A B A B …), after one warm-up, on the first prompts."""
+    def latency(self, method: Method) -> dict[str, float | None]:
+        """Return medians over runs that alternate with uncached ones (A B A B …), after one warm-up."""
         if not self.repeats:
             return dict.fromkeys(LATENCY)
         medians = None
         if parallel.is_main():  # processes that share a machine would disturb each other
-            part, runs = slice(0, self.timed), [candidate.run]
-            if candidate.method != "none":
-                runs = [candidate.against, candidate.run]
-            inputs = self.inputs(part)  # for the stock pipeline, which does not hand out its own
+            part = slice(0, self.timed)
+            runs = [method.run] if method.is_uncached else [method.reference, method.run]
+            inputs = self.inputs(part)  # to decode what the stock pipeline made
             times = [[self.seconds(run, part, inputs) for run in runs] for _ in range(self.repeats + 1)][1:]
             medians = np.median(np.array(times), axis=0).tolist()  # [runs][loop, end to end]
         medians = parallel.share(medians)
         (a_loop, a_end), (b_loop, b_end) = medians[0], medians[-1]
         return dict(zip(LATENCY, (b_loop, a_loop / b_loop, b_end, a_end / b_end), strict=True))
 
-    def seconds(self, run, part, inputs) -> tuple[float, float]:
-        """Of the denoising loop, and from prompt to picture."""
+    def seconds(self, run: Runner, part: slice, inputs) -> tuple[float, float]:
+        """Return the seconds of the denoising loop, and from prompt to image."""
         start = time.perf_counter()
-        made = run(part)
-        self.decode(made if made.inputs is not None else made._replace(inputs=inputs), part)
+        batch = run(part)
+        self.decode(batch if batch.inputs is not None else batch._replace(inputs=inputs), part)
         synchronize(self.pipe)
-        return made.seconds, time.perf_counter() - start
+        return batch.seconds, time.perf_counter() - start
 
-    def prompt_accuracy(self, found: Outcome) -> float | None:
-        if self.options.model != "demo":
+    def prompt_accuracy(self, outcome: Outcome) -> float | None:
+        """Return the share of images that show what the prompt asks for; None for a model other than the demo."""
+        if self.model != "demo":
             return None
-        pictures = [media.to_uint8(p) for p in found.pictures]
-        return world(self.program).prompt_accuracy(self.prompts, pictures)
+        images = [media.to_uint8(image) for image in outcome.images]
+        return grammar_of(self.sampler).prompt_accuracy(self.prompts, images)
 
-    def timeline(self, plan: Plan, seen: dict[int, torch.Tensor]) -> dict:
-        """Which steps of which grid are computed, and how far the first prompt is from the uncached run there."""
+    def timeline(self, plan: Plan, trajectory: dict[int, torch.Tensor]) -> Timeline:
+        """Return which steps of which grid are computed, and the first prompt's distance to the uncached run there."""
         native = self.inputs(slice(0, 1)).sigmas
-        grid = plan.grid(native)
-        computed = plan.computed
-        errors = None
-        if torch.equal(grid, native) and seen:
-            pairs = [(seen[i], self.trajectory[i]) for i in computed]
-            errors = [((x - wanted).norm() / wanted.norm()).item() for x, wanted in pairs]
-        return {"sigmas": grid.tolist(), "computed": list(computed), "error": errors}
+        grid, errors = plan.grid(native), None
+        if torch.equal(grid, native) and trajectory:
+            pairs = [(trajectory[i], self.uncached_trajectory[i]) for i in plan.computed]
+            errors = [((x - uncached).norm() / uncached.norm()).item() for x, uncached in pairs]
+        return {"sigmas": grid.tolist(), "computed": list(plan.computed), "error": errors}
 
-    def keep_samples(self, candidate: Candidate, found: Outcome) -> dict:
-        """The pictures of the first prompts, as files beside the kept rows; the paths are absolute."""
-        folder, name = self.shelf.folder / "samples", digest(candidate.key)[:16]
-        pictures = found.pictures[: self.samples]
-        suffix = ".mp4" if found.pictures.ndim == 5 else ".png"
+    def keep_samples(self, method: Method, outcome: Outcome) -> dict[str, list[str]]:
+        """Save the images of the first prompts beside the stored rows; their paths are absolute."""
+        folder, name = self.checkpoints.folder / "samples", digest(method.key)[:16]
+        images = outcome.images[: self.samples]
+        suffix = ".mp4" if outcome.images.ndim == 5 else ".png"
         if parallel.is_main() and self.samples:
             folder.mkdir(parents=True, exist_ok=True)
-            media.save_results(folder, pictures, name, getattr(self.options, "fps", None))
-        paths = [str((folder / f"{number:03d}-{name}{suffix}").resolve()) for number in range(len(pictures))]
+            media.save_results(folder, images, name, self.fps)
+        paths = [str((folder / f"{number:03d}-{name}{suffix}").resolve()) for number in range(len(images))]
         return {"samples": paths, "sample_prompts": self.prompts[: self.samples]}

@@ -1,1 +1,1 @@
-"""What a step is: jumps, steps between any two noise levels, cache sites, the ODE. No files, no pipelines."""
+"""The numerics of a run: jumps, scheduler steps, cache sites and the ODE's solution. No files, no pipelines."""

@@ -1,12 +1,23 @@
-"""A jump: the linear multistep update with fitted coefficients by which budget plans step."""
+"""The jump of budget plans: a linear multistep update with fitted coefficients."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 
 
-def jump(x: torch.Tensor, history: list[torch.Tensor], weights, scale: float = 1.0) -> torch.Tensor:
-    """The step of a budget plan, x' = a x + Σ_j w_j v_j: from one computed step straight to the next (planner.py).
+def jump(
+    x: torch.Tensor, history: Sequence[torch.Tensor], weights: Sequence[float], scale: float = 1.0
+) -> torch.Tensor:
+    """Return x' = a x + Σ_j w_j v_j, the step of a budget plan from one computed step straight to the next.
 
-    history: the newest outputs, newest first; weights: at least as many numbers. Formed in float32, in the dtype of x.
+    Args:
+        x: Latents at the computed step, any float dtype.
+        history: The newest velocities, newest first, each of the shape of x.
+        weights: w; at least as many as there are velocities.
+        scale: a.
+
+    Returns:
+        Latents at the next computed step, summed in float32 and returned in the dtype of x.
     """
     total = scale * x.to(torch.float32)
     for v, weight in zip(history, weights, strict=False):
@@ -14,16 +25,27 @@ def jump(x: torch.Tensor, history: list[torch.Tensor], weights, scale: float = 1
     return total.to(x.dtype)
 
 
-def follow(velocity, inputs, plan, on_step=None) -> torch.Tensor:
-    """The loop of a budget plan: N model calls and N weighted sums, no scheduler.
+def follow(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    inputs,
+    plan,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """Run the loop of a budget plan: N model calls and N jumps, without a scheduler.
 
-    velocity(x, t): the model's output after guidance. inputs: latents (the noise), sigmas [T+1] and times [T] of the
-    grid that the plan's steps count on. on_step(i, x, v): as in `denoise`.
+    Args:
+        velocity: velocity(x, t) returns the model output after guidance.
+        inputs: Latents (the initial noise), sigmas [T+1] and times [T] of the grid that the plan's steps count on.
+        plan: A `BudgetPlan`.
+        on_step: Called as on_step(i, x, v) at each computed step; a velocity that it returns replaces v.
+
+    Returns:
+        The final latents [B, …].
     """
     x, history = inputs.latents, []
     for i, weights, scale in zip(plan.computed, plan.weights_on(inputs.sigmas), plan.scale, strict=True):
         v = velocity(x, inputs.times[i])
         steered = on_step(i, x, v) if on_step is not None else None
-        history = [v if steered is None else steered, *history][: plan.anchors]
+        history = [v if steered is None else steered, *history][: plan.history_length]
         x = jump(x, history, weights, scale)
     return x

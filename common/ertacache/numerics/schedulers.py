@@ -1,7 +1,13 @@
-"""What plans know of diffusers' schedulers: noise levels, the model's times, and steps between any two levels."""
+"""What plans know of diffusers' schedulers: noise levels, the model's times, and steps between any two levels.
+
+A solver is made on the T steps that a scheduler has just been set to. Its `sigmas` are noise levels in the unit in
+which the latents move linearly along the model output: sigmas for flow matching, angles for v-prediction.
+"""
 
 import copy
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,42 +15,49 @@ import torch
 from ertacache.numerics.steps import ddim_step
 from ertacache.utils.errors import UserError
 
+Step = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # step(i, x, v) → x_{i+1}
 
-class Flow:
-    """dx/ds = sign · v: 1 for v = noise − data, −1 for data − noise. Levels: the scheduler's sigmas; times: × 1000."""
 
-    def __init__(self, own, sign: float = 1.0):
-        self.own, self.sign, self.levels = own, sign, own.sigmas  # [T+1]
+class FlowMatching:
+    """dx/ds = sign · v, with the scheduler's own sigmas; the model's times are sigmas × 1000.
 
-    def times_on(self, grid: torch.Tensor) -> torch.Tensor:
-        """The model's times on a grid of levels; the scheduler's own on its own (UniPC's are whole numbers)."""
-        if torch.equal(grid, self.levels):
-            return self.own.timesteps
-        return (grid[:-1] * self.own.config.num_train_timesteps).to(self.own.timesteps.device)
+    Args:
+        scheduler: On its T steps.
+        sign: 1 for v = noise − data, −1 for v = data − noise.
+    """
+
+    def __init__(self, scheduler, sign: float = 1.0):
+        self.scheduler, self.sign, self.sigmas = scheduler, sign, scheduler.sigmas  # [T+1]
+
+    def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """Return the model's times [M] on a grid [M+1]; on the native grid the scheduler's (UniPC rounds them)."""
+        if torch.equal(sigmas, self.sigmas):
+            return self.scheduler.timesteps
+        return (sigmas[:-1] * self.scheduler.config.num_train_timesteps).to(self.scheduler.timesteps.device)
 
     def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
+        """Return (a, w) of x' = a x + w v, the first-order jump between two levels."""
         return 1.0, self.sign * (s_next - s).item()
 
-    def stepper(self, grid: torch.Tensor, times: torch.Tensor, begin: int):
-        """step(i, x, v) by a copy of the scheduler on this grid, from step `begin` on; it keeps its own history."""
-        solver = copy.deepcopy(self.own)
-        solver.sigmas, solver.timesteps = grid, times
+    def stepper(self, sigmas: torch.Tensor, times: torch.Tensor, begin: int) -> Step:
+        """Return step(i, x, v) by a copy of the scheduler on this grid, from step `begin` on, with its own history."""
+        solver = copy.deepcopy(self.scheduler)
+        solver.sigmas, solver.timesteps = sigmas, times
         solver.set_begin_index(begin)
         return lambda i, x, v: solver.step(v, times[i], x, return_dict=False)[0]
 
-    def companion(self):
-        """step(grid, times, place, ends, x, v) by a copy that is called at every computed step, so that it knows them.
+    def shadow(self):
+        """Return step(sigmas, times, place, ends, x, v) by a copy of the scheduler that follows along a planned run.
 
-        It goes from level ends[place] to ends[place + 1]; levels ahead may change from call to call. A multistep solver
-        corrects x by the step before only where that was one of its own length.
+        It steps from level ends[place] to ends[place + 1] and is called at every computed step, so that its history is
+        that of the run; levels ahead may change from call to call. A multistep solver corrects x by the step before
+        only where that was one of its own length.
         """
-        solver = copy.deepcopy(self.own)
+        solver = copy.deepcopy(self.scheduler)
         solver.set_begin_index(0)
 
-        def step(
-            grid: torch.Tensor, times: torch.Tensor, place: int, ends: list[int], x: torch.Tensor, v: torch.Tensor
-        ):
-            solver.sigmas, solver.timesteps = grid[ends], times[ends[:-1]]
+        def step(sigmas: torch.Tensor, times: torch.Tensor, place: int, ends: list[int], x, v) -> torch.Tensor:
+            solver.sigmas, solver.timesteps = sigmas[ends], times[ends[:-1]]
             if place and ends[place] != ends[place - 1] + 1 and hasattr(solver, "last_sample"):
                 solver.last_sample = None
             return solver.step(v, solver.timesteps[place], x, return_dict=False)[0]
@@ -52,71 +65,125 @@ class Flow:
         return step
 
 
-class Rotation:
-    """DDIM on v-prediction, x' = cos(Δθ) x + sin(Δθ) v. Levels: θ / (π/2), where ᾱ = cos²θ; times: training timesteps.
+@dataclass(frozen=True)
+class AngleGrid:
+    """Steps of a v-prediction scheduler as angles: ᾱ = cos²θ, sigma = θ / (π/2), 1 = noise … 0 = data.
 
-    As diffusers does it, the last step goes from t to t − ⌊1000/T⌋; below 0 lies ᾱ of the data.
+    Attributes:
+        sigmas: Angles θ / (π/2), float32 [T+1], falling.
+        times: The model's timesteps, [T].
+        alphas: ᾱ at both ends of each step, float64 [T, 2].
+        angles: Angles of all training timesteps −1 … 999, float64 [1001]; below 0 lies ᾱ of the data.
+        ends_at_data: Whether the last step leads below timestep 0.
     """
 
-    def __init__(self, own):
-        self.own = own
-        table = torch.cat([own.final_alpha_cumprod.double()[None], own.alphas_cumprod.double()])  # t = −1 … 999
-        t = own.timesteps.cpu()
-        t_next = (t - own.config.num_train_timesteps // own.num_inference_steps).clamp(min=-1)
-        self.angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
-        self.levels = torch.from_numpy(self.angles[torch.cat([t, t_next[-1:]]) + 1]).float()  # [T+1]
-        self.alphas = torch.stack([table[t + 1], table[t_next + 1]], dim=1)  # ᾱ at both ends of each step, [T, 2]
+    sigmas: torch.Tensor
+    times: torch.Tensor
+    alphas: torch.Tensor
+    angles: np.ndarray
+    ends_at_data: bool
 
-    def times_on(self, grid: torch.Tensor) -> torch.Tensor:
-        """The timesteps on a grid of levels; between two of training they are interpolated in the angle."""
-        if torch.equal(grid, self.levels):
-            return self.own.timesteps
-        times = np.interp(grid[:-1].double().numpy(), self.angles, np.arange(-1, len(self.angles) - 1))
-        return torch.from_numpy(times).float().to(self.own.timesteps.device)
+    @classmethod
+    def of(cls, scheduler) -> "AngleGrid":
+        """Return the T steps that the scheduler has been set to.
+
+        Each step goes from t to t − ⌊1000/T⌋, as diffusers' does; where T does not divide 1000 this is not the next t.
+        """
+        table = torch.cat([scheduler.final_alpha_cumprod.double()[None], scheduler.alphas_cumprod.double()])
+        t = scheduler.timesteps.cpu()
+        t_next = (t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=-1)
+        angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
+        return cls(
+            sigmas=torch.from_numpy(angles[torch.cat([t, t_next[-1:]]) + 1]).float().to(scheduler.timesteps.device),
+            times=scheduler.timesteps.clone(),
+            alphas=torch.stack([table[t + 1], table[t_next + 1]], dim=1),
+            angles=angles,
+            ends_at_data=bool(t_next[-1] < 0),
+        )
+
+    def on(self, sigmas: torch.Tensor) -> "AngleGrid":
+        """Return another grid of angles [M+1]; times between two training timesteps are interpolated in the angle."""
+        if torch.equal(sigmas, self.sigmas):
+            return self
+        angles = sigmas.double().cpu()
+        times = np.interp(angles[:-1].numpy(), self.angles, np.arange(-1, len(self.angles) - 1))
+        alphas = torch.cos(angles * torch.pi / 2) ** 2
+        return replace(
+            self,
+            sigmas=sigmas,
+            times=torch.from_numpy(times).float().to(self.times.device),
+            alphas=torch.stack([alphas[:-1], alphas[1:]], dim=1),
+        )
+
+
+def turn(s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
+    """Return (a, w) of x' = cos(Δθ) x + sin(Δθ) v, DDIM's jump between two angles θ / (π/2)."""
+    angle = (s_next - s).item() * np.pi / 2
+    return float(np.cos(angle)), float(np.sin(angle))
+
+
+class VPrediction:
+    """DDIM on v-prediction; it has no history.
+
+    Args:
+        scheduler: On its T steps.
+    """
+
+    def __init__(self, scheduler):
+        self.scheduler, self.grid = scheduler, AngleGrid.of(scheduler)
+        self.sigmas = self.grid.sigmas  # [T+1]
+
+    def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """Return the model's timesteps [M] on a grid of angles [M+1]."""
+        return self.grid.on(sigmas).times
 
     def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
-        turn = (s_next - s).item() * np.pi / 2
-        return float(np.cos(turn)), float(np.sin(turn))
+        """Return (a, w) of x' = a x + w v, DDIM's jump between two angles."""
+        return turn(s, s_next)
 
-    def companion(self):
-        """As `Flow.companion`; DDIM has no history."""
-        return lambda grid, times, place, ends, x, v: self.stepper(grid, times, 0)(ends[place], x, v)
+    def stepper(self, sigmas: torch.Tensor, times: torch.Tensor, begin: int) -> Step:
+        """Return step(i, x, v) between the angles of a grid."""
+        alphas = self.grid.on(sigmas).alphas
+        return lambda i, x, v: ddim_step(x, v, *alphas[i]).to(x.dtype)
 
-    def stepper(self, grid: torch.Tensor, times: torch.Tensor, begin: int):
-        """step(i, x, v) between any two levels; DDIM has no history."""
-        alphas = torch.cos(grid.double() * torch.pi / 2) ** 2
-        ends = self.alphas if torch.equal(grid, self.levels) else torch.stack([alphas[:-1], alphas[1:]], dim=1)
-        return lambda i, x, v: ddim_step(x, v, *ends[i]).to(x.dtype)
+    def shadow(self):
+        """Return step(sigmas, times, place, ends, x, v), as `FlowMatching.shadow`."""
+        return lambda sigmas, times, place, ends, x, v: self.stepper(sigmas, times, 0)(ends[place], x, v)
 
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SOLVERS = {  # class → how it steps, and what its config must say (no fresh noise, no clipping, a velocity)
-    "FlowMatchEulerDiscreteScheduler": (Flow, {"stochastic_sampling": False, "invert_sigmas": False}),
-    "UniPCMultistepScheduler": (Flow, _FLOW),
-    "DPMSolverMultistepScheduler": (Flow, {**_FLOW, "algorithm_type": "dpmsolver++"}),
-    "CogVideoXDDIMScheduler": (Rotation, {"prediction_type": "v_prediction"}),
-    "DDIMScheduler": (Rotation, {"prediction_type": "v_prediction", "clip_sample": False, "thresholding": False}),
-    "RFlowScheduler": (functools.partial(Flow, sign=-1.0), {}),
+    "FlowMatchEulerDiscreteScheduler": (FlowMatching, {"stochastic_sampling": False, "invert_sigmas": False}),
+    "UniPCMultistepScheduler": (FlowMatching, _FLOW),
+    "DPMSolverMultistepScheduler": (FlowMatching, {**_FLOW, "algorithm_type": "dpmsolver++"}),
+    "CogVideoXDDIMScheduler": (VPrediction, {"prediction_type": "v_prediction"}),
+    "DDIMScheduler": (VPrediction, {"prediction_type": "v_prediction", "clip_sample": False, "thresholding": False}),
+    "RFlowScheduler": (functools.partial(FlowMatching, sign=-1.0), {}),
 }
 
 
-def check_scheduler(own) -> None:
-    """Refuse a scheduler whose step a plan cannot replace."""
-    name = type(own).__name__
+def check_scheduler(scheduler) -> None:
+    """Refuse a scheduler whose step a plan cannot replace.
+
+    Raises:
+        UserError: An unknown class, or a setting that changes its step.
+    """
+    name = type(scheduler).__name__
     if name not in SOLVERS:
         raise UserError(f"the pipeline's scheduler is {name}; plans know {', '.join(SOLVERS)}: load one of them")
     for key, needed in SOLVERS[name][1].items():
-        if own.config.get(key, needed) != needed:
-            raise UserError(f"the pipeline's {name} has {key} = {own.config[key]}: a plan needs {key} = {needed}")
+        value = scheduler.config.get(key, needed)
+        if value != needed:
+            raise UserError(f"the pipeline's {name} has {key} = {value}: a plan needs {key} = {needed}")
 
 
-def solver_of(own) -> Flow | Rotation:
-    """How a scheduler steps, on the T steps that it has just been set to."""
-    check_scheduler(own)
-    return SOLVERS[type(own).__name__][0](own)
+def solver_of(scheduler) -> FlowMatching | VPrediction:
+    """Return how a scheduler steps, on the T steps that it has just been set to."""
+    check_scheduler(scheduler)
+    return SOLVERS[type(scheduler).__name__][0](scheduler)
 
 
 def first_order(scheduler, i: int, k: int) -> tuple[float, float]:
-    """(a, w) of x_k = a x_i + w v_i, the scheduler's own first-order jump over the steps i … k−1 of its T steps."""
+    """Return (a, w) of x_k = a x_i + w v_i, the scheduler's first-order jump over the steps i … k−1 of its T steps."""
     solver = solver_of(scheduler)
-    return solver.first_order(solver.levels[i], solver.levels[k])
+    return solver.first_order(solver.sigmas[i], solver.sigmas[k])

@@ -1,4 +1,4 @@
-"""What an enabled pipeline has done: computed and skipped steps, time saved, drift."""
+"""What a pipeline with a plan has done: computed and skipped steps, time saved, drift."""
 
 import statistics
 from dataclasses import dataclass
@@ -11,11 +11,16 @@ from ertacache.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Summary:
-    """What an enabled pipeline has done. `str` is for people.
+    """Computed and skipped steps since `enable`; `str` is human-readable.
 
-    Steps of the last call and of all calls since `enable`: computed, and skipped (of T, from where the call began).
-    seconds_saved: of the last call, skipped steps × the median time between two computed ones; None below two.
-    drift: of each sample of the last call, 1 as at calibration; () where the plan has none (drift.py).
+    Attributes:
+        plan: Title of the plan.
+        steps: T.
+        calls: Calls of the pipeline.
+        computed, skipped: Steps of the last call; skipped ones are counted from where the call began.
+        all_computed, all_skipped: Steps of all calls.
+        seconds_saved: Skipped steps of the last call × the median time between two computed ones; None below two.
+        drift: Of each sample of the last call, 1 as at calibration; () where the plan has none (drift.py).
     """
 
     plan: str
@@ -41,13 +46,27 @@ class Summary:
 
 
 def summary(pipe) -> Summary:
-    """The computed and the skipped steps of a pipeline's last call, and of all since `enable`; and its drift."""
+    """Count what an enabled pipeline has done.
+
+    Args:
+        pipe: A pipeline that follows a plan.
+
+    Returns:
+        Computed and skipped steps of the last call and of all calls since `enable`, and the drift of the last call.
+
+    Raises:
+        UserError: The pipeline follows no plan.
+
+    Example:
+        >>> print(ertacache.summary(pipe))
+    """
     planned = pipe.scheduler
     if type(planned) is not PlannedScheduler:
         raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
     run = planned.run
     counts = [] if run is None else [*planned.earlier, (run.computed, run.uncached)]
-    computed, skipped = ([count[0] for count in counts], [round(count[1]) - count[0] for count in counts])
+    computed = [made for made, _ in counts]
+    skipped = [round(uncached) - made for made, uncached in counts]
     times = [] if run is None else [b - a for a, b in pairwise(run.clock)]
     return Summary(
         plan=planned.plan.title,

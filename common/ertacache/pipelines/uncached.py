@@ -2,10 +2,16 @@
 
 import inspect
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "frames": "num_frames"}
+CALL_NAMES = {  # settings of a model folder, by the name of the pipeline's argument where that is another
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "frames": "num_frames",
+}
 
 
 class Stopwatch:
@@ -30,19 +36,28 @@ class Stopwatch:
 
 
 def text_length(pipe) -> int:
-    """Text tokens of the pipeline's main encoder, as the model folders count them."""
+    """Return the number of text tokens of the pipeline's main encoder, as the model folders count them."""
     limit = getattr(pipe.transformer.config, "max_text_seq_length", None)
     tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
     return limit or min(512, tokenizer.model_max_length)
 
 
 @torch.no_grad()
-def stock_latents(pipe, prompts, seeds, settings) -> tuple[torch.Tensor, float]:
-    """Final latents of `pipe(prompts, …)` and the seconds of its denoising loop.
+def uncached_latents(
+    pipe, prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """Run `pipe(prompts, …)` as it is, with whatever cache or plan is enabled on it.
 
-    seeds: one a prompt. settings: as a model folder's `settings_of` returns them.
+    Args:
+        pipe: The stock pipeline.
+        prompts: B texts.
+        seeds: One per prompt.
+        settings: Of a model folder's `settings_of`.
+
+    Returns:
+        The final latents [B, …] and the seconds of the denoising loop.
     """
-    options = {NAMES.get(name, name): value for name, value in settings.items()}
+    options = {CALL_NAMES.get(name, name): value for name, value in settings.items()}
     if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
         options["max_sequence_length"] = text_length(pipe)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

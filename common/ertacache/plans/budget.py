@@ -1,4 +1,4 @@
-"""Budget plans: exactly N model calls, with a fitted jump between each two of them."""
+"""Budget plans: exactly N model calls, and a fitted jump from each computed step to the next."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,38 +7,55 @@ from typing import Any
 import numpy as np
 import torch
 
+from ertacache.plans.names import TARGETS, budget_name
 from ertacache.plans.plan import Plan
-from ertacache.plans.requirements import Conditions
+from ertacache.plans.requirements import Requirements
 from ertacache.utils.errors import PlanError
-
-TARGETS = ("reference", "exact")
 
 
 @dataclass(frozen=True)
 class BudgetPlan(Plan):
-    """Exactly N model calls: the computed steps, and the jump from each of them to the next (planner.py)."""
+    """Exactly N model calls: the computed steps, and the jump x' = a x + Σ_j w_j v_j from each of them to the next.
 
-    kind = "budget"
+    Attributes:
+        requirements: What the plan requires of a run.
+        computed: 0 = c_1 < … < c_N < T.
+        weights: w, [N, H], for the newest velocities, newest first; 0 where there are fewer.
+        native_sigmas: The scheduler's own grid at calibration, [T+1].
+        target: What the plan imitates: "reference", the uncached run, or "exact", the solution that it approximates.
+        sigmas: A grid of the plan's own that `computed` counts on, falling; () for the run's native grid.
+        scale: a, [N]: 1 but for solvers with x' = a x + b v, a ≠ 1.
+        predicted_error: Mean squared error of the final latents on the fitted calibration prompts.
+        held_out_error: The same on calibration prompts left out of the fit.
+        predictor: Weights of the velocities before a computed one that predict it, newest first, [N, H−1] (drift.py).
+        prediction_errors: Root mean square error of the prediction on each calibration prompt, [P, N].
+        repair: Correction weights: expected target − latents at a computed step, from the last H velocities, [N, H].
+        repair_scale: The correction's coefficient on the latents, [N], as in `scale`.
+        provenance: What the plan was learned from.
+
+    Raises:
+        PlanError: Fields that do not fit each other.
+    """
+
+    kind = method = "budget"
     FIELDS = ("target", "computed", "predicted_error", "held_out_error")
     ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
     OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale")
-    DERIVED = ("nfe", "anchors")
+    DERIVED = {"nfe": "nfe", "anchors": "history_length"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
 
-    conditions: Conditions
-    computed: tuple[int, ...]  # 0 = c_1 < … < c_N < T
-    weights: tuple[tuple[float, ...], ...]  # [N, H], of the newest outputs, newest first; 0 where there are fewer
-    native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
-    target: str = "reference"  # what was aimed at: the uncached run, or the "exact" solution, which it approximates
-    sigmas: tuple[float, ...] = ()  # a grid of its own that `computed` counts on, falling; () for the run's native grid
-    scale: tuple[float, ...] = ()  # [N], weight of the latent itself: 1 but for solvers with x' = a x + b v, a ≠ 1
-    predicted_error: float | None = None  # mean squared error of the final latents on the calibration prompts
-    held_out_error: float | None = None  # the same on calibration prompts that were left out of the fit
-    predictor: tuple[
-        tuple[float, ...], ...
-    ] = ()  # [N, H−1], of the outputs before a computed one, newest first: drift.py
-    prediction_errors: tuple[tuple[float, ...], ...] = ()  # [P, N], its root mean square on each calibration prompt
-    repair: tuple[tuple[float, ...], ...] = ()  # [N, H], of the outputs in what the latents of a computed step lack
-    repair_scale: tuple[float, ...] = ()  # [N], of the latent itself, as in `scale`
+    requirements: Requirements
+    computed: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...]
+    native_sigmas: tuple[float, ...]
+    target: str = "reference"
+    sigmas: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    predicted_error: float | None = None
+    held_out_error: float | None = None
+    predictor: tuple[tuple[float, ...], ...] = ()
+    prediction_errors: tuple[tuple[float, ...], ...] = ()
+    repair: tuple[tuple[float, ...], ...] = ()
+    repair_scale: tuple[float, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -51,7 +68,7 @@ class BudgetPlan(Plan):
     @property
     def title(self) -> str:
         """What sets this plan apart, for captions."""
-        return f"{self.steps / self.nfe:.2g}x" + (", exact" if self.target == "exact" else "")
+        return f"{self.speedup:.2g}x" + (", exact" if self.target == "exact" else "")
 
     @property
     def nfe(self) -> int:
@@ -59,13 +76,36 @@ class BudgetPlan(Plan):
         return len(self.computed)
 
     @property
-    def anchors(self) -> int:
-        """H, the number of outputs that a jump combines, and that a run keeps."""
+    def history_length(self) -> int:
+        """H, the number of velocities that a jump combines, and that a run keeps."""
         return len(self.weights[0])
+
+    @property
+    def has_drift(self) -> bool:
+        return bool(self.predictor)
+
+    def file_name(self, model: str) -> str:
+        """Return the name of the plan's file in a model folder's cache/."""
+        return budget_name(model, self.steps, self.nfe, self.target)
+
+    def grid(self, native: torch.Tensor) -> torch.Tensor:
+        """Return the grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
+        return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
+
+    def weights_on(self, sigmas: torch.Tensor) -> list[list[float]]:
+        """Return the weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
+
+        Grids differ from that of the calibration where the scheduler shifts them by the size of the image.
+        """
+        ends = [*self.computed, len(sigmas) - 1]
+        run, calibrated = (
+            np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
+        )
+        return (np.array(self.weights) * (run / calibrated)[:, None]).tolist()
 
     def _problem(self) -> str | None:
         if self.target not in TARGETS:
-            return f"target = {self.target!r}, must be one of {TARGETS}"
+            return f"target = {self.target!r}, must be one of {tuple(TARGETS)}"
         if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
             return "sigmas must be empty, or fall"
         computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
@@ -82,20 +122,5 @@ class BudgetPlan(Plan):
         if lengths != ({len(computed)} if self.prediction_errors else {0}):
             return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
         if {len(row) for row in self.prediction_errors} - {len(computed)}:
-            return f"prediction_errors must hold {len(computed)} numbers a prompt"
+            return f"prediction_errors must hold {len(computed)} numbers per prompt"
         return None
-
-    def grid(self, native: torch.Tensor) -> torch.Tensor:
-        """The grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
-        return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
-
-    def weights_on(self, sigmas: torch.Tensor) -> list[list[float]]:
-        """The weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
-
-        Grids differ from that of the calibration where the scheduler shifts them by the size of the picture.
-        """
-        ends = [*self.computed, len(sigmas) - 1]
-        run, made = (
-            np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
-        )
-        return (np.array(self.weights) * (run / made)[:, None]).tolist()

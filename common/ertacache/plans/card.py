@@ -1,86 +1,139 @@
-"""The model card of a plan, and the picture of its schedule. Both say what the plan says, and nothing else."""
+"""The model card of a plan, and the image of its schedule. Both show what the plan's fields hold, and nothing else."""
 
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ertacache.plans.names import HUB_ID
+from ertacache.plans.names import HUB_ID, TARGETS
 
-PICTURE = "schedule.png"
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+SCHEDULE_IMAGE = "schedule.png"
 MISSING = "–"
-RENAMED = {"guidance": "guidance_scale", "frames": "num_frames"}  # a model folder's settings → a pipeline's arguments
-OWN_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # which diffusers does not know
-GIVEN = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records a picture or a tensor of its calls
-TARGETS = {"reference": "the uncached run", "exact": "the exact solution, which the uncached run approximates"}
+ARGUMENT_NAMES = {"guidance": "guidance_scale", "frames": "num_frames"}  # setting of a model folder → pipeline argument
+OTHER_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # not in diffusers; by transformer
+HASHED_INPUT = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records an image or a tensor of its calls
 MARGIN, INK, FILLED = 36, "#2b2b28", "#2563eb"  # pixels; colours
-RULES = {
-    "budget": "Between two computed steps the latents jump: a sum of the last velocities, with weights that were "
-    "fitted by least squares.",
-    "threshold": "On a skipped step the residual of the last computed step is used again.",
-}
 
 
-def model_card(plan, where: str, license: str | None, results: str | None):
-    """where: what the snippet gives to `enable`, a Hub id or a folder's name. results: Markdown, measured quality."""
+@dataclass(frozen=True)
+class KindFacts:
+    """What the card takes from one kind of plan only.
+
+    Attributes:
+        rule: What happens between computed steps, a sentence.
+        schedule: The computed or skipped steps, a sentence.
+        error: Mean squared error of the final latents on the fitted calibration prompts.
+        held_out_error: The same on calibration prompts left out of the fit.
+        intervals: Intervals of the plan's own grid; 0 on the run's native grid.
+    """
+
+    rule: str
+    schedule: str
+    error: float | None
+    held_out_error: float | None
+    intervals: int
+
+
+def _budget_facts(plan) -> KindFacts:
+    intervals = max(0, len(plan.sigmas) - 1)
+    grid = f" of the plan's own grid of {intervals} intervals" if intervals else ""
+    steps = ", ".join(map(str, plan.computed))
+    return KindFacts(
+        rule="Between two computed steps the latents jump: a sum of the last velocities, with weights that were "
+        "fitted by least squares.",
+        schedule=f"It aims at {TARGETS[plan.target]}. Computed steps{grid}: {steps}.",
+        error=plan.predicted_error,
+        held_out_error=plan.held_out_error,
+        intervals=intervals,
+    )
+
+
+def _threshold_facts(plan) -> KindFacts:
+    calibration = plan.provenance.get("calibration", {})
+    skipped = ", ".join(map(str, plan.cached)) or "none"
+    return KindFacts(
+        rule="On a skipped step the residual of the last computed step is used again.",
+        schedule=f"λ = {plan.threshold:g}, cached at site `{plan.site}`; skipped steps: {skipped}.",
+        error=calibration.get("errors", {}).get(calibration.get("chosen")),
+        held_out_error=None,
+        intervals=0,
+    )
+
+
+FACTS = {"budget": _budget_facts, "threshold": _threshold_facts}  # by kind of plan
+
+
+def model_card(plan, source: str, license: str | None, results: str | None) -> "ModelCard":
+    """Return the card of a plan, a huggingface_hub ModelCard.
+
+    Args:
+        plan: A plan of any kind.
+        source: What the snippet gives to `enable`, a Hub id or a folder's name.
+        license: Of the plan.
+        results: Markdown table of measured quality.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
+    facts = FACTS[plan.kind](plan)
     model = str(plan.provenance.get("model", ""))
     base = model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
     tags = ["ertacache", "diffusers", "caching", "acceleration", f"{plan.kind}-plan"]
     data = ModelCardData(base_model=base, library_name="ertacache", license=license, tags=tags)
-    parts = [f"# {_title(plan)}", _sentence(plan), f"![computed and skipped steps]({PICTURE})"]
-    parts += ["## Use it", _usage(plan, where), "## Quality", _quality(plan), *([results] if results else [])]
-    parts += ["## Provenance", _provenance(plan), "## How it was chosen", _choice(plan)]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    paragraphs = [f"# {_title(plan)}", _introduction(plan, facts), f"![computed and skipped steps]({SCHEDULE_IMAGE})"]
+    paragraphs += ["## Use it", _usage(plan, source), "## Quality", _quality(plan, facts)]
+    paragraphs += [results] if results else []
+    paragraphs += ["## Provenance", _provenance(plan), "## How it was chosen", _choice(plan)]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(paragraphs) + "\n")
 
 
 def _title(plan) -> str:
     return f"{plan.nfe} of {plan.steps} steps: a {plan.kind} plan for {plan.provenance.get('model', 'a transformer')}"
 
 
-def _sentence(plan) -> str:
-    """What the plan is."""
-    made = plan.conditions
-    model, scheduler = made.model.get("class", "transformer"), made.scheduler.get("class", "its scheduler")
-    named = f" of `{plan.provenance['model']}`" if "model" in plan.provenance else ""
-    sped = f"{plan.nfe} of {plan.steps} model calls, a speed-up of {plan.steps / plan.nfe:.2f}× in calls"
-    text = f"An ERTACache {plan.kind} plan for the {model}{named} with {scheduler}: **{sped}**. {RULES[plan.kind]}"
-    steps = ", ".join(map(str, plan.computed))
-    if plan.kind == "threshold":
-        cached = ", ".join(map(str, plan.cached)) or "none"
-        return f"{text} λ = {plan.threshold:g}, cached at site `{plan.site}`; skipped steps: {cached}."
-    grid = f" of the plan's own grid of {len(plan.sigmas) - 1} intervals" if plan.sigmas else ""
-    return f"{text} It aims at {TARGETS[plan.target]}. Computed steps{grid}: {steps}."
+def _introduction(plan, facts: KindFacts) -> str:
+    """Return the paragraph on model, scheduler, speed-up and computed steps."""
+    requirements = plan.requirements
+    model = requirements.model.get("class", "transformer")
+    scheduler = requirements.scheduler.get("class", "its scheduler")
+    checkpoint = f" of `{plan.provenance['model']}`" if "model" in plan.provenance else ""
+    calls = f"{plan.nfe} of {plan.steps} model calls, a speed-up of {plan.speedup:.2f}× in calls"
+    text = f"An ERTACache {plan.kind} plan for the {model}{checkpoint} with {scheduler}: **{calls}**."
+    return f"{text} {facts.rule} {facts.schedule}"
 
 
-def _usage(plan, where: str) -> str:
-    """How the plan is followed, with a snippet that runs as it is."""
+def _usage(plan, source: str) -> str:
+    """Return how to follow the plan, with a snippet that runs as it is."""
     model = plan.provenance.get("model")
-    model = "path/to/the/model" if model in (None, plan.conditions.settings.get("pipeline")) else model
-    if plan.kind == "threshold" and plan.site == "blocks":
+    model = "path/to/the/model" if model in (None, plan.requirements.settings.get("pipeline")) else model
+    if not plan.can_follow_pipeline():
         text = "Plans at site `blocks` are followed by `generate.py` in the model's folder of ERTACache, called there:"
-        fetch, folder = (f"hf download {where} --local-dir plan\n", "plan") if HUB_ID.fullmatch(where) else ("", where)
-        command = f"{fetch}python generate.py --model {model} --steps {plan.steps} --plan {folder}/plan.json"
+        on_hub = HUB_ID.fullmatch(source)
+        download, folder = (f"hf download {source} --local-dir plan\n", "plan") if on_hub else ("", source)
+        command = f"{download}python generate.py --model {model} --steps {plan.steps} --plan {folder}/plan.json"
         return f"{text}\n\n```sh\n{command}\n```"
-    text = "With ERTACache and diffusers installed:\n\n```python\n" + "\n".join(_snippet(plan, where, model)) + "\n```"
-    bound = "Another transformer, scheduler or number of steps is refused before the first model call"
-    return f"{text}\n\n{bound}; other weights or another dtype are a warning."
+    code = "\n".join(_snippet(plan, source, model))
+    checks = "Another transformer, scheduler or number of steps is refused before the first model call"
+    text = f"With ERTACache and diffusers installed:\n\n```python\n{code}\n```"
+    return f"{text}\n\n{checks}; other weights or another dtype are a warning."
 
 
-def _snippet(plan, where: str, model: str) -> list[str]:
-    """The lines of a script. Pictures and tensors that the calibration's calls were given are the reader's own."""
-    made = plan.conditions.settings
-    library, pipeline = OWN_PIPELINES.get(plan.conditions.model.get("class"), ("diffusers", _pipeline(made)))
-    dtype = f", dtype=torch.{made['dtype']}" if "dtype" in made else ""
-    settings = {RENAMED.get(k, k): v for k, v in made.items() if k not in ("dtype", "pipeline", "steps")}
-    given = [name for name, value in settings.items() if isinstance(value, str) and GIVEN.fullmatch(value)]
-    arguments = [f"{name}={name if name in given else _quoted(value)}" for name, value in settings.items()]
-    call = ", ".join(['"a prompt"', f"num_inference_steps={plan.steps}", *arguments])
+def _snippet(plan, source: str, model: str) -> list[str]:
+    """Return the lines of a script; the reader fills in images and tensors that the calibration's calls took."""
+    settings = plan.requirements.settings
+    library, pipeline = OTHER_PIPELINES.get(plan.requirements.model.get("class"), ("diffusers", _pipeline(settings)))
+    dtype = f", dtype=torch.{settings['dtype']}" if "dtype" in settings else ""
+    arguments = {ARGUMENT_NAMES.get(k, k): v for k, v in settings.items() if k not in ("dtype", "pipeline", "steps")}
+    hashed = [name for name, value in arguments.items() if isinstance(value, str) and HASHED_INPUT.fullmatch(value)]
+    words = [f"{name}={name if name in hashed else _quoted(value)}" for name, value in arguments.items()]
+    call = ", ".join(['"a prompt"', f"num_inference_steps={plan.steps}", *words])
     return [
         *(["import torch"] if dtype else []),
         f"from {library} import {pipeline}",
@@ -88,15 +141,15 @@ def _snippet(plan, where: str, model: str) -> list[str]:
         "import ertacache",
         "",
         f"pipe = {pipeline}.from_pretrained({_quoted(model)}{dtype})",
-        f"ertacache.enable(pipe, {_quoted(where)})",
-        *(f"{name} = ...  # yours" for name in given),
+        f"ertacache.enable(pipe, {_quoted(source)})",
+        *(f"{name} = ...  # your input" for name in hashed),
         f"result = pipe({call})",
         "print(ertacache.summary(pipe))",
     ]
 
 
 def _pipeline(settings: Mapping[str, Any]) -> str:
-    """The class that the plan was calibrated with, where diffusers has it."""
+    """Return the pipeline class of the calibration, or DiffusionPipeline where diffusers lacks it."""
     import diffusers
 
     name = settings.get("pipeline")
@@ -104,71 +157,69 @@ def _pipeline(settings: Mapping[str, Any]) -> str:
 
 
 def _quoted(value) -> str:
-    """As Python source, texts in double quotes."""
+    """Return a value as Python source, texts in double quotes."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def _quality(plan) -> str:
-    """What the plan says about its error."""
-    found, prompts = plan.provenance.get("calibration", {}), plan.provenance.get("prompts", {})
+def _quality(plan, facts: KindFacts) -> str:
+    """Return the table of the calibration's errors."""
+    prompts = plan.provenance.get("prompts", {})
     count = prompts.get("count")
     fitted = prompts.get("fitted", count)
-    if plan.kind == "budget":
-        target, errors = TARGETS[plan.target], (plan.predicted_error, plan.held_out_error)
-    else:
-        target, errors = TARGETS["reference"], (found.get("errors", {}).get(found.get("chosen")), None)
-    left = None if count is None else count - fitted
-    table = [["calibration", fitted, errors[0]], ["held out of the fit", left, errors[1]]]
-    return f"Mean squared error of the final latents to {target}:\n\n" + _table(["prompts", "count", "error"], table)
+    held_out = None if count is None else count - fitted
+    rows = [["calibration", fitted, facts.error], ["held out of the fit", held_out, facts.held_out_error]]
+    text = f"Mean squared error of the final latents to {TARGETS[plan.target]}:"
+    return f"{text}\n\n" + _table(["prompts", "count", "error"], rows)
 
 
 def _provenance(plan) -> str:
-    made = plan.conditions
+    """Return the table of the plan's provenance and requirements."""
     facts = {name: fact for name, fact in plan.provenance.items() if name != "calibration"}
     facts = {"weights, fingerprint" if name == "weights" else name: fact for name, fact in facts.items()}
-    facts |= {"settings": made.settings, "transformer": made.model, "scheduler": made.scheduler}
+    required = plan.requirements
+    facts |= {"settings": required.settings, "transformer": required.model, "scheduler": required.scheduler}
     return _table(["what", "value"], facts.items())
 
 
 def _choice(plan) -> str:
-    """The candidates that calibration tried."""
-    found = plan.provenance.get("calibration")
-    if not found:
+    """Return the table of the candidates that calibration tried, best first."""
+    calibration = plan.provenance.get("calibration")
+    if not calibration:
         return "The plan does not say."
-    errors = sorted(found.get("errors", {}).items(), key=lambda pair: pair[1])
-    text = f"Calibration chose **{found.get('chosen', MISSING)}** of these, by the {found.get('metric', 'error')}."
-    return f"{text}\n\n" + _table(["candidate", "error"], errors)
+    errors = sorted(calibration.get("errors", {}).items(), key=lambda pair: pair[1])
+    chosen, metric = calibration.get("chosen", MISSING), calibration.get("metric", "error")
+    return f"Calibration chose **{chosen}** of these, by the {metric}.\n\n" + _table(["candidate", "error"], errors)
 
 
-def _table(head: Sequence[str], rows) -> str:
-    """Markdown."""
-    lines = [[_shown(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [[_formatted(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
-def _shown(value) -> str:
-    """A value as people read it; None as a dash, consecutive numbers by their ends."""
+def _formatted(value) -> str:
+    """Return a human-readable value: None as a dash, consecutive integers as a range."""
     if value is None or value == "":
         return MISSING if value is None else '""'
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items()) or MISSING
+        return ", ".join(f"{name} {_formatted(item)}" for name, item in value.items()) or MISSING
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 0.01 else f"{value:g}"
     if isinstance(value, list | tuple):
-        whole = len(value) > 2 and all(type(part) is int for part in value)
-        if whole and list(value) == list(range(value[0], value[0] + len(value))):
+        integers = len(value) > 2 and all(type(item) is int for item in value)
+        if integers and list(value) == list(range(value[0], value[0] + len(value))):
             return f"{value[0]} to {value[-1]}"
-        return "[" + ", ".join(map(_shown, value)) + "]"
+        return "[" + ", ".join(map(_formatted, value)) + "]"
     return str(value)
 
 
-# --- the picture -----------------------------------------------------------------------------------------------------
+# --- the image -----------------------------------------------------------------------------------------------------
 
 
-def picture(plan) -> Image.Image:
-    """A row of cells, one a step, computed ones filled, with their numbers above and noise levels below.
+def schedule_image(plan) -> Image.Image:
+    """Return a row of cells, one per step: computed ones filled, with their numbers above and noise levels below.
 
-    The panel is opaque and light, so that it reads on white and on dark pages.
+    The panel is opaque and light, so that it is legible on white and on dark pages.
     """
     computed, grid = plan.computed, plan.sigmas or plan.native_sigmas
     count = len(grid) - 1
@@ -176,7 +227,7 @@ def picture(plan) -> Image.Image:
     panel = Image.new("RGBA", (max(700, cell * count) + 2 * MARGIN, 240))
     draw = ImageDraw.Draw(panel)
     draw.rounded_rectangle((0, 0, panel.width - 1, panel.height - 1), 18, "#fbfbfa", "#b8b8b4", 2)
-    _legend(draw, f"{plan.nfe} of {plan.steps} model calls", plan.kind == "budget" and bool(plan.sigmas))
+    _legend(draw, f"{plan.nfe} of {plan.steps} model calls", FACTS[plan.kind](plan).intervals > 0)
     left, top, bottom = (panel.width - cell * count) // 2, 120, 176
     for i in range(count):
         fill = FILLED if i in computed else "white"
@@ -190,6 +241,7 @@ def picture(plan) -> Image.Image:
 
 
 def _legend(draw: ImageDraw.ImageDraw, title: str, own_grid: bool) -> None:
+    """Draw the title, the colours and the meaning of the numbers."""
     font = ImageFont.load_default(size=24)
     draw.text((MARGIN, 22), title, INK, font)
     x = MARGIN + draw.textlength(title, font) + 48
@@ -197,22 +249,23 @@ def _legend(draw: ImageDraw.ImageDraw, title: str, own_grid: bool) -> None:
         draw.rectangle((x, 26, x + 22, 48), fill, INK, 2)
         draw.text((x + 32, 22), text, INK, font)
         x += 32 + draw.textlength(text, font) + 36
-    text = f"above: {'place on the own grid' if own_grid else 'step'}, below: noise level"
-    draw.text((MARGIN, 56), text, "#5f5f5a", ImageFont.load_default(size=18))
+    step = "step on the plan's own grid" if own_grid else "step"
+    draw.text((MARGIN, 56), f"above: {step}, below: noise level", "#5f5f5a", ImageFont.load_default(size=18))
 
 
-def _labels(draw: ImageDraw.ImageDraw, places: Sequence[tuple[float, str]], y: float) -> list[float]:
-    """Write the texts, centred, that have room beside those before them. Returns where."""
-    font, written = ImageFont.load_default(size=18), []
-    for x, text in places:
-        half = draw.textlength(text, font) / 2 + 3
-        if all(abs(x - other) >= half + room for other, room in written):
+def _labels(draw: ImageDraw.ImageDraw, labels: Sequence[tuple[float, str]], y: float) -> list[float]:
+    """Draw centred texts, leaving out those that would overlap earlier ones; return the x of those drawn."""
+    font, drawn = ImageFont.load_default(size=18), []
+    for x, text in labels:
+        half_width = draw.textlength(text, font) / 2 + 3
+        if all(abs(x - other) >= half_width + other_half for other, other_half in drawn):
             draw.text((x, y), text, INK, font, anchor="ma")
-            written.append((x, half))
-    return [x for x, _ in written]
+            drawn.append((x, half_width))
+    return [x for x, _ in drawn]
 
 
 def png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

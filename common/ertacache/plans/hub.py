@@ -1,25 +1,33 @@
-"""Plans in folders and on the Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, with a card and a picture.
+"""Plans in folders and on the Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, with a card and an image.
 
-A folder or repository holds the plan's two files, README.md (the card) and schedule.png. The names and arguments are
-those of huggingface_hub's ModelHubMixin, which itself sets attributes on what it makes, and a plan is frozen.
+A folder or repository holds the plan's two files, README.md (the card) and schedule.png. Names and arguments are those
+of huggingface_hub's ModelHubMixin. That class itself is no base of a plan, because it sets attributes on its instances,
+and a plan is frozen.
 """
 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ertacache.plans.names import HUB_ID
 from ertacache.utils.errors import UserError, reason_of
 from ertacache.utils.files import unwritable, write_atomically
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+    from ertacache.plans.plan import Plan
 
 FILES = ("plan.json", "plan.safetensors")  # of a plan in a folder or on the Hub
 CARD = "README.md"
 
 
 class HubMixin:
-    """What every plan inherits. license: of the plan, for the card, for example "apache-2.0".
+    """Saving, loading and sharing of plans, in every class of plan.
 
-    results: a finished Markdown table of measured quality for the card, for example
+    Arguments that several methods share: `license` is the plan's, for the card, for example "apache-2.0"; `results` is
+    a finished Markdown table of measured quality for the card, for example
     `ertacache.evaluation.report.card_table("rows.json")`.
     """
 
@@ -33,10 +41,24 @@ class HubMixin:
         results: str | None = None,
         **push_to_hub_kwargs,
     ) -> str | None:
-        """Write the folder, whole or not at all, over a plan that is there; then push it, when asked.
+        """Write a folder with the plan, its card and its image, whole or not at all; replaces an earlier plan in it.
 
-        repo_id: the card names it, by default the folder's name. push_to_hub_kwargs: those of `push_to_hub`. Returns
-        the commit's address when it is pushed.
+        Args:
+            save_directory: The folder; created where it does not exist.
+            repo_id: Repository that the card names; by default the folder's name.
+            push_to_hub: Whether to push the plan to `repo_id` afterwards.
+            license: Of the plan, for the card.
+            results: Markdown table of measured quality, for the card.
+            **push_to_hub_kwargs: Arguments of `push_to_hub`.
+
+        Returns:
+            URL of the commit when pushed, else None.
+
+        Raises:
+            UserError: The folder cannot be written or holds another README.md, or the push fails.
+
+        Example:
+            >>> plan.save_pretrained("flux-2x")
         """
         folder = Path(save_directory).expanduser()
         name = repo_id or folder.resolve().name
@@ -55,11 +77,25 @@ class HubMixin:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
-    ):
-        """A plan of this kind (`Plan.from_pretrained`: of any) from a folder, or from the Hub by its id, OWNER/NAME.
+    ) -> "Plan":
+        """Read a plan of this kind (`Plan.from_pretrained`: of any kind) from a folder or from the Hub.
 
-        The rest is for the Hub: revision (a branch, tag or commit), token (by default that of `hf auth login`),
-        cache_dir, force_download, and local_files_only, which reads what was downloaded before.
+        All arguments but the first are for the Hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a Hub id, OWNER/NAME.
+            force_download: Whether to download again what is in the cache.
+            token: Hub token; by default that of `hf auth login`.
+            cache_dir: Folder of the download cache.
+            local_files_only: Whether to read earlier downloads only.
+            revision: Branch, tag or commit.
+
+        Raises:
+            UserError: No such folder or repository, or the download fails.
+            PlanError: A damaged plan, or one of the other kind.
+
+        Example:
+            >>> plan = Plan.from_pretrained("OWNER/flux-2x")
         """
         name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir():
@@ -86,10 +122,24 @@ class HubMixin:
         license: str | None = None,
         results: str | None = None,
     ) -> str:
-        """Put the plan, its card and its picture into a repository, in one commit. Returns the commit's address.
+        """Upload the plan, its card and its image to a Hub repository, in one commit.
 
-        A repository that is not there is made: public but with private=True. branch: one that exists, by default
-        main; create_pr: a pull request in place of a commit. *_patterns: names of files, as `HfApi.upload_folder`.
+        Args:
+            repo_id: OWNER/NAME, or NAME for one's own account; created where it does not exist.
+            commit_message: First line of the commit.
+            private: Whether a new repository is private; by default it is public.
+            token: Hub token; by default that of `hf auth login`.
+            branch: An existing branch; by default main.
+            create_pr: Whether to open a pull request instead of committing.
+            allow_patterns, ignore_patterns, delete_patterns: File names, as in `HfApi.upload_folder`.
+            license: Of the plan, for the card.
+            results: Markdown table of measured quality, for the card.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            UserError: The Hub or the network refuses.
         """
         from huggingface_hub import HfApi
 
@@ -108,38 +158,48 @@ class HubMixin:
             except Exception as error:
                 raise _failure(f"cannot push to {repo_id}", error) from error
 
-    def generate_model_card(self, *, repo_id: str, license: str | None = None, results: str | None = None):
-        """The card, a huggingface_hub ModelCard. repo_id: where its snippet finds the plan, a Hub id or a folder."""
+    def generate_model_card(
+        self, *, repo_id: str, license: str | None = None, results: str | None = None
+    ) -> "ModelCard":
+        """Return the plan's card, a huggingface_hub ModelCard.
+
+        Args:
+            repo_id: The plan's source in the card's snippet, a Hub id or a folder.
+            license: Of the plan.
+            results: Markdown table of measured quality.
+        """
         from ertacache.plans.card import model_card
 
         return model_card(self, repo_id, license, results)
 
 
 def _write_folder(folder: Path, plan, card: str) -> None:
-    """All four files, first under a temporary name in the same place."""
-    from ertacache.plans.card import PICTURE, picture, png
+    """Write all four files, first under a temporary name on the same file system."""
+    from ertacache.plans.card import SCHEDULE_IMAGE, png, schedule_image
 
     try:
-        old = folder / CARD
-        if old.exists() and "\nlibrary_name: ertacache\n" not in old.read_text("utf-8", errors="replace"):
-            raise UserError(f"{old} is not the card of a plan: choose another folder, or move it away")
+        existing_card = folder / CARD
+        if existing_card.exists():
+            text = existing_card.read_text("utf-8", errors="replace")
+            if "\nlibrary_name: ertacache\n" not in text:
+                raise UserError(f"{existing_card} is not the card of a plan: choose another folder, or move it away")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder if folder.is_dir() else folder.parent, prefix=".plan-") as parent:
             staged = Path(parent) / "plan"
             plan.save(staged / FILES[0])
-            write_atomically(staged / PICTURE, png(picture(plan)))
+            write_atomically(staged / SCHEDULE_IMAGE, png(schedule_image(plan)))
             write_atomically(staged / CARD, card.encode())
             if not folder.is_dir():
                 os.rename(staged, folder)
                 return
-            for name in (*FILES, PICTURE, CARD):
+            for name in (*FILES, SCHEDULE_IMAGE, CARD):
                 os.replace(staged / name, folder / name)
     except OSError as error:
         raise unwritable(folder, error) from error
 
 
 def _download(repo_id: str, **options) -> Path:
-    """The folder in the cache that holds a repository's plan."""
+    """Download a repository's plan and return its folder in the cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -153,12 +213,12 @@ def _download(repo_id: str, **options) -> Path:
 
 
 def _failure(what: str, error: Exception) -> UserError:
-    """A line on what went wrong on the way to the Hub: its errors, the network's and the disk's are of many kinds."""
+    """Return a one-line error for a failed transfer; the Hub, the network and the disk raise many types."""
     from huggingface_hub import errors
 
     online = "check the network, local_files_only and HF_HUB_OFFLINE"
     login = "run hf auth login or give token"
-    known = (
+    remedies = (
         (errors.HFValidationError, "this is not a Hub id, give OWNER/NAME"),
         (errors.LocalTokenNotFoundError, f"you are not logged in, {login}"),
         (errors.GatedRepoError, f"it is gated, ask for access on its page, then {login}"),
@@ -166,7 +226,7 @@ def _failure(what: str, error: Exception) -> UserError:
         (errors.RevisionNotFoundError, "it has no such revision or branch, check the name"),
         (errors.LocalEntryNotFoundError, f"not in the cache, nor is the Hub in reach: {online}"),
     )
-    for kind, remedy in known:
-        if isinstance(error, kind):
+    for error_type, remedy in remedies:
+        if isinstance(error, error_type):
             return UserError(f"{what}: {remedy}")
     return UserError(f"{what} ({reason_of(error)}): check the id, network and hf auth login")

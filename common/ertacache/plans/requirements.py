@@ -1,4 +1,4 @@
-"""What a run is made under: what binds a plan, and what may differ with a warning."""
+"""What a plan requires of a run: what binds it, and what may differ with a warning."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """Steps, model, scheduler and settings of a run.
+class Requirements:
+    """Steps, model, scheduler and settings of a run; those of the calibration are what a plan requires.
 
-    Steps, model and scheduler (class and public config, as JSON values) bind a plan: another one is refused.
-    The settings (guidance, height, width, dtype, …) may differ, with one warning.
+    Args:
+        steps: T, steps of the uncached run.
+        model: Class and public config of the transformer, as JSON values.
+        scheduler: The same of the scheduler.
+        settings: Guidance, height, width, dtype, …
+
+    Another number of steps, model or scheduler is refused. Other settings are one warning.
     """
 
     steps: int
@@ -20,18 +25,19 @@ class Conditions:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pipe, steps: int, settings: Mapping[str, Any]) -> "Conditions":
-        """The conditions of a diffusers pipeline with a `transformer` and a `scheduler`."""
-        return cls(steps, _describe(pipe.transformer), _describe(pipe.scheduler), json.loads(json.dumps(settings)))
+    def of(cls, pipe, steps: int, settings: Mapping[str, Any]) -> "Requirements":
+        """Return those of a diffusers pipeline with a `transformer` and a `scheduler`, also where it follows a plan."""
+        model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
+        return cls(steps, _describe(model), _describe(pipe.scheduler), json.loads(json.dumps(settings)))
 
 
 def _describe(component) -> dict[str, Any]:
-    """Class and config; how the weights are kept (quantized or not) is left out, it binds no plan."""
+    """Return class and config; how the weights are stored (quantised or not) binds no plan and is left out."""
     config = dict(component.config)
     public = {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
-    return json.loads(json.dumps({"class": type(component).__name__, **public}, default=str))
+    return json.loads(json.dumps({"class": component.__class__.__name__, **public}, default=str))
 
 
-def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Keys that both have, with different values; what only one has (of another library version) is let be."""
-    return [key for key in mine if key in other and mine[key] != other[key]]
+def differences(required: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Return the keys that both have with different values; keys that only one has belong to another release."""
+    return [key for key in required if key in present and required[key] != present[key]]

@@ -9,32 +9,56 @@ import numpy as np
 import torch
 
 from ertacache.algorithm import PHI_DEFINITIONS, adjusted_sigmas
+from ertacache.plans.names import threshold_name
 from ertacache.plans.plan import Plan
-from ertacache.plans.requirements import Conditions
-from ertacache.utils.errors import PlanError
+from ertacache.plans.requirements import Requirements
+from ertacache.utils.errors import PlanError, UserError
 
 SITES = ("output", "blocks")
 
 
+def check_threshold(threshold: float, flag: str = "threshold") -> None:
+    """Refuse a λ that is not a finite number above 0. flag: how the message names it."""
+    if not (math.isfinite(threshold) and threshold > 0):
+        raise UserError(f"{flag} {threshold}: λ must be a finite number above 0, for example 0.1")
+
+
 @dataclass(frozen=True)
 class ThresholdPlan(Plan):
-    """The paper's plan for one λ: which steps are cached, on which grid, and how their velocity is rectified."""
+    """The paper's plan for one λ: which steps are cached, on which grid, and how their velocity is rectified.
+
+    Attributes:
+        requirements: What the plan requires of a run.
+        threshold: λ > 0 of Eq. 12.
+        cached: S, ascending, in 1 … T−2.
+        site: Where the residual is taken: "output" (Eq. 5) or "blocks" (around the transformer blocks).
+        native_sigmas: The scheduler's own grid at calibration, [T+1].
+        phi_definition: "none", "velocity" or "difference".
+        phi: φ_i in [0, 1], [T], 1 on computed steps.
+        rectified: Whether K and B are used.
+        k, b: K_i and B_i, [T], 0 and −2 where nothing is rectified.
+        provenance: What the plan was learned from.
+
+    Raises:
+        PlanError: Fields that do not fit each other.
+    """
 
     kind = "threshold"
+    method = "ertacache"
     FIELDS = ("threshold", "cached", "site", "phi_definition", "rectified")
     ARRAYS = ("phi", "k", "b", "native_sigmas")
-    DERIVED = ("nfe",)
+    DERIVED = {"nfe": "nfe"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
 
-    conditions: Conditions
-    threshold: float  # λ > 0 of Eq. 12
-    cached: tuple[int, ...]  # S, ascending, in 1 … T−2
-    site: str  # where the residual is taken: "output" (Eq. 5) or "blocks" (around the transformer blocks)
-    native_sigmas: tuple[float, ...]  # [T+1], the scheduler's own grid at calibration
-    phi_definition: str = "none"  # "none" | "velocity" | "difference"
-    phi: tuple[float, ...] = ()  # [T], φ_i in [0, 1], 1 on computed steps
+    requirements: Requirements
+    threshold: float
+    cached: tuple[int, ...]
+    site: str
+    native_sigmas: tuple[float, ...]
+    phi_definition: str = "none"
+    phi: tuple[float, ...] = ()
     rectified: bool = False
-    k: tuple[float, ...] = ()  # [T], K_i, 0 where nothing is rectified
-    b: tuple[float, ...] = ()  # [T], B_i, −2 where nothing is rectified
+    k: tuple[float, ...] = ()
+    b: tuple[float, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -62,19 +86,28 @@ class ThresholdPlan(Plan):
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """[T+1], the adjusted grid under the conditions of the calibration."""
+        """The adjusted grid under the conditions of the calibration, [T+1]."""
         return tuple(adjusted_sigmas(np.array(self.native_sigmas), self.phi).tolist())
 
+    def can_follow_pipeline(self) -> bool:
+        return self.site != "blocks"
+
+    def file_name(self, model: str) -> str:
+        """Return the name of the plan's file in a model folder's cache/."""
+        return threshold_name(model, self.steps, self.threshold, self.site)
+
     def grid(self, native: torch.Tensor) -> torch.Tensor:
-        """The adjusted grid for a native one of T+1 sigmas (Eq. 13–14); φ = 1 everywhere returns it unchanged."""
+        """Return the adjusted grid for a native one of T+1 sigmas (Eq. 13–14); it is the native one where all φ = 1."""
         return torch.from_numpy(adjusted_sigmas(native.cpu().numpy(), self.phi)).to(native.device)
 
     def _problem(self) -> str | None:
         steps, inner = self.steps, range(1, self.steps - 1)
         if steps < 3:
             return f"steps = {steps}, at least 3 are needed"
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            return f"threshold λ = {self.threshold}, must be a finite number above 0"
+        try:
+            check_threshold(self.threshold)
+        except UserError as error:
+            return str(error)
         if self.site not in SITES:
             return f"site = {self.site!r}, must be one of {SITES}"
         if self.phi_definition not in PHI_DEFINITIONS:

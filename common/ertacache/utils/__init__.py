@@ -1,1 +1,1 @@
-"""Errors, files, processes, devices, provenance, media, checkpoints: what every package uses."""
+"""Errors, files, processes, devices, provenance, media, checkpoints, tables: utilities of every package."""

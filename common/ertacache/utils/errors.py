@@ -1,6 +1,5 @@
-"""Errors that a person caused and can mend: one clear line, exit code 2."""
+"""User errors: one line, exit code 2."""
 
-import argparse
 import sys
 import textwrap
 import warnings
@@ -12,26 +11,19 @@ class UserError(ValueError):
 
 
 class PlanError(UserError):
-    """A plan that is damaged, or was not made for what it is asked to do."""
+    """A plan that is damaged, or does not fit the run."""
 
 
 def reason_of(error: Exception) -> str:
-    """What another library's error says, short and on one line."""
+    """Return the message of another library's error on one line, at most 160 characters."""
     return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, like all others."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def run_program(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a UserError becomes one line on stderr and exit code 2, warnings one line each."""
+    """Run a command's `main` with one-line errors and warnings on stderr.
+
+    Exit codes: 2 after a UserError, 130 after Ctrl-C.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
@@ -39,5 +31,5 @@ def run_program(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a calibration goes on from its last finished batch", file=sys.stderr)
+        print("interrupted; the same command resumes a calibration after its last finished batch", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writes, and checks of input files and output folders."""
 
 import os
 import tempfile
@@ -8,7 +8,15 @@ from ertacache.utils.errors import UserError
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder, then rename. An unwritable folder is a UserError."""
+    """Write a file under a temporary name in the same folder, then rename it, so that no reader sees half of it.
+
+    Args:
+        path: The file; missing folders are created.
+        data: Its whole content.
+
+    Raises:
+        UserError: The folder is not writable, or the disk is full.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +35,11 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def ensure_writable(folder: str | Path) -> Path:
-    """Create the folder and prove that a file can be written there, before any work is done for it."""
+    """Create a folder and write a temporary file into it, so that a long computation does not fail at its end.
+
+    Raises:
+        UserError: The folder is not writable.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,15 +51,20 @@ def ensure_writable(folder: str | Path) -> Path:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the UserError for a path that cannot be written."""
     return UserError(f"cannot write to {path} ({error.strerror}): choose another folder or mend its permissions")
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines and lines that start with # are left out."""
+    """Return the prompts of a UTF-8 text file, one per line, without blank lines and lines that start with #.
+
+    Raises:
+        UserError: The file cannot be read, or holds no prompts.
+    """
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path} ({error}): give a UTF-8 text file, one a line") from error
+        raise UserError(f"cannot read prompts from {path} ({error}): give a UTF-8 text file, one per line") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise UserError(f"no prompts in {path}: write one prompt a line")
@@ -55,6 +72,6 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def relative(path: str | Path, folder: Path) -> str:
-    """The path as seen from a folder, when it lies in it."""
+    """Return a path relative to a folder that contains it; other paths become absolute."""
     path = Path(path).resolve()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

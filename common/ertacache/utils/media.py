@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: pictures or videos, the comparison, metrics.json."""
+"""The files in a run's output folder: images or videos, the comparison, metrics.json."""
 
 import io
 import json
@@ -10,33 +10,47 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ertacache.utils.files import write_atomically
 
-DIFFERENCE_GAIN = 4  # the difference column shows |cached − baseline| × 4, so that it can be seen at all
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Return an image or video in [0, 1], of any shape, as uint8, rounded."""
+    return np.clip(np.rint(np.asarray(image, np.float32) * 255), 0, 255).astype(np.uint8)
 
 
-def to_uint8(picture: np.ndarray) -> np.ndarray:
-    """float in [0, 1], of any shape → uint8, rounded."""
-    return np.clip(np.rint(np.asarray(picture, np.float32) * 255), 0, 255).astype(np.uint8)
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write an image as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
 
 
 def save_mp4(path: Path, video: np.ndarray, fps: int) -> None:
-    """H.264 at nearly lossless quality; heights and widths must be even. video: float [F, H, W, 3] in [0, 1]."""
+    """Write a video as H.264 at nearly lossless quality.
+
+    Args:
+        path: The file, .mp4.
+        video: float [F, H, W, 3] in [0, 1], H and W even.
+        fps: Frames per second.
+    """
     import imageio.v2 as imageio
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        imageio.mimwrite(part, to_uint8(video), fps=fps, quality=9, macro_block_size=2, ffmpeg_log_level="error")
-        part.replace(path)
+        temporary = Path(folder) / path.name
+        options = {"fps": fps, "quality": 9, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+        imageio.mimwrite(temporary, to_uint8(video), **options)
+        temporary.replace(path)
 
 
-def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None) -> None:
-    """`000-METHOD.png`, `001-METHOD.png`, … for pictures [N, H, W, 3], or `.mp4` for videos [N, F, H, W, 3]."""
-    for number, result in enumerate(results):
+def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None, first: int = 0) -> None:
+    """Write images as `000-METHOD.png`, `001-METHOD.png`, …, or videos as `.mp4`.
+
+    Args:
+        folder: The output folder.
+        results: Images [N, H, W, 3] or videos [N, F, H, W, 3] in [0, 1].
+        method: Of the file names.
+        fps: Frames per second of videos; None for images.
+        first: Number of the first file.
+    """
+    for number, result in enumerate(results, first):
         name = folder / f"{number:03d}-{method}"
         if result.ndim == 4:
             save_mp4(name.with_suffix(".mp4"), result, fps)
@@ -45,7 +59,7 @@ def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None
 
 
 def first_middle_last(videos: np.ndarray) -> np.ndarray:
-    """Three frames of each video side by side, a white line between them: [N, F, H, W, 3] → [N, H, 3W + 2, 3]."""
+    """Return three frames of each video side by side, with white lines: [N, F, H, W, 3] → [N, H, 3W + 2, 3]."""
     frames = videos.shape[1]
     first, middle, last = (videos[:, i] for i in (0, frames // 2, frames - 1))
     line = np.ones_like(first[:, :, :1])
@@ -53,45 +67,45 @@ def first_middle_last(videos: np.ndarray) -> np.ndarray:
 
 
 def difference(result: np.ndarray, reference: np.ndarray, gain: float) -> np.ndarray:
-    """|result − reference| × gain, cut at 1: pictures or videos in [0, 1]."""
+    """Return |result − reference| × gain, clipped to 1, of images or videos in [0, 1]."""
     return np.clip(gain * np.abs(result - reference), 0, 1)
 
 
-def comparison(prompts: list[str], baseline: np.ndarray, cached: np.ndarray, titles: tuple[str, str]) -> Image.Image:
-    """One row a prompt: baseline | cached | difference; of videos the first, the middle and the last frame."""
-    gain = DIFFERENCE_GAIN
-    columns = {titles[0]: baseline, titles[1]: cached, f"difference x{gain}": difference(cached, baseline, gain)}
-    return sheet(prompts, columns)
-
-
 def sheet(prompts: list[str], columns: dict[str, np.ndarray]) -> Image.Image:
-    """One row a prompt, one column a title: pictures [N, H, W, 3] in [0, 1], or three frames of each of some videos.
+    """Return a sheet with one row per prompt and one column per title; of a video it shows three frames.
 
-    Small pictures are enlarged by a whole factor, columns wider than 1200 pixels are shrunk.
+    Small images are enlarged by an integer factor; columns wider than 1200 pixels are shrunk.
+
+    Args:
+        prompts: N texts.
+        columns: Images [N, H, W, 3] or videos [N, F, H, W, 3] in [0, 1], by title.
     """
-    columns = {title: first_middle_last(c) if c.ndim == 5 else c for title, c in columns.items()}
+    columns = {title: first_middle_last(column) if column.ndim == 5 else column for title, column in columns.items()}
     height, width = next(iter(columns.values())).shape[1:3]
     scale = 1200 / width if width > 1200 else max(1, round(min(256 / height, 400 / width)))
     height, width = round(height * scale), round(width * scale)
-    gap, line = 8, 26
+    gap, line_height = 8, 26
     font = ImageFont.load_default(size=14)
-    across = len(columns) * (width + gap)
-    page = Image.new("RGB", (across + gap, line + len(prompts) * (height + line)), "white")
+    row_width = len(columns) * (width + gap)
+    page_height = line_height + len(prompts) * (height + line_height)
+    page = Image.new("RGB", (row_width + gap, page_height), "white")
     draw = ImageDraw.Draw(page)
-    for c, (title, pictures) in enumerate(columns.items()):
-        x = gap + c * (width + gap)
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    for column, (title, images) in enumerate(columns.items()):
+        x = gap + column * (width + gap)
         draw.text((x, 5), title, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-            tile = Image.fromarray(to_uint8(picture)).resize((width, height), how)
-            page.paste(tile, (x, line + row * (height + line)))
+        for row, image in enumerate(images):
+            tile = Image.fromarray(to_uint8(image)).resize((width, height), resampling)
+            page.paste(tile, (x, line_height + row * (height + line_height)))
     for row, prompt in enumerate(prompts):
-        text = _shorten(prompt, across - 2 * gap, draw, font)
-        draw.text((gap, line + row * (height + line) + height + 3), text, fill="black", font=font)
+        text = _shorten(prompt, row_width - 2 * gap, draw, font)
+        y = line_height + row * (height + line_height) + height + 3
+        draw.text((gap, y), text, fill="black", font=font)
     return page
 
 
 def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
+    """Return a text that fits into a width in pixels, with … at its end where it was cut."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "…", font=font) > width:
@@ -100,4 +114,5 @@ def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
 
 
 def save_metrics(folder: Path, metrics: dict) -> None:
+    """Write metrics.json; JSON has no NaN and no infinity."""
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What a measured number depends on: weights, library versions and the machine; and its peak memory."""
+"""What a measured number depends on: weights, library versions and the machine."""
 
 import hashlib
 import os
@@ -9,36 +9,42 @@ import torch
 
 
 def fingerprint(pipe) -> str:
-    """Tells two checkpoints of one architecture apart: a hash of each parameter's first 16 values, in bfloat16.
+    """Return a hash that tells checkpoints of one architecture apart: of each parameter's first 16 values in bfloat16.
 
-    pipe: a pipeline, whose transformers are looked at: Wan2.2 has two.
+    Args:
+        pipe: A pipeline with a `transformer` and perhaps a `transformer_2` (Wan2.2).
+
+    Returns:
+        16 hexadecimal digits, or "offloaded" where the weights are not in memory.
     """
     modules = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    parts = [part for module in modules if module is not None for p in module.parameters() for part in _parts(p)]
-    if any(part.is_meta for part in parts):  # under sequential offload the weights are elsewhere
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    tensors = [tensor for p in parameters for tensor in _plain_tensors(p)]
+    if any(tensor.is_meta for tensor in tensors):  # sequential offload keeps the weights elsewhere
         return "offloaded"
-    heads = [part.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for part in parts]
+    heads = [tensor.detach().flatten()[:16].to("cpu", torch.bfloat16).float() for tensor in tensors]
     return hashlib.sha256(torch.cat(heads).numpy().tobytes()).hexdigest()[:16]
 
 
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A tensor itself; of a quantised (torchao) or sharded one the plain tensors that it consists of."""
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors inside a quantised (torchao) or sharded one; a plain tensor returns itself."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return [part for name in names for part in _parts(getattr(tensor, name))] or [tensor]
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))] or [tensor]
 
 
 def library_versions() -> dict[str, str]:
-    found = {}
+    """Return the versions of ertacache, torch, diffusers and transformers, by name."""
+    versions = {}
     for name in ("ertacache", "torch", "diffusers", "transformers"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def machine() -> str:
-    """One line: the GPU's name, or the processor architecture and the number of cores in use."""
+    """Return the GPU's name, or the processor architecture and the number of usable cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ertacache.caches.block_stack import blocks_of
-from ertacache.caches.fitting import Bench
-from ertacache.caches.registry import PEERS
+from ertacache.caches.fitting import PipelineUnderTest
+from ertacache.caches.registry import CACHES
 from ertacache.caches.third_party import diffusers_cache
 from ertacache.caches.tuning import midpoint, nearest_settings
-from ertacache.pipelines.uncached import stock_latents
+from ertacache.pipelines.uncached import uncached_latents
 
 STEPS, SEEDS = 8, [3, 4]
 OWN = {  # values with which the method engages within eight steps
@@ -30,13 +30,13 @@ OWN = {  # values with which the method engages within eight steps
 
 
 @pytest.fixture(scope="module")
-def bench(room):
-    settings = room.program.settings_of(room.pipe, steps=STEPS)
-    return Bench(room.pipe, settings, room.prompts, batch_size=2)
+def bench(model_folder):
+    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
+    return PipelineUnderTest(model_folder.pipe, settings, model_folder.prompts, batch_size=2)
 
 
 def run(bench):
-    return stock_latents(bench.pipe, bench.prompts, SEEDS, bench.settings)
+    return uncached_latents(bench.pipe, bench.prompts, SEEDS, bench.settings)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +45,17 @@ def uncached(bench):
     return run(bench)[0], bench.flops()
 
 
-def test_the_stock_run_is_the_loop_without_a_plan(room, bench):
+def test_the_stock_run_is_the_loop_without_a_plan(model_folder, bench):
     latents, seconds = run(bench)
-    inputs = room.program.prepare(room.pipe, room.prompts, SEEDS, **bench.settings)
-    assert torch.equal(latents, room.program.denoise(room.pipe, inputs)) and 0 < seconds < 60
+    inputs = model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, **bench.settings)
+    assert torch.equal(latents, model_folder.sampler.denoise(model_folder.pipe, inputs)) and 0 < seconds < 60
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_peer_saves_work_and_leaves_nothing_behind(bench, uncached, name):
-    peer = PEERS[name]
-    if peer.unfit(bench):
-        pytest.skip(peer.unfit(bench))
+    peer = CACHES[name]
+    if peer.reason_not_to_run(bench):
+        pytest.skip(peer.reason_not_to_run(bench))
     (plain, flops), children = uncached, list(dict(bench.model.named_children()))
     with peer.apply(bench, OWN[name]):
         cached, again = run(bench)[0], run(bench)[0]
@@ -66,31 +66,33 @@ def test_a_peer_saves_work_and_leaves_nothing_behind(bench, uncached, name):
 
 
 @pytest.mark.parametrize("name", ["dbcache", "dbcache-taylorseer", "dbcache-mask"])
-def test_cache_dit_says_what_it_needs(room, bench, name, monkeypatch):
-    assert all(peer.package in (None, "cache_dit") for peer in PEERS.values())
+def test_cache_dit_says_what_it_needs(model_folder, bench, name, monkeypatch):
+    assert all(peer.package in (None, "cache_dit") for peer in CACHES.values())
     monkeypatch.setattr("ertacache.caches.registry.find_spec", lambda package: None)
-    known = room.name != "ERTACache4OpenSora1.2"
-    assert ("sh scripts/setup.sh peers" if known else "does not know Open-Sora") in PEERS[name].unfit(bench)
+    known = model_folder.name != "ERTACache4OpenSora1.2"
+    assert ("sh scripts/setup.sh peers" if known else "does not know Open-Sora") in CACHES[name].reason_not_to_run(
+        bench
+    )
 
 
-def test_which_models_a_peer_does_not_fit(room, bench):
-    reasons = {name: PEERS[name].unfit(bench) for name in ("seacache", "fastercache", "t-gate", "pab")}
+def test_which_models_a_peer_does_not_fit(model_folder, bench):
+    reasons = {name: CACHES[name].reason_not_to_run(bench) for name in ("seacache", "fastercache", "t-gate", "pab")}
     assert {name for name, reason in reasons.items() if reason} == {
         "ERTACache4FLUX": {"seacache", "t-gate"},
         "ERTACache4Wan2.1": {"fastercache"},
         "ERTACache4CogVideoX-2B": {"seacache", "t-gate"},
         "ERTACache4OpenSora1.2": {"seacache", "fastercache"},
-    }[room.name]
+    }[model_folder.name]
 
 
-def test_pab_is_diffusers_own_where_a_step_is_one_call(room, bench):
+def test_pab_is_diffusers_own_where_a_step_is_one_call(model_folder, bench):
     """Wan's step is one without guidance. Wide ranges: of eight steps few lie in a window."""
     from diffusers import PyramidAttentionBroadcastConfig
 
-    guidance = 1.0 if room.name == "ERTACache4Wan2.1" else bench.settings["guidance"]
-    single = Bench(bench.pipe, {**bench.settings, "guidance": guidance}, bench.prompts, batch_size=2)
+    guidance = 1.0 if model_folder.name == "ERTACache4Wan2.1" else bench.settings["guidance"]
+    single = PipelineUnderTest(bench.pipe, {**bench.settings, "guidance": guidance}, bench.prompts, batch_size=2)
     ranges = {"spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 6}
-    if room.name == "ERTACache4OpenSora1.2":
+    if model_folder.name == "ERTACache4OpenSora1.2":
         ranges["temporal_attention_block_skip_range"] = 4
     config = PyramidAttentionBroadcastConfig(
         **ranges,
@@ -99,7 +101,7 @@ def test_pab_is_diffusers_own_where_a_step_is_one_call(room, bench):
     )
     with diffusers_cache(single, config):
         theirs, flops = run(single)[0], single.flops()
-    with PEERS["pab"].apply(single, (2, (100, 800), 1)):
+    with CACHES["pab"].apply(single, (2, (100, 800), 1)):
         assert torch.equal(run(single)[0], theirs) and single.flops() == flops
     assert not torch.equal(run(single)[0], theirs) and single.flops() > flops
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ertacache
-from conftest import PICTURES, ROOT, open_room
+from conftest import IMAGES, ROOT, open_model_folder
 from ertacache import BudgetPlan, Plan
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.cli import main
@@ -25,7 +25,7 @@ from helpers import CallCounter, processes
 
 DEMO = str(ROOT / "ERTACache4FLUX" / "demo")
 SHIPPED = ROOT / "ERTACache4FLUX" / "cache"
-PROMPTS = [*PICTURES, "a small green cross at the top on a striped white background", "a big teal ring at the bottom"]
+PROMPTS = [*IMAGES, "a small green cross at the top on a striped white background", "a big teal ring at the bottom"]
 CALL = {"num_inference_steps": 6, "height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": 16}
 FLAGS = ["--steps", 6, "--height", 64, "--width", 64, "--guidance", 3.5, "--set", "max_sequence_length=16"]
 FOUR = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
@@ -34,7 +34,7 @@ FOUR = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 @pytest.fixture(scope="module")
 def pipe():
     """The demo, loaded once."""
-    return open_room("flux").pipe
+    return open_model_folder("flux").pipe
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def files(plans, tmp_path):
     return {speedup: plan.save(tmp_path / f"by-hand-{speedup}.json").name for speedup, plan in plans.items()}
 
 
-def pictures(pipe, plan=None, prompts=PROMPTS, seed=1000, **changes) -> np.ndarray:
-    """By hand: float pictures [N, H, W, 3] of single calls."""
+def images(pipe, plan=None, prompts=PROMPTS, seed=1000, **changes) -> np.ndarray:
+    """By hand: float images [N, H, W, 3] of single calls."""
     ertacache.disable(pipe)
     if plan is not None:
         ertacache.enable(pipe, plan)
@@ -96,9 +96,9 @@ def test_calibrate_makes_the_plans_of_the_library_and_says_what_comes_next(run, 
         for part in (f"{plan.nfe} of 6 calls", f"{plan.predicted_error:.2e}", f"held out {plan.held_out_error:.2e}"):
             assert part in line
     assert len(lines) == 3 and lines[2].startswith("next: ertacache generate ")
-    told = run(*shlex.split(lines[2].removeprefix("next: "))[1:])
-    assert "Last call: 3 steps computed, 3 skipped" in told[1] and "All: 1 calls" in told[1]
-    wanted = media.to_uint8(pictures(pipe, plans[2], PROMPTS[:1]))
+    lines_of_generate = run(*shlex.split(lines[2].removeprefix("next: "))[1:])
+    assert "Last call: 3 steps computed, 3 skipped" in lines_of_generate[1] and "All: 1 calls" in lines_of_generate[1]
+    wanted = media.to_uint8(images(pipe, plans[2], PROMPTS[:1]))
     assert np.array_equal(np.asarray(Image.open("sample/000-budget.png")), wanted[0])
 
 
@@ -179,7 +179,7 @@ def test_inspect_of_a_folder_as_json_is_the_whole_plan(run, plans, tmp_path):
     plans[2].save(tmp_path / "plan" / "plan.json")
     found = json.loads("\n".join(run("inspect", tmp_path / "plan", "--json")))
     wanted = json.loads(json.dumps(dataclasses.asdict(plans[2])))
-    assert wanted.pop("conditions").items() <= found.items() and wanted.items() <= found.items()
+    assert wanted.pop("requirements").items() <= found.items() and wanted.items() <= found.items()
     assert (found["kind"], found["nfe"], found["speedup_nfe"]) == ("budget", 3, 2.0)
 
 
@@ -213,13 +213,13 @@ def test_generate_compares_with_the_same_seeds_and_batches(run, pipe, plans, fil
         lines = run("generate", DEMO, "--plan", files[2], *FOUR, *FLAGS, "--batch-size", 2, "--compare", "--seed", 7)
         hook.remove()
     assert calls.count == 3 * (6 + 3) and order == ([6] * 6 + [3] * 3) * 3  # warm-up, and two batches in turn
-    both = [pictures(pipe, plan, seed=7) for plan in (None, plans[2])]
+    both = [images(pipe, plan, seed=7) for plan in (None, plans[2])]
     for name, wanted in zip(("baseline", "budget"), both, strict=True):
         for j in range(4):
             found = np.asarray(Image.open(f"sample/{j:03d}-{name}.png"), int)
             assert np.abs(found - media.to_uint8(wanted[j])).max() <= 1
     assert len(os.listdir("sample")) == 9 and Image.open("sample/comparison.png").width > 3 * 64
-    assert lines[0] == "4 pictures in sample/" and "3 steps computed, 3 skipped" in lines[1] and "2 calls" in lines[1]
+    assert lines[0] == "4 images in sample/" and "3 steps computed, 3 skipped" in lines[1] and "2 calls" in lines[1]
     assert f"PSNR {mean(psnr, *both):.1f} dB, SSIM {mean(ssim, *both):.4f}" in lines[2]
     ratio, before, after = map(
         float, re.match(r"([\d.]+)× faster calls \(([\d.]+) s → ([\d.]+) s\)", lines[2]).groups()
@@ -228,9 +228,9 @@ def test_generate_compares_with_the_same_seeds_and_batches(run, pipe, plans, fil
 
 
 def test_without_a_plan_it_is_the_uncached_run(run, pipe):
-    assert run("generate", DEMO, "--prompt", PROMPTS[0], *FLAGS, "--out", "here") == ["1 picture in here/"]
+    assert run("generate", DEMO, "--prompt", PROMPTS[0], *FLAGS, "--out", "here") == ["1 image in here/"]
     assert os.listdir("here") == ["000-baseline.png"]
-    wanted = media.to_uint8(pictures(pipe, prompts=PROMPTS[:1]))
+    wanted = media.to_uint8(images(pipe, prompts=PROMPTS[:1]))
     assert np.array_equal(np.asarray(Image.open("here/000-baseline.png")), wanted[0])
 
 
@@ -255,10 +255,10 @@ def test_where_a_run_drifts_more_steps_are_computed(run, pipe, plans, tmp_path):
 def test_a_video(run, tmp_path):
     import imageio.v3 as imageio
 
-    room, prompt = open_room("wan"), "a red circle moving left slowly on a blue background"
+    room, prompt = open_model_folder("wan"), "a red circle moving left slowly on a blue background"
     call = ["--steps", 3, "--frames", 5, "--height", 32, "--width", 32, "--guidance", 4, "--negative-prompt", "blurry"]
     call += ["--set", "max_sequence_length=16"]
-    assert run("generate", room.program.FOLDER / "demo", "--prompt", prompt, *call, "--out", "v") == ["1 video in v/"]
+    assert run("generate", room.sampler.FOLDER / "demo", "--prompt", prompt, *call, "--out", "v") == ["1 video in v/"]
     options = {"height": 32, "width": 32, "num_frames": 5, "guidance": 4.0, "negative_prompt": "blurry"}
     wanted = room.stock(room.pipe, [prompt], [1000], 3, output_type="np", **options)[0]
     found = imageio.imread(tmp_path / "v" / "000-baseline.mp4")
@@ -278,10 +278,10 @@ def test_evaluate_measures_what_a_script_measures(run, pipe, plans, files, tmp_p
     hook.remove()
     turn = [n for n in (6, 2, 3, 3, 2) for _ in range(n)]  # uncached, fewer steps, the plans
     assert order == turn * (2 + 3)
-    rows, reference = json.loads((tmp_path / "rows.json").read_text()), pictures(pipe, prompts=PROMPTS[:2])
-    by_hand = [(2, pictures(pipe, prompts=PROMPTS[:2], num_inference_steps=2))]
-    by_hand += [(3, pictures(pipe, prompts=PROMPTS[:2], num_inference_steps=3))]
-    by_hand += [(plan.nfe, pictures(pipe, plan, PROMPTS[:2])) for plan in plans.values()]
+    rows, reference = json.loads((tmp_path / "rows.json").read_text()), images(pipe, prompts=PROMPTS[:2])
+    by_hand = [(2, images(pipe, prompts=PROMPTS[:2], num_inference_steps=2))]
+    by_hand += [(3, images(pipe, prompts=PROMPTS[:2], num_inference_steps=3))]
+    by_hand += [(plan.nfe, images(pipe, plan, PROMPTS[:2])) for plan in plans.values()]
     assert [row["method"] for row in rows] == ["none", "fewer-steps", "fewer-steps", "budget", "budget"]
     assert rows[0]["psnr"] is None and rows[0]["speedup_end_to_end"] == 1 and "6 of 6" in lines[2]
     for row, (nfe, found), line in zip(rows[1:], by_hand, lines[3:], strict=False):

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -20,7 +21,7 @@ PROMPT = ["--prompt", "a big red star at the left on a plain white background"]
 
 
 @pytest.fixture
-def program(flux, demo, tmp_path, monkeypatch):
+def sampler(flux, demo, tmp_path, monkeypatch):
     """The program with a cache of its own, and the demo loaded once."""
     (tmp_path / "room" / "cache").mkdir(parents=True)
     shutil.copytree(flux.FOLDER / "prompts", tmp_path / "room" / "prompts")
@@ -30,14 +31,14 @@ def program(flux, demo, tmp_path, monkeypatch):
     return flux
 
 
-def run(program, *arguments):
-    run_program(lambda: model_folder.generate(program, [str(a) for a in arguments]))
+def run(sampler, *arguments):
+    run_program(lambda: model_folder.main(sampler, [str(a) for a in arguments]))
 
 
-def refused(program, capsys, out, *arguments):
+def refused(sampler, capsys, out, *arguments):
     """The message of a refusal, after checking its form."""
     with pytest.raises(SystemExit) as stop:
-        run(program, *arguments)
+        run(sampler, *arguments)
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line]
     assert stop.value.code == 2 and captured.out == ""
@@ -47,11 +48,11 @@ def refused(program, capsys, out, *arguments):
     return lines[-1]
 
 
-def test_a_new_threshold_is_calibrated_stored_and_used_again(program, tmp_path, capsys):
+def test_a_new_threshold_is_calibrated_stored_and_used_again(sampler, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
     out = tmp_path / "sample"
     arguments = [*PROMPT, "--steps", 8, "--threshold", 0.3, "--out", out]
-    run(program, *arguments, "--calibration-prompts", tmp_path / "few.txt", "--compare")
+    run(sampler, *arguments, "--calibration-prompts", tmp_path / "few.txt", "--compare")
     assert sorted(p.name for p in (tmp_path / "room" / "cache").iterdir()) == [
         "demo-8-0.3.json",
         "demo-8-0.3.safetensors",
@@ -68,34 +69,34 @@ def test_a_new_threshold_is_calibrated_stored_and_used_again(program, tmp_path, 
     assert set(metrics["quality"]["prompt_accuracy"]) == {"baseline", "cached"}
     stored = (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes()
     capsys.readouterr()
-    run(program, *arguments)
+    run(sampler, *arguments)
     assert (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes() == stored
     assert "calibrating" not in capsys.readouterr().err
     assert json.loads((out / "metrics.json").read_text())["latency_s"]["baseline"] is None
 
 
-def test_a_speedup_spends_exactly_its_calls(program, tmp_path):
+def test_a_speedup_spends_exactly_its_calls(sampler, tmp_path):
     (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
     arguments = [*PROMPT, "--steps", 8, "--calibration-prompts", tmp_path / "few.txt", "--out", tmp_path / "out"]
-    run(program, *arguments, "--speedup", 2, "--compare")
+    run(sampler, *arguments, "--speedup", 2, "--compare")
     assert (tmp_path / "room" / "cache" / "demo-8-budget-4.json").exists()
     names = ["000-baseline.png", "000-budget.png", "comparison.png", "metrics.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["method"], metrics["nfe"], metrics["plan"]) == ("budget", 4, "cache/demo-8-budget-4.json")
     assert metrics["quality"]["psnr"] > 25
-    run(program, *arguments, "--budget", 4)
+    run(sampler, *arguments, "--budget", 4)
     assert [p.name for p in (tmp_path / "room" / "cache").glob("*.json")] == ["demo-8-budget-4.json"]
 
 
-def test_running_twice_gives_identical_pictures(program, tmp_path):
+def test_running_twice_gives_identical_pictures(sampler, tmp_path):
     for name in ("a", "b"):
-        run(program, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)
+        run(sampler, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)
     assert (tmp_path / "a" / "000-baseline.png").read_bytes() == (tmp_path / "b" / "000-baseline.png").read_bytes()
 
 
-def test_a_plan_file_can_be_named(program, tmp_path):
-    run(program, *PROMPT, "--plan", ROOT / "ERTACache4FLUX" / "cache" / shipped(), "--out", tmp_path / "out")
+def test_a_plan_file_can_be_named(sampler, tmp_path):
+    run(sampler, *PROMPT, "--plan", ROOT / "ERTACache4FLUX" / "cache" / shipped(), "--out", tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["nfe"] < 30 and metrics["method"] == "ertacache"
 
@@ -141,13 +142,13 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--model", "gone", *BASELINE], "--model gone: no such directory"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(program, random_directory, tmp_path, capsys, arguments, words):
+def test_bad_input_is_one_line_and_leaves_nothing(sampler, random_directory, tmp_path, capsys, arguments, words):
     (tmp_path / "empty.txt").write_text("# only a comment\n\n")
     names = {"EMPTY": tmp_path / "empty.txt", "RANDOM": random_directory}
-    if "cuda" in arguments and __import__("torch").cuda.is_available():
-        return
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
     out = tmp_path / "out"
-    message = refused(program, capsys, out, *[names.get(a, a) for a in arguments], "--out", out)
+    message = refused(sampler, capsys, out, *[names.get(a, a) for a in arguments], "--out", out)
     assert words in message, message
     assert not list((tmp_path / "room" / "cache").iterdir())
 
@@ -159,28 +160,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(program, random_directory, tmp
         (["--model", "RANDOM"], "the plan is for another model"),
     ],
 )
-def test_a_plan_for_something_else_is_refused(program, random_directory, tmp_path, capsys, arguments, words):
+def test_a_plan_for_something_else_is_refused(sampler, random_directory, tmp_path, capsys, arguments, words):
     plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
     arguments = [random_directory if a == "RANDOM" else a for a in arguments]
     out = tmp_path / "out"
-    assert words in refused(program, capsys, out, *PROMPT, *arguments, "--plan", plan, "--out", out)
+    assert words in refused(sampler, capsys, out, *PROMPT, *arguments, "--plan", plan, "--out", out)
 
 
-def test_another_guidance_or_size_is_one_warning(program, tmp_path):
+def test_another_guidance_or_size_is_one_warning(sampler, tmp_path):
     plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
     with pytest.warns(UserWarning, match="guidance 3.5, now 2.0") as caught:
-        run(program, *PROMPT, "--guidance", 2, "--height", 32, "--plan", plan, "--out", tmp_path / "out")
+        run(sampler, *PROMPT, "--guidance", 2, "--height", 32, "--plan", plan, "--out", tmp_path / "out")
     assert len([w for w in caught if w.category is UserWarning]) == 1 and "height 64, now 32" in str(caught[0].message)
 
 
-def test_other_weights_of_the_same_architecture_are_one_warning(program, demo, tmp_path, monkeypatch):
+def test_other_weights_of_the_same_architecture_are_one_warning(sampler, demo, tmp_path, monkeypatch):
     plan = ROOT / "ERTACache4FLUX" / "cache" / shipped()
     other = copy.deepcopy(demo.transformer)
     other.proj_out.bias.data += 1
     pipe = FluxPipeline(**{**demo.components, "transformer": other})
-    monkeypatch.setattr(program, "load", lambda *_: pipe)
+    monkeypatch.setattr(sampler, "load", lambda *_: pipe)
     with pytest.warns(UserWarning, match="calibrated on other weights"):
-        run(program, *PROMPT, "--plan", plan, "--out", tmp_path / "out")
+        run(sampler, *PROMPT, "--plan", plan, "--out", tmp_path / "out")
 
 
 BREAKAGES = {
@@ -195,34 +196,34 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_half_downloaded_model_is_named(program, random_directory, tmp_path, capsys, breakage):
+def test_a_half_downloaded_model_is_named(sampler, random_directory, tmp_path, capsys, breakage):
     damage, words = BREAKAGES[breakage]
     model = shutil.copytree(random_directory, tmp_path / "model")
     damage(model)
     out = tmp_path / "out"
-    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", model, "--out", out)
+    message = refused(sampler, capsys, out, *PROMPT, *BASELINE, "--model", model, "--out", out)
     assert words in message and str(model) in message
 
 
-def test_another_pipeline_class_is_named(program, random_directory, tmp_path, capsys):
+def test_another_pipeline_class_is_named(sampler, random_directory, tmp_path, capsys):
     model = shutil.copytree(random_directory, tmp_path / "model")
     index = (model / "model_index.json").read_text().replace('"FluxPipeline"', '"WanPipeline"')
     (model / "model_index.json").write_text(index)
-    message = refused(program, capsys, tmp_path / "o", *PROMPT, *BASELINE, "--model", model, "--out", tmp_path / "o")
-    assert "holds a WanPipeline, this folder runs FluxPipeline" in message
+    message = refused(sampler, capsys, tmp_path / "o", *PROMPT, *BASELINE, "--model", model, "--out", tmp_path / "o")
+    assert "holds a WanPipeline, not a FluxPipeline" in message
 
 
-def test_a_hub_id_without_a_network_is_one_line(program, tmp_path, capsys, monkeypatch):
+def test_a_hub_id_without_a_network_is_one_line(sampler, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     out = tmp_path / "out"
-    message = refused(program, capsys, out, *PROMPT, *BASELINE, "--model", "nobody/no-such-model", "--out", out)
-    assert "cannot load --model nobody/no-such-model" in message and "network" in message
+    message = refused(sampler, capsys, out, *PROMPT, *BASELINE, "--model", "nobody/no-such-model", "--out", out)
+    assert "cannot load nobody/no-such-model" in message and "network" in message
 
 
-def test_an_unwritable_output_folder_is_named_before_any_work(program, tmp_path, capsys):
+def test_an_unwritable_output_folder_is_named_before_any_work(sampler, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "sample"
-    assert f"cannot write to {out}" in refused(program, capsys, out, *PROMPT, *BASELINE, "--out", out)
+    assert f"cannot write to {out}" in refused(sampler, capsys, out, *PROMPT, *BASELINE, "--out", out)
 
 
 def test_run_sh_is_the_main_job(tmp_path):

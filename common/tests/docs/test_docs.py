@@ -15,7 +15,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("ERTACache4*/README.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(\.\./)?(scripts|common|cache|ERTACache4[^/]+)(/|$)|.*\.(py|sh)$")  # words that name a file
-OUTPUTS = {"--out", "--json", "--csv", "--markdown", "--picture", "-o"}  # the word behind them is written, not read
+OUTPUTS = {"--out", "--json", "--csv", "--markdown", "--image", "-o"}  # the word behind them is written, not read
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -26,7 +26,7 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text())
 
 
-def anchors(page: Path) -> set[str]:
+def history_length(page: Path) -> set[str]:
     """Of the headings, as the repository's web view and the site make them."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -60,7 +60,7 @@ def test_links_lead_somewhere(page):
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.exists() and file.is_relative_to(ROOT), target
-        assert not anchor or anchor in anchors(file), target
+        assert not anchor or anchor in history_length(file), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

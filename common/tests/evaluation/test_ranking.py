@@ -1,6 +1,6 @@
 import pytest
 
-from ertacache.evaluation.ranking import margin, markdown, ordered, reaches, standing
+from ertacache.evaluation.ranking import margin, markdown, ordered, ranking, reaches
 
 
 def row(label, family, asked=2, speedup=2.0, folder="room", **values):
@@ -25,7 +25,7 @@ ROWS = [
 
 
 def places(*arguments):
-    return [(place, found["label"]) for place, found in standing(ROWS, *arguments)]
+    return [(place, found["label"]) for place, found in ranking(ROWS, *arguments)]
 
 
 def test_ties_share_a_place_and_the_slow_have_none():
@@ -58,7 +58,7 @@ def test_speedup_is_by_flops_and_by_calls_where_flops_are_missing(flops, calls, 
 
 
 def test_rows_without_an_asked_speedup_are_not_ranked():
-    assert standing(ROWS, "room", None, "psnr") == [] and ordered(ROWS)[0] == (None, ROWS[0])
+    assert ranking(ROWS, "room", None, "psnr") == [] and ordered(ROWS)[0] == (None, ROWS[0])
 
 
 def test_markdown_marks_the_best_of_what_is_ranked():

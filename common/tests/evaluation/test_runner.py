@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,19 @@ import pytest
 
 from conftest import ROOT
 from ertacache import UserError
-from ertacache.caches.registry import PEERS
+from ertacache.caches.registry import CACHES
 from ertacache.calibration.budget import BudgetCalibration
-from ertacache.evaluation.method import Candidate
+from ertacache.calibration.session import CalibrationSession
+from ertacache.evaluation.method import Method
 from ertacache.evaluation.metrics import Clip, latent_psnr
 from ertacache.evaluation.runner import Evaluation
-from ertacache.utils.shelf import Shelf
-from toy import Pipe, Program
+from toy import Pipe, ToySampler
 
 A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
 SETTINGS = {"steps": 12}
 
 
-class Pictures(Program):
+class Images(ToySampler):
     """Latents of 16 × 16 rows of three, shown as they are."""
 
     FOLDER = Path("toy")
@@ -37,19 +36,20 @@ class Pictures(Program):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    options = Namespace(batch_size=2, model="toy")
-    return Evaluation(Pictures(), Pipe(A), ["a", "b", "c"], range(3), SETTINGS, options, work=tmp_path, exact=True)
+    options = {"model": "toy", "batch_size": 2, "work": tmp_path, "exact": True}
+    return Evaluation(Images(), Pipe(A), ["a", "b", "c"], range(3), SETTINGS, **options)
 
 
 def plan(tmp_path, target):
-    options = {"settings": SETTINGS, "batch_size": 4, "work": tmp_path, "progress": False, "target": target}
-    return BudgetCalibration(Pictures(), Pipe(A), list("defghijk"), range(10, 18), **options).plans([6])[6]
+    options = {"settings": SETTINGS, "batch_size": 4, "work": tmp_path, "progress": False}
+    session = CalibrationSession(Images(), Pipe(A), list("defghijk"), range(10, 18), **options)
+    return BudgetCalibration(session, target).plans([6])[6]
 
 
 def test_both_distances_say_what_a_plan_aims_at(evaluation, tmp_path):
     uncached = evaluation.row(evaluation.uncached())
     plans = (evaluation.planned("budget", target, plan(tmp_path, target)) for target in ("exact", "reference"))
-    exact, reference = (evaluation.row(candidate, asked=2) for candidate in plans)
+    exact, reference = (evaluation.row(candidate, target=2) for candidate in plans)
     assert uncached["psnr"] is None and uncached["latent_psnr"] is None and uncached["nfe"] == 12
     assert reference["psnr"] > exact["psnr"] and reference["latent_psnr"] > exact["latent_psnr"]
     assert exact["exact_psnr"] > uncached["exact_psnr"] + 6 and exact["nfe"] == 6
@@ -72,22 +72,12 @@ def test_finished_rows_are_not_measured_again(evaluation):
 
     def run(part, on_step=None):
         calls.append(part)
-        return evaluation.own()(part)
+        return evaluation.in_loop()(part)
 
-    candidate = Candidate("same", "same", "peer", run, run, SETTINGS)
-    first = evaluation.row(candidate, asked=2)
+    candidate = Method("same", "same", "peer", run, run, SETTINGS)
+    first = evaluation.row(candidate, target=2)
     assert calls == [slice(0, 2), slice(2, 4)] and first["latent_psnr"] is None and first["speedup_nfe"] == 1
-    assert evaluation.row(candidate, asked=3) == {**first, "asked": 3} and len(calls) == 2
-
-
-def test_a_shelf_keeps_values_and_arrays_by_key_and_identity(tmp_path):
-    made = []
-    shelf, other = Shelf(tmp_path, "one"), Shelf(tmp_path, "two")
-    for place in (shelf, shelf, other):
-        assert place.keep(["a", 1], lambda: made.append("value") or {"x": [1.5, None]}) == {"x": [1.5, None]}
-        kept = place.keep_arrays("b", lambda: made.append("arrays") or {"y": np.arange(3)})
-        assert np.array_equal(kept["y"], [0, 1, 2])
-    assert made == ["value", "arrays", "value", "arrays"]
+    assert evaluation.row(candidate, target=3) == {**first, "asked": 3} and len(calls) == 2
 
 
 def test_latency_is_measured_in_turn_with_the_uncached_run(evaluation):
@@ -96,11 +86,11 @@ def test_latency_is_measured_in_turn_with_the_uncached_run(evaluation):
     def timed(name, seconds):
         def run(part, on_step=None):
             order.append(name)
-            return evaluation.own()(part)._replace(seconds=seconds)
+            return evaluation.in_loop()(part)._replace(seconds=seconds)
 
         return run
 
-    candidate = Candidate("half", "half", "peer", timed("B", 0.5), timed("A", 1.0), SETTINGS)
+    candidate = Method("half", "half", "peer", timed("B", 0.5), timed("A", 1.0), SETTINGS)
     found = evaluation.latency(candidate)
     assert "".join(order) == "ABABABAB" and found["latency_s"] == 0.5 and found["speedup_latency"] == 2
     assert found["end_to_end_s"] > 0 and found["speedup_end_to_end"] > 0
@@ -156,7 +146,7 @@ def test_the_table_of_the_demo(tmp_path):
     assert [row["method"] for row in rows] == ["none", "fewer-steps", "budget", "first-block"]
     assert [row["nfe"] for row in rows[:3]] == [30, 10, 10] and budget["psnr"] > fewer["psnr"] + 6
     assert budget["speedup_flops"] == pytest.approx(3, rel=0.01) and budget["exact_psnr"] is None
-    assert peer["label"] == f"first-block ({PEERS['first-block'].written(peer['settings']['value'])})"
+    assert peer["label"] == f"first-block ({CACHES['first-block'].written(peer['settings']['value'])})"
     assert 2 < peer["speedup_flops"] < 4.5 and peer["nfe"] == pytest.approx(30 / peer["speedup_flops"])
     assert 25 < peer["psnr"] < 70 and none["psnr"] is None and none["speedup_latency"] == 1
     assert all((tmp_path / path).exists() for row in rows for path in row["samples"]) and len(none["samples"]) == 1

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import FOLDERS, ROOT
-from ertacache.demos.model_folder import world
+from ertacache.demos.model_folder import grammar_of
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.plan import Plan
-from ertacache.plans.requirements import Conditions
+from ertacache.plans.requirements import Requirements
 from ertacache.plans.threshold import ThresholdPlan
 from ertacache.utils.media import to_uint8
 from ertacache.utils.provenance import fingerprint
@@ -24,14 +24,14 @@ STEPS = 8
 SITES = ["output", "blocks"]
 
 
-def prepare(room, steps=STEPS, **settings):
-    return room.program.prepare(room.pipe, room.prompts, SEEDS, steps=steps, **settings)
+def prepare(model_folder, steps=STEPS, **settings):
+    return model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, steps=steps, **settings)
 
 
-def make_plan(room, inputs, cached, site="output", **changes):
-    settings = room.program.settings_of(room.pipe, steps=STEPS)
-    conditions = Conditions.of(room.pipe, settings.pop("steps"), settings)
-    return ThresholdPlan(conditions, 0.1, cached, site, tuple(inputs.sigmas.tolist()), **changes)
+def make_plan(model_folder, inputs, cached, site="output", **changes):
+    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
+    requirements = Requirements.of(model_folder.pipe, settings.pop("steps"), settings)
+    return ThresholdPlan(requirements, 0.1, cached, site, tuple(inputs.sigmas.tolist()), **changes)
 
 
 def blocks_of(transformer):
@@ -46,171 +46,186 @@ def hooks_of(module):
     ("steps", "count", "dtype"),
     [(8, 1, torch.float32), (8, 2, torch.float32), (8, 2, torch.bfloat16), (30, 1, torch.float32)],
 )
-def test_without_a_plan_it_is_the_stock_pipeline_bit_for_bit(room, steps, count, dtype):
-    pipe = room.pipe if dtype == torch.float32 else room.program.load("demo", dtype=dtype)
-    prompts, seeds = room.prompts[:count], SEEDS[:count]
-    ours = room.program.denoise(pipe, room.program.prepare(pipe, prompts, seeds, steps=steps))
-    assert torch.equal(ours, room.stock(pipe, prompts, seeds, steps))
+def test_without_a_plan_it_is_the_stock_pipeline_bit_for_bit(model_folder, steps, count, dtype):
+    pipe = model_folder.pipe if dtype == torch.float32 else model_folder.sampler.load("demo", dtype=dtype)
+    prompts, seeds = model_folder.prompts[:count], SEEDS[:count]
+    ours = model_folder.sampler.denoise(pipe, model_folder.sampler.prepare(pipe, prompts, seeds, steps=steps))
+    assert torch.equal(ours, model_folder.stock(pipe, prompts, seeds, steps))
 
 
-def test_decoding_is_the_stock_pipelines(room):
-    inputs = prepare(room)
-    ours = room.program.decode(room.pipe, room.program.denoise(room.pipe, inputs), inputs)
-    assert np.array_equal(ours, room.stock(room.pipe, room.prompts, SEEDS, STEPS, output_type="np"))
-
-
-@pytest.mark.parametrize("site", SITES)
-def test_an_empty_plan_is_no_plan_exactly(room, site):
-    inputs = prepare(room)
-    empty = make_plan(room, inputs, (), site=site)
-    assert torch.equal(room.program.denoise(room.pipe, inputs, empty), room.program.denoise(room.pipe, inputs))
+def test_decoding_is_the_stock_pipelines(model_folder):
+    inputs = prepare(model_folder)
+    ours = model_folder.sampler.decode(
+        model_folder.pipe, model_folder.sampler.denoise(model_folder.pipe, inputs), inputs
+    )
+    assert np.array_equal(
+        ours, model_folder.stock(model_folder.pipe, model_folder.prompts, SEEDS, STEPS, output_type="np")
+    )
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_cached_steps_make_no_model_call(room, site):
-    inputs = prepare(room)
-    plan, model = make_plan(room, inputs, (1, 2, 5), site=site), room.pipe.transformer
+def test_an_empty_plan_is_no_plan_exactly(model_folder, site):
+    inputs = prepare(model_folder)
+    empty = make_plan(model_folder, inputs, (), site=site)
+    assert torch.equal(
+        model_folder.sampler.denoise(model_folder.pipe, inputs, empty),
+        model_folder.sampler.denoise(model_folder.pipe, inputs),
+    )
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_cached_steps_make_no_model_call(model_folder, site):
+    inputs = prepare(model_folder)
+    plan, model = make_plan(model_folder, inputs, (1, 2, 5), site=site), model_folder.pipe.transformer
     with CallCounter(model) as whole, CallCounter(blocks_of(model)[0]) as blocks:
-        room.program.denoise(room.pipe, inputs)
+        model_folder.sampler.denoise(model_folder.pipe, inputs)
         uncached = whole.count
-        room.program.denoise(room.pipe, inputs, plan)
+        model_folder.sampler.denoise(model_folder.pipe, inputs, plan)
     cached = whole.count - uncached
     assert blocks.count == whole.count and plan.nfe == STEPS - 3
     assert cached / uncached == plan.nfe / STEPS  # in calls: one or, with separate guidance branches, two a step
 
 
-def test_a_budget_plan_makes_exactly_its_calls(room):
-    inputs, model = prepare(room), room.pipe.transformer
-    settings = room.program.settings_of(room.pipe, steps=STEPS)
-    conditions = Conditions.of(room.pipe, settings.pop("steps"), settings)
+def test_a_budget_plan_makes_exactly_its_calls(model_folder):
+    inputs, model = prepare(model_folder), model_folder.pipe.transformer
+    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
+    requirements = Requirements.of(model_folder.pipe, settings.pop("steps"), settings)
     grid, computed = tuple(inputs.sigmas.tolist()), (0, 1, 4, 6)
-    pairs = [room.program.first_order(room.pipe, inputs, i, k) for i, k in ((0, 1), (1, 4), (4, 6), (6, 8))]
-    plan = BudgetPlan(conditions, computed, tuple((w,) for _, w in pairs), grid, scale=tuple(a for a, _ in pairs))
+    pairs = [
+        model_folder.sampler.first_order(model_folder.pipe, inputs, i, k) for i, k in ((0, 1), (1, 4), (4, 6), (6, 8))
+    ]
+    plan = BudgetPlan(requirements, computed, tuple((w,) for _, w in pairs), grid, scale=tuple(a for a, _ in pairs))
     seen = []
     with CallCounter(model) as whole:
-        room.program.denoise(room.pipe, inputs)
+        model_folder.sampler.denoise(model_folder.pipe, inputs)
         uncached = whole.count
-        x = room.program.denoise(room.pipe, inputs, plan, lambda i, x, v: seen.append((i, x, v)))
+        x = model_folder.sampler.denoise(model_folder.pipe, inputs, plan, lambda i, x, v: seen.append((i, x, v)))
     assert (whole.count - uncached) / uncached == len(computed) / STEPS and [i for i, *_ in seen] == list(computed)
     (_, x0, v0), (_, x1, _) = seen[:2]
     assert torch.allclose(x1, pairs[0][0] * x0 + pairs[0][1] * v0, atol=1e-5) and x.isfinite().all()
 
 
-def test_output_site_is_eq_5_and_6(room):
-    seen, inputs = [], prepare(room)
-    room.program.denoise(room.pipe, inputs, make_plan(room, inputs, (2, 3)), lambda i, x, v: seen.append((x, v)))
+def test_output_site_is_eq_5_and_6(model_folder):
+    seen, inputs = [], prepare(model_folder)
+    model_folder.sampler.denoise(
+        model_folder.pipe, inputs, make_plan(model_folder, inputs, (2, 3)), lambda i, x, v: seen.append((x, v))
+    )
     (x1, v1), (x2, v2), (x3, v3) = seen[1:4]
     assert torch.equal(v2, x2 + (v1 - x1)) and torch.equal(v3, x3 + (v1 - x1))
 
 
-def test_blocks_site_reuses_nothing_but_the_residual_of_the_blocks(room):
+def test_blocks_site_reuses_nothing_but_the_residual_of_the_blocks(model_folder):
     """With the residual of this very step, the model without its blocks gives the model's own output."""
-    inputs = prepare(room)
-    with room.program.open_site(room.pipe, inputs, "blocks") as site:
+    inputs = prepare(model_folder)
+    with model_folder.sampler.open_site(model_folder.pipe, inputs, "blocks") as site:
         x, t = inputs.latents, inputs.times[2]
-        v = room.program.velocity(room.pipe, inputs, x, t)
+        v = model_folder.sampler.velocity(model_folder.pipe, inputs, x, t)
         assert torch.allclose(site.reuse(x, t, site.residual(x, v)), v, atol=5e-5)
 
 
-def test_rectification_and_grid_of_the_plan_are_used(room):
-    inputs = prepare(room)
-    plain = make_plan(room, inputs, (2, 3))
+def test_rectification_and_grid_of_the_plan_are_used(model_folder):
+    inputs = prepare(model_folder)
+    plain = make_plan(model_folder, inputs, (2, 3))
     k, b = [0.0] * STEPS, [-2.0] * STEPS
     k[2], b[2] = 0.4, -1.96
     rectified = replace(plain, k=tuple(k), b=tuple(b), rectified=True)
     seen = {}
-    room.program.denoise(room.pipe, inputs, rectified, lambda i, x, v: seen.update({i: (x, v)}))
+    model_folder.sampler.denoise(model_folder.pipe, inputs, rectified, lambda i, x, v: seen.update({i: (x, v)}))
     raw = seen[2][0] + (seen[1][1] - seen[1][0])
     assert torch.allclose(seen[2][1], raw - (0.1 * raw + 0.01), atol=1e-5)
     phi = tuple(0.5 if i == 2 else 1.0 for i in range(STEPS))
     adjusted = replace(plain, phi=phi, phi_definition="velocity")
-    moved = room.program.denoise(room.pipe, inputs, adjusted)
-    assert moved.isfinite().all() and not torch.equal(moved, room.program.denoise(room.pipe, inputs, plain))
+    moved = model_folder.sampler.denoise(model_folder.pipe, inputs, adjusted)
+    assert moved.isfinite().all() and not torch.equal(
+        moved, model_folder.sampler.denoise(model_folder.pipe, inputs, plain)
+    )
 
 
-def test_another_grid_keeps_the_ends_and_returns_the_native_one_untouched(room):
-    inputs = prepare(room)
+def test_another_grid_keeps_the_ends_and_returns_the_native_one_untouched(model_folder):
+    inputs = prepare(model_folder)
     assert torch.equal(inputs.on(inputs.sigmas.clone()).times, inputs.times)
     grid = inputs.sigmas.clone()
     grid[2] = (grid[1] + grid[2]) / 2
     native, times = inputs.times.tolist(), inputs.on(grid).times.tolist()
-    cut = 1 if room.name == "ERTACache4Wan2.1" else 1e-2  # UniPC cuts its native times to whole numbers
+    cut = 1 if model_folder.name == "ERTACache4Wan2.1" else 1e-2  # UniPC cuts its native times to whole numbers
     assert times[0] == pytest.approx(native[0], abs=cut) and times[3] == pytest.approx(native[3], abs=cut)
     assert native[2] < times[2] < native[1]
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_batch_gives_what_single_prompts_give(room, site):
-    inputs = prepare(room)
-    plan = make_plan(room, inputs, (1, 2, 4), site=site)
-    together = room.program.denoise(room.pipe, inputs, plan)
-    for row, (prompt, seed) in enumerate(zip(room.prompts, SEEDS, strict=True)):
-        alone = room.program.denoise(room.pipe, room.program.prepare(room.pipe, [prompt], [seed], steps=STEPS), plan)
+def test_a_batch_gives_what_single_prompts_give(model_folder, site):
+    inputs = prepare(model_folder)
+    plan = make_plan(model_folder, inputs, (1, 2, 4), site=site)
+    together = model_folder.sampler.denoise(model_folder.pipe, inputs, plan)
+    for row, (prompt, seed) in enumerate(zip(model_folder.prompts, SEEDS, strict=True)):
+        alone = model_folder.sampler.denoise(
+            model_folder.pipe, model_folder.sampler.prepare(model_folder.pipe, [prompt], [seed], steps=STEPS), plan
+        )
         assert torch.allclose(alone[0], together[row], atol=5e-4)
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_no_state_is_left_after_a_run_or_an_interrupted_one(room, site):
-    inputs = prepare(room)
-    plan = make_plan(room, inputs, (1, 2, 4), site=site)
-    before = hooks_of(room.pipe.transformer)
-    first = room.program.denoise(room.pipe, inputs, plan)
+def test_no_state_is_left_after_a_run_or_an_interrupted_one(model_folder, site):
+    inputs = prepare(model_folder)
+    plan = make_plan(model_folder, inputs, (1, 2, 4), site=site)
+    before = hooks_of(model_folder.pipe.transformer)
+    first = model_folder.sampler.denoise(model_folder.pipe, inputs, plan)
 
     def interrupt(i, x, v):
         if i == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        room.program.denoise(room.pipe, inputs, plan, interrupt)
-    assert hooks_of(room.pipe.transformer) == before
-    assert torch.equal(room.program.denoise(room.pipe, inputs, plan), first)
+        model_folder.sampler.denoise(model_folder.pipe, inputs, plan, interrupt)
+    assert hooks_of(model_folder.pipe.transformer) == before
+    assert torch.equal(model_folder.sampler.denoise(model_folder.pipe, inputs, plan), first)
 
 
-def test_the_shipped_plans_belong_to_the_shipped_demo(room):
-    paths = sorted((room.program.FOLDER / "cache").glob("demo-*.json"))
+def test_the_shipped_plans_belong_to_the_shipped_demo(model_folder):
+    paths = sorted((model_folder.sampler.FOLDER / "cache").glob("demo-*.json"))
     assert len(paths) >= 4
-    settings = room.program.settings_of(room.pipe)
-    run = Conditions.of(room.pipe, settings.pop("steps"), settings | {"dtype": "float32"})
+    settings = model_folder.sampler.settings_of(model_folder.pipe)
+    run = Requirements.of(model_folder.pipe, settings.pop("steps"), settings | {"dtype": "float32"})
     for path in paths:
         plan = Plan.load(path)
         plan.check(run, remedy="")
-        assert plan.provenance["weights"] == fingerprint(room.pipe), path.name
+        assert plan.provenance["weights"] == fingerprint(model_folder.pipe), path.name
 
 
 @pytest.mark.parametrize("kind", [*SITES, "reference"])
-def test_the_shipped_plan_beats_fewer_steps(room, kind):
+def test_the_shipped_plan_beats_fewer_steps(model_folder, kind):
     """On held-out prompts, at about 2×, against the uncached run."""
-    program, pipe, count = room.program, room.pipe, 8
-    steps = program.settings_of(pipe)["steps"]
-    plans = [Plan.load(p) for p in (program.FOLDER / "cache").glob("demo-*.json")]
-    plans = [p for p in plans if kind in (getattr(p, "site", None), getattr(p, "target", None))]
+    sampler, pipe, count = model_folder.sampler, model_folder.pipe, 8
+    steps = sampler.settings_of(pipe)["steps"]
+    plans = [Plan.load(p) for p in (sampler.FOLDER / "cache").glob("demo-*.json")]
+    plans = [p for p in plans if kind == (p.site if p.kind == "threshold" else p.target)]
     plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
-    prompts = [s.caption() for s in world(program).sample_scenes(count, seed=5, held_out=True)]
-    inputs = program.prepare(pipe, prompts, range(count), steps=steps)
-    exact = program.denoise(pipe, inputs)
-    mine = program.denoise(pipe, inputs, plan)
-    fewer = program.denoise(pipe, program.prepare(pipe, prompts, range(count), steps=plan.nfe))
+    prompts = [s.caption() for s in grammar_of(sampler).sample_scenes(count, seed=5, held_out=True)]
+    inputs = sampler.prepare(pipe, prompts, range(count), steps=steps)
+    exact = sampler.denoise(pipe, inputs)
+    mine = sampler.denoise(pipe, inputs, plan)
+    fewer = sampler.denoise(pipe, sampler.prepare(pipe, prompts, range(count), steps=plan.nfe))
     share = 0.1 if kind == "reference" else 1.0  # of the squared error, that is 10 dB
     assert (mine - exact).square().mean() < share * (fewer - exact).square().mean()
 
 
-def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_uncached_run(room):
-    program, pipe = room.program, room.pipe
-    steps = program.settings_of(pipe)["steps"]
-    plan = BudgetPlan.load(program.FOLDER / "cache" / f"demo-{steps}-budget-{steps // 2}-exact.json")
-    inputs = program.prepare(pipe, room.prompts, SEEDS, steps=steps)
-    grid, rate = candidate_grid(inputs.sigmas, 50), rate_of(program, pipe, inputs)
-    solution = integrate(program, pipe, inputs, grid, rate, substeps=2)
-    uncached, planned = (program.denoise(pipe, inputs, p) for p in (None, plan))
+def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_uncached_run(model_folder):
+    sampler, pipe = model_folder.sampler, model_folder.pipe
+    steps = sampler.settings_of(pipe)["steps"]
+    plan = BudgetPlan.load(sampler.FOLDER / "cache" / f"demo-{steps}-budget-{steps // 2}-exact.json")
+    inputs = sampler.prepare(pipe, model_folder.prompts, SEEDS, steps=steps)
+    grid, rate = candidate_grid(inputs.sigmas, 50), rate_of(sampler, pipe, inputs)
+    solution = integrate(sampler, pipe, inputs, grid, rate, substeps=2)
+    uncached, planned = (sampler.denoise(pipe, inputs, p) for p in (None, plan))
     assert plan.nfe == steps // 2
     assert (planned - solution).square().mean() < 0.5 * (uncached - solution).square().mean()
 
 
-def test_the_demo_shows_what_the_prompt_says(room):
-    program, pipe, grammar = room.program, room.pipe, world(room.program)
+def test_the_demo_shows_what_the_prompt_says(model_folder):
+    sampler, pipe, grammar = model_folder.sampler, model_folder.pipe, grammar_of(model_folder.sampler)
     prompts = [s.caption() for s in grammar.sample_scenes(20, seed=6, held_out=True)]
-    inputs = program.prepare(pipe, prompts, range(20), steps=30)
-    results = program.decode(pipe, program.denoise(pipe, inputs), inputs)
+    inputs = sampler.prepare(pipe, prompts, range(20), steps=30)
+    results = sampler.decode(pipe, sampler.denoise(pipe, inputs), inputs)
     assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
 
 
@@ -234,7 +249,7 @@ class TestTheProgramAsText:
 
 
 def test_the_four_loops_read_alike():
-    """Between the rooms only the solver's lines of denoise() differ."""
+    """Between the model_folders only the solver's lines of denoise() differ."""
 
     def loop(folder):
         source = (ROOT / folder / "generate.py").read_text()

@@ -7,13 +7,13 @@ from types import FunctionType
 import pytest
 
 from conftest import FOLDERS, ROOT
-from ertacache.calibration.paused_call import CallProgram
-from ertacache.demos.model_folder import Sampler, StepwiseSampler, load_program
-from toy import Program
+from ertacache.calibration.paused_call import PausedCalls
+from ertacache.demos.model_folder import Sampler, StepwiseSampler, load_model_folder
+from toy import ToySampler
 
 STEPWISE = {"prepare", "denoise", "velocity", "first_order"}
 SAMPLER = STEPWISE | {"settings_of", "open_site", "decode", "load"}
-SAMPLERS = {folder: lambda folder=folder: load_program(ROOT / folder) for folder in FOLDERS} | {"toy": Program}
+SAMPLERS = {folder: lambda folder=folder: load_model_folder(ROOT / folder) for folder in FOLDERS} | {"toy": ToySampler}
 
 
 def functions(protocol) -> dict[str, FunctionType]:
@@ -55,4 +55,4 @@ def test_model_folders_and_the_toy_keep_the_contract(name):
 
 
 def test_a_paused_pipeline_call_is_a_stepwise_sampler():
-    check(CallProgram(None, {}), StepwiseSampler)
+    check(PausedCalls(None, {}), StepwiseSampler)

@@ -1,4 +1,4 @@
-"""The video rooms: schedulers, guidance, sizes, and what a person types."""
+"""The video model_folders: schedulers, guidance, sizes, and what a person types."""
 
 import copy
 import json
@@ -17,9 +17,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from conftest import ROOMS, open_room
+from conftest import MODEL_FOLDERS, open_model_folder
 from ertacache import UserError
-from ertacache.cli import model_folder
+from ertacache.cli.model_folder import main
 from ertacache.demos.model_folder import settings_parameters
 from ertacache.evaluation import metrics
 from ertacache.utils import media
@@ -28,47 +28,47 @@ from ertacache.utils.errors import run_program
 SEEDS = [3, 4]
 
 
-@pytest.fixture(scope="module", params=[key for key in ROOMS if key != "flux"])
-def room(request):
-    return open_room(request.param)
+@pytest.fixture(scope="module", params=[key for key in MODEL_FOLDERS if key != "flux"])
+def model_folder(request):
+    return open_model_folder(request.param)
 
 
-def with_scheduler(room, scheduler):
-    return type(room.pipe)(**{**room.pipe.components, "scheduler": scheduler})
+def with_scheduler(model_folder, scheduler):
+    return type(model_folder.pipe)(**{**model_folder.pipe.components, "scheduler": scheduler})
 
 
-def same_as_stock(room, pipe, steps, guidance=None, **sizes):
-    settings = {name.removeprefix("num_"): value for name, value in {**room.options, **sizes}.items()}
-    guidance = room.guidance if guidance is None else guidance
-    prompts, seeds = (room.prompts, SEEDS) if steps < 10 else (room.prompts[:1], SEEDS[:1])
+def same_as_stock(model_folder, pipe, steps, guidance=None, **sizes):
+    settings = {name.removeprefix("num_"): value for name, value in {**model_folder.options, **sizes}.items()}
+    guidance = model_folder.guidance if guidance is None else guidance
+    prompts, seeds = (model_folder.prompts, SEEDS) if steps < 10 else (model_folder.prompts[:1], SEEDS[:1])
     settings |= {"steps": steps, "guidance": guidance}
-    if "negative_prompt" in settings_parameters(room.program):
+    if "negative_prompt" in settings_parameters(model_folder.sampler):
         settings["negative_prompt"] = ""
-    inputs = room.program.prepare(pipe, prompts, seeds, **settings)
+    inputs = model_folder.sampler.prepare(pipe, prompts, seeds, **settings)
     pipe.set_progress_bar_config(disable=True)
-    stock = room.stock(pipe, prompts, seeds, steps, guidance=guidance, **sizes)
-    return torch.equal(room.program.denoise(pipe, inputs), stock)
+    stock = model_folder.stock(pipe, prompts, seeds, steps, guidance=guidance, **sizes)
+    return torch.equal(model_folder.sampler.denoise(pipe, inputs), stock)
 
 
 # --- parity off the beaten track ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
-def test_guidance_of_any_size_is_the_stock_pipelines(room, guidance):
-    assert same_as_stock(room, room.pipe, 4, guidance)
+def test_guidance_of_any_size_is_the_stock_pipelines(model_folder, guidance):
+    assert same_as_stock(model_folder, model_folder.pipe, 4, guidance)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 60])
-def test_step_counts_that_do_not_divide_1000_are_the_stock_pipelines(room, steps):
-    assert same_as_stock(room, room.pipe, steps)
+def test_step_counts_that_do_not_divide_1000_are_the_stock_pipelines(model_folder, steps):
+    assert same_as_stock(model_folder, model_folder.pipe, steps)
 
 
 @pytest.mark.parametrize("sizes", [{"height": 48, "width": 80}, {"num_frames": 25}, {"num_frames": 1}])
-def test_other_sizes_are_the_stock_pipelines(room, sizes):
-    assert same_as_stock(room, room.pipe, 4, **sizes)
+def test_other_sizes_are_the_stock_pipelines(model_folder, sizes):
+    assert same_as_stock(model_folder, model_folder.pipe, 4, **sizes)
     settings = {name.removeprefix("num_"): value for name, value in sizes.items()}
-    inputs = room.program.prepare(room.pipe, room.prompts, SEEDS, steps=3, **settings)
-    videos = room.program.decode(room.pipe, inputs.latents, inputs)
+    inputs = model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, steps=3, **settings)
+    videos = model_folder.sampler.decode(model_folder.pipe, inputs.latents, inputs)
     wanted = {"frames": 17, "height": 64, "width": 64, **settings}
     assert videos.shape == (2, wanted["frames"], wanted["height"], wanted["width"], 3)
 
@@ -76,65 +76,69 @@ def test_other_sizes_are_the_stock_pipelines(room, sizes):
 @pytest.mark.parametrize("steps", [3, 8, 60])
 @pytest.mark.parametrize("key", ["wan", "cogvideox"])
 def test_the_other_known_scheduler_is_the_stock_pipelines(key, steps):
-    room = open_room(key)
-    config = room.pipe.scheduler.config
+    model_folder = open_model_folder(key)
+    config = model_folder.pipe.scheduler.config
     euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    other = euler if room.name.endswith("2.1") else CogVideoXDPMScheduler.from_config(config)
-    assert same_as_stock(room, with_scheduler(room, other), steps)
+    other = euler if model_folder.name.endswith("2.1") else CogVideoXDPMScheduler.from_config(config)
+    assert same_as_stock(model_folder, with_scheduler(model_folder, other), steps)
 
 
 def test_a_stochastic_scheduler_draws_the_same_noise_in_every_run():
-    room = open_room("cogvideox")
-    pipe = with_scheduler(room, CogVideoXDPMScheduler.from_config(room.pipe.scheduler.config))
-    inputs = room.program.prepare(pipe, room.prompts, SEEDS, steps=5)
-    first, again = (room.program.denoise(pipe, inputs) for _ in range(2))
-    alone = room.program.denoise(pipe, room.program.prepare(pipe, room.prompts[1:], SEEDS[1:], steps=5))
+    model_folder = open_model_folder("cogvideox")
+    pipe = with_scheduler(model_folder, CogVideoXDPMScheduler.from_config(model_folder.pipe.scheduler.config))
+    inputs = model_folder.sampler.prepare(pipe, model_folder.prompts, SEEDS, steps=5)
+    first, again = (model_folder.sampler.denoise(pipe, inputs) for _ in range(2))
+    alone = model_folder.sampler.denoise(
+        pipe, model_folder.sampler.prepare(pipe, model_folder.prompts[1:], SEEDS[1:], steps=5)
+    )
     assert torch.equal(first, again) and torch.allclose(first[1:], alone, atol=5e-4)
 
 
-def test_running_leaves_the_pipelines_scheduler_usable(room):
-    inputs = room.program.prepare(room.pipe, room.prompts, SEEDS, steps=6)
-    before = copy.deepcopy(vars(room.pipe.scheduler))
-    room.program.denoise(room.pipe, inputs)
-    assert repr(before) == repr(vars(room.pipe.scheduler))
+def test_running_leaves_the_pipelines_scheduler_usable(model_folder):
+    inputs = model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, steps=6)
+    before = copy.deepcopy(vars(model_folder.pipe.scheduler))
+    model_folder.sampler.denoise(model_folder.pipe, inputs)
+    assert repr(before) == repr(vars(model_folder.pipe.scheduler))
 
 
 def test_rotary_positions_reach_the_model():
     """CogVideoX-5B has rotary embeddings; a random model of that kind must match its stock pipeline too."""
     from diffusers import CogVideoXTransformer3DModel
 
-    room = open_room("cogvideox")
+    model_folder = open_model_folder("cogvideox")
     torch.manual_seed(0)
-    config = {k: v for k, v in room.pipe.transformer.config.items() if not k.startswith("_")}
+    config = {k: v for k, v in model_folder.pipe.transformer.config.items() if not k.startswith("_")}
     transformer = CogVideoXTransformer3DModel(**{**config, "num_layers": 2, "use_rotary_positional_embeddings": True})
-    scheduler = CogVideoXDPMScheduler.from_config(room.pipe.scheduler.config)
-    pipe = type(room.pipe)(**{**room.pipe.components, "transformer": transformer, "scheduler": scheduler})
-    assert same_as_stock(room, pipe, 4)
+    scheduler = CogVideoXDPMScheduler.from_config(model_folder.pipe.scheduler.config)
+    pipe = type(model_folder.pipe)(
+        **{**model_folder.pipe.components, "transformer": transformer, "scheduler": scheduler}
+    )
+    assert same_as_stock(model_folder, pipe, 4)
 
 
 # --- command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def program(room, tmp_path, monkeypatch):
+def sampler(model_folder, tmp_path, monkeypatch):
     """The program in a folder of its own, with the shipped demo and prompts and an empty cache."""
-    folder = tmp_path / "room"
+    folder = tmp_path / "model_folder"
     (folder / "cache").mkdir(parents=True)
-    shutil.copytree(room.program.FOLDER / "prompts", folder / "prompts")
-    (folder / "demo").symlink_to(room.program.FOLDER / "demo")
-    monkeypatch.setattr(room.program, "FOLDER", folder)
-    return room.program
+    shutil.copytree(model_folder.sampler.FOLDER / "prompts", folder / "prompts")
+    (folder / "demo").symlink_to(model_folder.sampler.FOLDER / "demo")
+    monkeypatch.setattr(model_folder.sampler, "FOLDER", folder)
+    return model_folder.sampler
 
 
-def run(program, *arguments):
-    run_program(lambda: model_folder.generate(program, [str(a) for a in arguments]))
+def run(sampler, *arguments):
+    run_program(lambda: main(sampler, [str(a) for a in arguments]))
 
 
-def test_a_new_threshold_is_calibrated_and_gives_videos_and_a_comparison(program, room, tmp_path):
+def test_a_new_threshold_is_calibrated_and_gives_videos_and_a_comparison(sampler, model_folder, tmp_path):
     (tmp_path / "few.txt").write_text("a red ring\na blue circle moving up slowly\n")
     out = tmp_path / "sample"
     few = ["--steps", 6, "--threshold", 0.9, "--calibration-prompts", tmp_path / "few.txt"]
-    run(program, "--prompt", room.prompts[0], *few, "--compare", "--out", out)
+    run(sampler, "--prompt", model_folder.prompts[0], *few, "--compare", "--out", out)
     names = ["000-baseline.mp4", "000-ertacache.mp4", "comparison.png", "metrics.json"]
     assert sorted(p.name for p in out.iterdir()) == names
     video = imageio.imread(out / "000-baseline.mp4")
@@ -155,10 +159,10 @@ def test_a_new_threshold_is_calibrated_and_gives_videos_and_a_comparison(program
         (["--guidance", "nan"], "--guidance nan"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(program, capsys, tmp_path, flags, words):
+def test_bad_input_is_one_line_and_writes_nothing(sampler, capsys, tmp_path, flags, words):
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        run(program, "--prompt", "a red circle", "--baseline", *flags, "--out", out)
+        run(sampler, "--prompt", "a red circle", "--baseline", *flags, "--out", out)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and lines[-1].startswith("error: ") and words in lines[-1]
     assert not list(out.iterdir())
@@ -167,21 +171,23 @@ def test_bad_input_is_one_line_and_writes_nothing(program, capsys, tmp_path, fla
 @pytest.mark.parametrize("key", ["wan", "cogvideox"])
 @pytest.mark.parametrize(("setting", "value"), [("frames", 18), ("height", 60), ("width", 72)])
 def test_sizes_between_multiples_are_refused(key, setting, value):
-    room = open_room(key)
+    model_folder = open_model_folder(key)
     with pytest.raises(UserError, match=f"--{setting} {value}: must be a multiple of"):
-        room.program.settings_of(room.pipe, **{setting: value})
+        model_folder.sampler.settings_of(model_folder.pipe, **{setting: value})
 
 
 def test_cogvideox_refuses_frames_that_its_vae_would_decode_to_another_number():
-    room = open_room("cogvideox")
+    model_folder = open_model_folder("cogvideox")
     with pytest.raises(UserError, match=r"--frames 13: must be a multiple of 8 plus 1 .* for example 9 or 17"):
-        room.program.settings_of(room.pipe, frames=13)
+        model_folder.sampler.settings_of(model_folder.pipe, frames=13)
 
 
-def test_an_unknown_scheduler_is_named_with_those_that_are_known(room):
-    other = DDIMScheduler() if room.name.endswith("2.1") else DPMSolverMultistepScheduler()
-    with pytest.raises(UserError, match=f"{type(other).__name__}, this loop knows {room.program.SCHEDULERS[0]}"):
-        room.program.settings_of(with_scheduler(room, other))
+def test_an_unknown_scheduler_is_named_with_those_that_are_known(model_folder):
+    other = DDIMScheduler() if model_folder.name.endswith("2.1") else DPMSolverMultistepScheduler()
+    with pytest.raises(
+        UserError, match=f"{type(other).__name__}, this loop knows {model_folder.sampler.SCHEDULERS[0]}"
+    ):
+        model_folder.sampler.settings_of(with_scheduler(model_folder, other))
 
 
 def test_flux_refuses_an_unknown_scheduler_too(flux, demo):
@@ -190,14 +196,16 @@ def test_flux_refuses_an_unknown_scheduler_too(flux, demo):
         flux.settings_of(pipe)
 
 
-def test_a_plan_warns_once_about_other_frames_and_guidance(program, room, tmp_path, recwarn):
+def test_a_plan_warns_once_about_other_frames_and_guidance(sampler, model_folder, tmp_path, recwarn):
     (tmp_path / "few.txt").write_text("a red circle\n")
-    few = ["--prompt", room.prompts[0], "--steps", 4, "--threshold", 0.9, "--out", tmp_path / "out"]
-    run(program, *few, "--calibration-prompts", tmp_path / "few.txt")
+    few = ["--prompt", model_folder.prompts[0], "--steps", 4, "--threshold", 0.9, "--out", tmp_path / "out"]
+    run(sampler, *few, "--calibration-prompts", tmp_path / "few.txt")
     recwarn.clear()
-    run(program, *few, "--frames", 25, "--guidance", 2)
+    run(sampler, *few, "--frames", 25, "--guidance", 2)
     texts = [str(w.message) for w in recwarn if "calibrated at" in str(w.message)]
-    assert len(texts) == 1 and "frames 17, now 25" in texts[0] and f"guidance {room.guidance}, now 2.0" in texts[0]
+    assert (
+        len(texts) == 1 and "frames 17, now 25" in texts[0] and f"guidance {model_folder.guidance}, now 2.0" in texts[0]
+    )
 
 
 # --- measures ----------------------------------------------------------------------------------------------------

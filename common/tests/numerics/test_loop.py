@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ertacache import Conditions, ThresholdPlan
-from toy import Pipe, Program
+from ertacache import Requirements, ThresholdPlan
+from toy import Pipe, ToySampler
 
 A = np.array([[0.8, 0.5], [-0.7, 0.3]])
 EYE = np.eye(2)
@@ -20,16 +20,16 @@ def exponential(matrix):
 
 def run(steps, plan=None):
     """Start and end of the loop, [rows, 2] in float64."""
-    program, pipe = Program(), Pipe(A)
-    inputs = program.prepare(pipe, ["p"], [0], steps=steps)
-    end = program.denoise(pipe, inputs, plan)
+    sampler, pipe = ToySampler(), Pipe(A)
+    inputs = sampler.prepare(pipe, ["p"], [0], steps=steps)
+    end = sampler.denoise(pipe, inputs, plan)
     return inputs.latents[0].double().numpy(), end[0].double().numpy()
 
 
 def make_plan(steps, cached, **changes):
-    conditions = Conditions(steps, {}, {}, {})
+    requirements = Requirements(steps, {}, {}, {})
     native = tuple(np.linspace(1, 0, steps + 1).astype(np.float32).tolist())
-    return ThresholdPlan(conditions, 0.1, cached, "output", native, **changes)
+    return ThresholdPlan(requirements, 0.1, cached, "output", native, **changes)
 
 
 def test_uncached_steps_are_the_product_of_euler_matrices():
@@ -76,6 +76,6 @@ def test_rectification_subtracts_the_line_that_the_plan_holds():
 
 @pytest.mark.parametrize("steps", [3, 7, 30])
 def test_an_empty_plan_equals_no_plan_exactly(steps):
-    program, pipe = Program(), Pipe(A)
-    inputs = program.prepare(pipe, ["p"], [0], steps=steps)
-    assert torch.equal(program.denoise(pipe, inputs, make_plan(steps, ())), program.denoise(pipe, inputs))
+    sampler, pipe = ToySampler(), Pipe(A)
+    inputs = sampler.prepare(pipe, ["p"], [0], steps=steps)
+    assert torch.equal(sampler.denoise(pipe, inputs, make_plan(steps, ())), sampler.denoise(pipe, inputs))

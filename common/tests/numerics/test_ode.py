@@ -3,22 +3,21 @@
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
-from ertacache import BudgetPlan, PlanError, UserError
-from ertacache.calibration.budget import SHIFTS, BudgetCalibration
+from ertacache import BudgetPlan, PlanError
+from ertacache.calibration.budget import SHIFTS
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
-from toy import Pipe, Program
+from helpers import MATRIX as A
+from helpers import TOY_STEPS as STEPS
+from helpers import budget_calibration, refused
+from toy import Pipe, ToySampler
 
-A = np.array([[1.5, 2.0, 0.1], [-1.7, 0.3, 0.4], [0.2, -0.6, 0.9]])
-STEPS = 12
 
-
-def toy(seeds=(50, 51), program=None):
-    program, pipe = program or Program(), Pipe(A)
-    return program, pipe, program.prepare(pipe, ["p"] * len(seeds), seeds, steps=STEPS)
+def toy(seeds=(50, 51), sampler=None):
+    sampler, pipe = sampler or ToySampler(), Pipe(A)
+    return sampler, pipe, sampler.prepare(pipe, ["p"] * len(seeds), seeds, steps=STEPS)
 
 
 def solution(inputs):
@@ -31,48 +30,46 @@ def error(found, inputs):
 
 
 def calibration(tmp_path, target="exact", prompts=8):
-    names, options = [f"p{i}" for i in range(prompts)], {"settings": {"steps": STEPS}, "batch_size": 3}
-    options |= {"work": tmp_path, "progress": False, "target": target}
-    return BudgetCalibration(Program(), Pipe(A), names, list(range(prompts)), **options)
+    return budget_calibration(tmp_path, target, prompts=prompts)
 
 
 def test_the_integral_is_the_matrix_exponential_to_third_order():
-    program, pipe, inputs = toy()
+    sampler, pipe, inputs = toy()
     grid = candidate_grid(inputs.sigmas, 6)
-    errors = [error(integrate(program, pipe, inputs, grid, 1.0, substeps), inputs) for substeps in (1, 2, 4)]
+    errors = [error(integrate(sampler, pipe, inputs, grid, 1.0, substeps), inputs) for substeps in (1, 2, 4)]
     assert errors[2] < 1e-4
     assert all(6 < coarse / fine < 10 for coarse, fine in pairwise(errors))  # 2³
 
 
 def test_it_takes_three_calls_a_substep_and_shows_each_point_once():
-    program, pipe, inputs = toy()
+    sampler, pipe, inputs = toy()
     seen = []
-    integrate(program, pipe, inputs, candidate_grid(inputs.sigmas, 5), 1.0, 2, lambda i, x, v: seen.append((i, x, v)))
+    integrate(sampler, pipe, inputs, candidate_grid(inputs.sigmas, 5), 1.0, 2, lambda i, x, v: seen.append((i, x, v)))
     assert pipe.transformer.calls == 3 * 2 * 5 and [i for i, _, _ in seen] == list(range(5))
     assert all(torch.equal(v, pipe.transformer(x)) for _, x, v in seen) and torch.equal(seen[0][1], inputs.latents)
 
 
 def test_the_model_is_asked_at_the_times_of_the_stages_and_never_at_the_data():
-    class Watching(Program):
+    class Watching(ToySampler):
         def velocity(self, pipe, inputs, x, t):
             asked.append(t.item())
             return super().velocity(pipe, inputs, x, t)
 
-    asked, (program, pipe, inputs) = [], toy(program=Watching())
-    integrate(program, pipe, inputs, torch.tensor([1.0, 0.4, 0.0]), 1.0, 1)
+    asked, (sampler, pipe, inputs) = [], toy(sampler=Watching())
+    integrate(sampler, pipe, inputs, torch.tensor([1.0, 0.4, 0.0]), 1.0, 1)
     assert asked == pytest.approx([1, 0.7, 0.55, 0.4, 0.2, 0.1], abs=1e-6)
 
 
 def test_substeps_double_until_the_solution_settles():
-    program, pipe, inputs = toy()
-    assert settled_substeps(program, pipe, inputs, candidate_grid(inputs.sigmas, 24), 1.0) == 1
-    assert settled_substeps(program, pipe, inputs, candidate_grid(inputs.sigmas, 1), 1.0) > 2
+    sampler, pipe, inputs = toy()
+    assert settled_substeps(sampler, pipe, inputs, candidate_grid(inputs.sigmas, 24), 1.0) == 1
+    assert settled_substeps(sampler, pipe, inputs, candidate_grid(inputs.sigmas, 1), 1.0) > 2
 
-    class Restless(Program):
+    class Restless(ToySampler):
         def velocity(self, pipe, inputs, x, t):
             return torch.randn(x.shape) * 100
 
-    with pytest.raises(UserError, match="does not settle with 64 substeps"):
+    with refused("64 substeps", "well trained"):
         settled_substeps(Restless(), pipe, inputs, candidate_grid(inputs.sigmas, 2), 1.0)
 
 
@@ -85,24 +82,24 @@ def test_grids():
 
 
 def test_the_rate_of_euler_and_of_a_rotation():
-    class Turning(Program):
+    class Turning(ToySampler):
         def first_order(self, pipe, inputs, i, k):
             turn = (inputs.sigmas[k] - inputs.sigmas[i]).item() * math.pi / 2
             return math.cos(turn), math.sin(turn)
 
-    program, pipe, inputs = toy()
-    assert rate_of(program, pipe, inputs) == pytest.approx(1)
+    sampler, pipe, inputs = toy()
+    assert rate_of(sampler, pipe, inputs) == pytest.approx(1)
     assert rate_of(Turning(), pipe, inputs) == pytest.approx(math.pi / 2)
 
 
 def test_plans_are_nearer_to_the_solution_than_the_uncached_run_which_they_do_not_imitate(tmp_path):
     made = calibration(tmp_path)
     plans = made.plans([6, 4])
-    program, pipe, inputs = toy()
-    uncached = error(program.denoise(pipe, inputs), inputs)
+    sampler, pipe, inputs = toy()
+    uncached = error(sampler.denoise(pipe, inputs), inputs)
     for budget, plan in plans.items():
         pipe.transformer.calls = 0
-        assert error(program.denoise(pipe, inputs, plan), inputs) < uncached / 3
+        assert error(sampler.denoise(pipe, inputs, plan), inputs) < uncached / 3
         assert pipe.transformer.calls == budget == plan.nfe
         assert plan.target == "exact" and len(plan.sigmas) == 2 * STEPS + 1 and len(plan.native_sigmas) == STEPS + 1
         assert plan.provenance["calibration"]["substeps"] == 1
@@ -117,33 +114,33 @@ def test_both_targets_calibrate_side_by_side(tmp_path):
 
 def test_calibrations_of_one_model_at_a_time_do_not_take_each_others_files(tmp_path):
     one, other = calibration(tmp_path), calibration(tmp_path, "reference")
-    one.reference()
+    one.trajectories()
     other.plans([4])
     other.finish()
     assert one.plans([4])[4].nfe == 4
     same = calibration(tmp_path)
-    same.reference()
+    same.trajectories()
     same.finish()
-    with pytest.raises(UserError, match="vanished, another calibration of the same model used it"):
-        one.replay((0, 5), 3)
+    with refused(same.checkpoints.folder, "start again"):
+        one.rollout((0, 5), 3)
 
 
 def test_the_solution_is_integrated_once_for_all_budgets(tmp_path):
     made = calibration(tmp_path)
-    made.reference()
+    made.trajectories()
     settling, batches = 3 * 2 * STEPS * (1 + 2), 3  # one and two substeps, on the first batch
-    assert made.pipe.transformer.calls == settling + batches * 3 * 2 * STEPS
-    made.reference()
-    assert made.pipe.transformer.calls == settling + batches * 3 * 2 * STEPS
+    assert made.session.pipe.transformer.calls == settling + batches * 3 * 2 * STEPS
+    made.trajectories()
+    assert made.session.pipe.transformer.calls == settling + batches * 3 * 2 * STEPS
 
 
 def test_the_tuned_shift_is_the_best_of_those_tried(tmp_path):
     made = calibration(tmp_path)
     shift = made.tuned_shift(6)
-    program, pipe, inputs = toy(seeds=range(8))
+    sampler, pipe, inputs = toy(seeds=range(8))
     errors = {}
     for candidate in SHIFTS:
-        found = program.denoise(pipe, inputs.on(shifted_grid(inputs.sigmas, 6, candidate)))
+        found = sampler.denoise(pipe, inputs.on(shifted_grid(inputs.sigmas, 6, candidate)))
         errors[candidate] = (found - solution(inputs)).square().mean()
     assert shift == min(errors, key=errors.get)
 
@@ -151,5 +148,5 @@ def test_the_tuned_shift_is_the_best_of_those_tried(tmp_path):
 def test_round_trip_and_an_unknown_target(tmp_path):
     plan = calibration(tmp_path).plans([4])[4]
     assert BudgetPlan.load(plan.save(tmp_path / "plan.json")) == plan and plan.title == "3x, exact"
-    with pytest.raises(PlanError, match="target = 'truth', must be one of"):
-        BudgetPlan(plan.conditions, plan.computed, plan.weights, plan.native_sigmas, target="truth")
+    with refused("target = 'truth'", "reference", "exact", error=PlanError):
+        BudgetPlan(plan.requirements, plan.computed, plan.weights, plan.native_sigmas, target="truth")

@@ -13,7 +13,7 @@ from diffusers import FluxImg2ImgPipeline
 from PIL import Image
 
 import ertacache
-from conftest import ROOT, Room
+from conftest import ROOT, ModelFolder
 from ertacache import Plan
 from ertacache.demos.scenes import sample_scenes
 from ertacache.evaluation.metrics import psnr
@@ -73,9 +73,9 @@ VARIANTS = {  # name → the package that it needs, and what it does to the pipe
 }
 
 
-def mean_psnr(references: np.ndarray, pictures: np.ndarray) -> str:
-    """In dB, over the pictures."""
-    return f"{np.mean([psnr(*pair) for pair in zip(references, pictures, strict=True)]):.1f}"
+def mean_psnr(references: np.ndarray, images: np.ndarray) -> str:
+    """In dB, over the images."""
+    return f"{np.mean([psnr(*pair) for pair in zip(references, images, strict=True)]):.1f}"
 
 
 def plan_of(budget: int) -> Plan:
@@ -83,35 +83,37 @@ def plan_of(budget: int) -> Plan:
 
 
 def variants(captions: list[str], open_demo) -> np.ndarray:
-    """Prints a row each. Returns the uncached pictures of the float32 demo."""
+    """Prints a row each. Returns the uncached images of the float32 demo."""
     print("| variant | uncached, to float32 | 15 of 30 | 10 of 30 |\n|---|---|---|---|")
     truth = None
     for name, (package, apply) in VARIANTS.items():
         if not importlib.util.find_spec(package):
             continue
-        room = open_demo()
-        apply(room.pipe)
-        uncached, found = room.stock(room.pipe, captions, range(len(captions)), STEPS, "np"), []
+        model_folder = open_demo()
+        apply(model_folder.pipe)
+        uncached, found = model_folder.stock(model_folder.pipe, captions, range(len(captions)), STEPS, "np"), []
         for plan in map(plan_of, BUDGETS):
-            ertacache.enable(room.pipe, plan)
-            found.append(mean_psnr(uncached, room.stock(room.pipe, captions, range(len(captions)), STEPS, "np")))
-            ertacache.disable(room.pipe)
+            ertacache.enable(model_folder.pipe, plan)
+            found.append(
+                mean_psnr(uncached, model_folder.stock(model_folder.pipe, captions, range(len(captions)), STEPS, "np"))
+            )
+            ertacache.disable(model_folder.pipe)
         distance = "–" if truth is None else mean_psnr(truth, uncached)
         truth = uncached if truth is None else truth
         print(f"| {name} | {distance} | {' | '.join(found)} |", flush=True)
     return truth
 
 
-def image_to_image(captions: list[str], room: Room, pictures: np.ndarray) -> None:
+def image_to_image(captions: list[str], model_folder: ModelFolder, images: np.ndarray) -> None:
     """A row a strength: PSNR to the uncached run, of as many plain steps, and to an uncached run from that begin."""
     titles = ("strength", "computed", "begins at, uncached", "with the plan", "PSNR", "plain steps", "same begin")
     print("|", " | ".join(titles), "|\n|" + "---|" * len(titles))
-    images = [Image.fromarray(picture) for picture in to_uint8(pictures[::-1])]
-    pipe = FluxImg2ImgPipeline.from_pipe(room.pipe)
+    images = [Image.fromarray(image) for image in to_uint8(images[::-1])]
+    pipe = FluxImg2ImgPipeline.from_pipe(model_folder.pipe)
     pipe.set_progress_bar_config(disable=True)
 
     def call(strength, steps=STEPS):
-        return room.stock(pipe, captions, range(len(captions)), steps, "np", image=images, strength=strength)
+        return model_folder.stock(pipe, captions, range(len(captions)), steps, "np", image=images, strength=strength)
 
     for strength in STRENGTHS:
         for plan in map(plan_of, BUDGETS):
@@ -134,8 +136,8 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
-    def open_demo() -> Room:
-        return Room("ERTACache4FLUX", captions, 3.5, height=64, width=64)
+    def open_demo() -> ModelFolder:
+        return ModelFolder("ERTACache4FLUX", captions, 3.5, height=64, width=64)
 
     image_to_image(captions, open_demo(), variants(captions, open_demo))
 

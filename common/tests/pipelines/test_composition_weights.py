@@ -116,9 +116,9 @@ def test_an_ip_adapter(plan, planned):
     tiny.pipe.load_ip_adapter(state, None, subfolder=None, image_encoder_pretrained_model_name_or_path=None)
     with pytest.warns(UserWarning, match="calibrated on other weights"):
         ertacache.enable(tiny.pipe, plan)
-    picture = torch.randn(1, 1, 8, generator=r)
-    pictures = {"ip_adapter_image_embeds": [picture], "negative_ip_adapter_image_embeds": [0 * picture]}
-    found, calls = counted(tiny, **pictures)
+    image = torch.randn(1, 1, 8, generator=r)
+    images = {"ip_adapter_image_embeds": [image], "negative_ip_adapter_image_embeds": [0 * image]}
+    found, calls = counted(tiny, **images)
     assert calls == plan.nfe and not torch.allclose(found, planned, atol=1e-3)
     tiny.pipe.set_ip_adapter_scale(0.0)
-    assert torch.allclose(tiny.run(**pictures), planned, atol=1e-5)
+    assert torch.allclose(tiny.run(**images), planned, atol=1e-5)

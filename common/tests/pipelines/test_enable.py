@@ -15,9 +15,9 @@ from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscre
 
 import ertacache
 from conftest import ROOT
-from ertacache import Conditions, Plan, PlanError, UserError
+from ertacache import Plan, PlanError, Requirements, UserError
 from ertacache.numerics.schedulers import solver_of
-from ertacache.pipelines.enable import own_scheduler
+from ertacache.pipelines.enable import original_scheduler
 from ertacache.utils.provenance import fingerprint
 from helpers import HALF, CallCounter, budget_plan, threshold_plan
 from tiny_pipelines import (
@@ -93,25 +93,25 @@ def test_ddim_of_diffusers():
         ertacache.disable(tiny.pipe)
 
 
-# --- plans of the rooms ------------------------------------------------------------------------------------------
+# --- plans of the model_folders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["output", "reference", "exact"])
-def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_room(room, kind):
+def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_room(model_folder, kind):
     """Bit for bit in float32: the jumps and steps are the same arithmetic."""
-    steps, prompts, seeds = room.program.settings_of(room.pipe)["steps"], room.prompts[:1], [3]
-    plans = [Plan.load(p) for p in (room.program.FOLDER / "cache").glob("demo-*.json")]
-    plans = [p for p in plans if kind in (getattr(p, "site", None), getattr(p, "target", None))]
+    steps, prompts, seeds = model_folder.sampler.settings_of(model_folder.pipe)["steps"], model_folder.prompts[:1], [3]
+    plans = [Plan.load(p) for p in (model_folder.sampler.FOLDER / "cache").glob("demo-*.json")]
+    plans = [p for p in plans if kind == (p.site if p.kind == "threshold" else p.target)]
     plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
-    inputs = room.program.prepare(room.pipe, prompts, seeds, steps=steps)
-    ours = room.program.denoise(room.pipe, inputs, plan)
-    ertacache.enable(room.pipe, plan)
+    inputs = model_folder.sampler.prepare(model_folder.pipe, prompts, seeds, steps=steps)
+    ours = model_folder.sampler.denoise(model_folder.pipe, inputs, plan)
+    ertacache.enable(model_folder.pipe, plan)
     try:
-        stock = room.stock(room.pipe, prompts, seeds, steps)
-        assert ertacache.summary(room.pipe).computed == plan.nfe
-        assert ertacache.summary(room.pipe).skipped == steps - plan.nfe
+        stock = model_folder.stock(model_folder.pipe, prompts, seeds, steps)
+        assert ertacache.summary(model_folder.pipe).computed == plan.nfe
+        assert ertacache.summary(model_folder.pipe).skipped == steps - plan.nfe
     finally:
-        ertacache.disable(room.pipe)
+        ertacache.disable(model_folder.pipe)
     assert torch.equal(stock, ours)
 
 
@@ -120,7 +120,7 @@ def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_room(room, kind):
 
 def test_a_jump_that_lacks_outputs_is_of_first_order():
     tiny = flux_img2img()
-    plain = budget_plan(tiny, HALF, anchors=2)
+    plain = budget_plan(tiny, HALF, history_length=2)
     rows = list(plain.weights)
     fitted = replace(plain, weights=(rows[0], (9.0, 9.0), *rows[2:]))  # the second jump wants two outputs
     for strength, same in ((0.75, True), (1.0, False)):  # from the second computed step on, or from the first
@@ -232,10 +232,10 @@ def test_several_images_of_a_prompt():
 
 
 def test_enabling_again_replaces_the_plan_and_a_refused_plan_does_not(planned):
-    own = own_scheduler(planned.pipe)
+    own = original_scheduler(planned.pipe)
     plan = planned.pipe.scheduler.plan
-    wrong = replace(plan, conditions=replace(plan.conditions, model={**plan.conditions.model, "num_layers": 7}))
-    other = replace(plan, conditions=replace(plan.conditions, scheduler={"class": "EulerDiscreteScheduler"}))
+    wrong = replace(plan, requirements=replace(plan.requirements, model={**plan.requirements.model, "num_layers": 7}))
+    other = replace(plan, requirements=replace(plan.requirements, scheduler={"class": "EulerDiscreteScheduler"}))
     for bad, message in ((wrong, "num_layers 7 ≠ 1"), (other, "EulerDiscreteScheduler ≠ UniPC")):
         with pytest.raises(PlanError, match=message):
             ertacache.enable(planned.pipe, bad)
@@ -251,7 +251,7 @@ def test_enabling_again_replaces_the_plan_and_a_refused_plan_does_not(planned):
 def test_other_weights_and_another_dtype_are_a_warning():
     tiny = flux()
     plan = budget_plan(tiny, HALF)
-    half = replace(plan, conditions=replace(plan.conditions, settings={"dtype": "bfloat16"}))
+    half = replace(plan, requirements=replace(plan.requirements, settings={"dtype": "bfloat16"}))
     for other, text in (
         (half, "dtype bfloat16, now float32"),
         (replace(plan, provenance={"weights": "0f"}), "0f, now"),
@@ -278,8 +278,8 @@ def test_how_weights_are_kept_binds_no_plan():
     plan = budget_plan(tiny, HALF)
     for bits in (8, 4):
         tiny.pipe.transformer.register_to_config(quantization_config={"bits": bits})
-        other = Conditions.of(tiny.pipe, STEPS, {})
-        assert other.model == plan.conditions.model
+        other = Requirements.of(tiny.pipe, STEPS, {})
+        assert other.model == plan.requirements.model
         ertacache.enable(tiny.pipe, plan)
 
 
@@ -312,7 +312,7 @@ def test_what_a_plan_cannot_follow_is_refused():
 
 
 def test_copies_and_saved_pipelines(planned, tmp_path):
-    first, own = planned.run(), own_scheduler(planned.pipe)
+    first, own = planned.run(), original_scheduler(planned.pipe)
     for copied in (copy.copy(planned.pipe), copy.deepcopy(planned.pipe)):
         assert torch.equal(replace(planned, pipe=copied).run(), first)
         ertacache.disable(copied)

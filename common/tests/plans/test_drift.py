@@ -24,7 +24,7 @@ EVERY, NEVER = 1e-9, 1e9  # errors of the calibration prompts that any run is be
 def drifting(tiny, errors, computed=HALF):
     """A plan of first-order jumps that predicts each output to be the one before. errors: [P, N], or [P] for all."""
     ertacache.disable(tiny.pipe)
-    plan = budget_plan(tiny, computed, anchors=2)
+    plan = budget_plan(tiny, computed, history_length=2)
     errors = np.asarray(errors, float).reshape(len(errors), -1) * np.ones(plan.nfe)
     return replace(
         plan,
@@ -49,7 +49,7 @@ def test_the_predictor_is_least_squares_over_the_fitted_prompts():
     """v = 2 a + b on the first prompt; on the second, which is not fitted, it misses by (0, 3)."""
     a, b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     v = torch.tensor([[2.0, 1.0], [2.0, 4.0]])
-    weights, squares = fit_predictor(products([v, a, b]), anchors=4, fitted=1)
+    weights, squares = fit_predictor(products([v, a, b]), history_length=4, fitted=1)
     assert np.allclose(weights, [2, 1, 0, 0], atol=1e-5) and np.allclose(squares, [0, 9], atol=1e-4)
 
 
@@ -72,15 +72,16 @@ def test_a_run_of_the_calibration_prompts_drifts_as_they_did(tmp_path):
     made = calibration(tmp_path)
     plan = made.plans([4])[4]
     monitor, history, steps = Monitor(plan), [], iter(range(plan.nfe))
-    inputs = made.program.prepare(made.pipe, made.prompts, made.seeds, **made.settings)
+    session = made.session
+    inputs = session.sampler.prepare(session.pipe, session.prompts, session.seeds, **session.settings)
 
     def see(i, x, v):
         monitor.see(next(steps), v, history)
         history.insert(0, v)
 
-    made.program.denoise(made.pipe, inputs, plan, see)
+    session.sampler.denoise(session.pipe, inputs, plan, see)
     found = [reading.drift for reading in monitor.readings()]
-    assert len(found) == len(made.prompts) and np.allclose(found, monitor.calibrated, rtol=1e-2)
+    assert len(found) == len(session.prompts) and np.allclose(found, monitor.calibrated, rtol=1e-2)
 
 
 def test_repair_and_the_rest_of_a_jump_are_the_jump():
@@ -92,10 +93,10 @@ def test_repair_and_the_rest_of_a_jump_are_the_jump():
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.0)
     run, (x, v, earlier) = scheduler.run, torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0))
     for row in range(1, 4):
-        run.history, run.was_off = [earlier], False
+        run.history, run.was_in_fallback = [earlier], False
         straight = run.jump(row, x, v)
         repaired = jump(x, [v, earlier], plan.repair[row], plan.repair_scale[row])
-        run.history, run.was_off = [earlier], True
+        run.history, run.was_in_fallback = [earlier], True
         assert torch.allclose(run.jump(row, repaired, v), straight, atol=1e-5)
 
 

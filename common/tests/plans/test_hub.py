@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, errors
 import ertacache
 from conftest import ROOT
 from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan, UserError
-from ertacache.cli import model_folder
+from ertacache.cli.model_folder import parse_arguments
 from ertacache.evaluation.report import card_table
 from ertacache.plans import card
 from helpers import row
@@ -280,16 +280,16 @@ def test_the_snippet_of_a_plan_around_the_blocks(flux, tmp_path):
     plan = shipped("blocks")
     plan.save_pretrained(tmp_path / "plan")
     command = snippet((tmp_path / "plan" / "README.md").read_text())
-    python, program, *arguments = shlex.split(command)
-    args = model_folder.parse_arguments(flux, arguments)
-    assert (python, program, args.model, args.steps) == ("python", "generate.py", "demo", 30)
+    python, sampler, *arguments = shlex.split(command)
+    args = parse_arguments(flux, arguments)
+    assert (python, sampler, args.model, args.steps) == ("python", "generate.py", "demo", 30)
     assert Plan.load(tmp_path / args.plan) == plan
     fetch = snippet(str(plan.generate_model_card(repo_id="a/b"))).splitlines()[0]
     assert fetch == "hf download a/b --local-dir plan"
 
 
 def test_the_snippet_of_a_pipelines_own_call():
-    """Pictures are the reader's; a model that has no name is too."""
+    """Images are the reader's; a model that has no name is too."""
     tiny, plan = flux_img2img(), shipped("budget")
     settings = {
         "pipeline": "FluxImg2ImgPipeline",
@@ -297,15 +297,15 @@ def test_the_snippet_of_a_pipelines_own_call():
         "strength": 0.75,
         "dtype": "bfloat16",
     }
-    settings["negative_prompt"] = 'a "blurry" picture'
-    plan = named(replace(plan, conditions=replace(plan.conditions, settings=settings)), type(tiny.pipe).__name__)
+    settings["negative_prompt"] = 'a "blurry" image'
+    plan = named(replace(plan, requirements=replace(plan.requirements, settings=settings)), type(tiny.pipe).__name__)
     code = snippet(str(plan.generate_model_card(repo_id="a/b")))
     compile(code, "snippet", "exec")
     assert "from diffusers import FluxImg2ImgPipeline" in code and "image = ..." in code
     assert 'FluxImg2ImgPipeline.from_pretrained("path/to/the/model", dtype=torch.bfloat16)' in code
     call = re.search(r'pipe\("a prompt", (.*)\)', code)[1]
     given = eval(f"dict({call})", {"image": 1})
-    assert given == {"num_inference_steps": 30, "image": 1, "strength": 0.75, "negative_prompt": 'a "blurry" picture'}
+    assert given == {"num_inference_steps": 30, "image": 1, "strength": 0.75, "negative_prompt": 'a "blurry" image'}
     assert given.keys() <= inspect.signature(type(tiny.pipe).__call__).parameters.keys()
 
 
@@ -342,7 +342,7 @@ def test_measured_rows(tmp_path, hub):
 def test_the_picture_of_the_schedule(kind):
     """Filled cells are the computed steps, at every width of a cell."""
     plan = shipped(kind)
-    image = card.picture(plan).convert("RGB")
+    image = card.schedule_image(plan).convert("RGB")
     count = len(plan.sigmas or plan.native_sigmas) - 1
     cell = min(56, 1400 // count)
     left = (image.width - cell * count) // 2

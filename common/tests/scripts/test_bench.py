@@ -15,7 +15,7 @@ import latency as bench_latency
 from conftest import FOLDERS, ROOT
 from ertacache.caches import third_party
 from ertacache.caches.block_stack import blocks_of
-from ertacache.demos.model_folder import load_program
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import latency
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, bisect_threshold, computed_steps, observed
 from random_models import MODELS, random_module
@@ -30,15 +30,15 @@ def options(*arguments):
 
 @pytest.fixture
 def flux_latency():
-    program, args = load_program(ROOT / "ERTACache4FLUX"), options()
-    pipe = bench_latency.open_pipeline(program, args)
+    sampler, args = load_model_folder(ROOT / "ERTACache4FLUX"), options()
+    pipe = bench_latency.open_pipeline(sampler, args)
     settings = {**MODELS["ERTACache4FLUX"].small.settings, "steps": STEPS}
-    return Latency(program, pipe, program.settings_of(pipe, **settings), repeats=1)
+    return Latency(sampler, pipe, sampler.settings_of(pipe, **settings), repeats=1)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_method_on_every_architecture(folder):
-    rows = bench_latency.rows_of(load_program(ROOT / folder), options("--steps", str(STEPS), "--compile", "no"))
+    rows = bench_latency.rows_of(load_model_folder(ROOT / folder), options("--steps", str(STEPS), "--compile", "no"))
     rows = {row["method"]: row for row in rows}
     assert list(rows) == list(METHODS)
     unfit = {"dbcache"} if find_spec("cache_dit") is None or "OpenSora" in folder else set()
@@ -70,7 +70,7 @@ def test_the_published_sizes(folder, billions):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_random_weights_have_the_dtypes_of_loaded_ones(folder, tmp_path):
-    pipe = bench_latency.open_pipeline(load_program(ROOT / folder), options("--dtype", "bfloat16"))
+    pipe = bench_latency.open_pipeline(load_model_folder(ROOT / folder), options("--dtype", "bfloat16"))
     pipe.transformer.save_pretrained(tmp_path)
     loaded = type(pipe.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert dtypes(pipe.transformer) == dtypes(loaded) and torch.get_default_dtype() == torch.float32
@@ -101,11 +101,11 @@ def test_a_block_that_is_skipped_is_not_counted(flux_latency):
 
 @pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs cache_dit: sh scripts/setup.sh peers")
 def test_dbcache_leaves_nothing_behind(flux_latency):
-    plain = flux_latency.program.denoise(flux_latency.pipe, flux_latency.inputs)
+    plain = flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs)
     order = list(flux_latency.model._modules)
     flux_latency.stock(lambda: third_party.cache_dit(flux_latency.bench, 0.5))
     assert list(flux_latency.model._modules) == order and "forward" not in flux_latency.model.__dict__
-    assert torch.equal(flux_latency.program.denoise(flux_latency.pipe, flux_latency.inputs), plain)
+    assert torch.equal(flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs), plain)
 
 
 def test_what_fails_is_a_row(flux_latency, monkeypatch):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from conftest import ROOT
 from ertacache import UserError
-from ertacache.evaluation.report import read_source, sections
+from ertacache.evaluation.report import sections
+from ertacache.evaluation.rows import read_source
 from helpers import row
 
 PROMPTS = ["a red <b>square</b>", "a blue square"]
@@ -24,7 +25,7 @@ CHROME = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-ru
 CHROME += "--disable-component-update --disable-sync --window-size=1400,900 --autoplay-policy=no-user-gesture-required"
 
 
-def picture(grey, prompt):
+def image(grey, prompt):
     frame = np.full((32, 32, 3), grey, np.uint8)
     frame[8:24, 8:24] = [(200, 0, 0), (0, 0, 200)][prompt]
     return frame
@@ -34,10 +35,10 @@ def save_samples(folder, name, grey, video):
     names = [f"{name}-{i}{'.mp4' if video else '.png'}" for i in range(len(PROMPTS))]
     for i, file in enumerate(names):
         if video:
-            frames = [np.roll(picture(grey, i), t, axis=1) for t in range(8)]
+            frames = [np.roll(image(grey, i), t, axis=1) for t in range(8)]
             imageio.mimwrite(folder / file, frames, fps=8, macro_block_size=2)
         else:
-            imageio.imwrite(folder / file, picture(grey, i))
+            imageio.imwrite(folder / file, image(grey, i))
     return names
 
 
@@ -69,12 +70,12 @@ def report(*arguments, cwd=None):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of report.html and tables.md of a picture model and a video model."""
+    """The folder of report.html and tables.md of a image model and a video model."""
     pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
     folder = tmp_path_factory.mktemp("report")
-    files = [write_rows(folder, "Pictures"), write_rows(folder, "Videos", video=True)]
+    files = [write_rows(folder, "Images"), write_rows(folder, "Videos", video=True)]
     title = "Numbers & <places>"
-    beside = ("--markdown", folder / "tables.md", "--picture", folder / "psnr.png")
+    beside = ("--markdown", folder / "tables.md", "--image", folder / "psnr.png")
     done = report(*files, "--out", folder / "report.html", "--title", title, *beside)
     assert done.returncode == 0, done.stderr
     assert "14 rows of 2 models" in done.stdout
@@ -102,9 +103,9 @@ def test_the_rows_can_be_taken_back_out(made):
 
 def test_markdown_tables(made):
     tables = (made / "tables.md").read_text()
-    assert tables.count("\n### 2×\n") == tables.count("\n### 4×\n") == 2 and tables.count("\n## Pictures, demo\n") == 1
+    assert tables.count("\n### 2×\n") == tables.count("\n### 4×\n") == 2 and tables.count("\n## Images, demo\n") == 1
     assert tables.startswith("## Who is first\n")
-    assert "| Pictures | 2× | PSNR | budget (H = 3) | 70.00 | 1 of 2 | +20.00 dB | +20.00 dB |" in tables
+    assert "| Images | 2× | PSNR | budget (H = 3) | 70.00 | 1 of 2 | +20.00 dB | +20.00 dB |" in tables
     assert "| Videos | 4× | PSNR | tea\\|cache (δ = 0.4) | 45.00 | 2 of 2 | −5.00 dB | −5.00 dB |" in tables
     head = "| budget (H = 3) | **6** | **2.00×**"
     assert head not in tables and "| budget (H = 3) | 6 | 2.00× | 1.80× | 1.60× | **70.00** |" in tables
@@ -146,7 +147,7 @@ def changed(rows, number, **values):
     ],
 )
 def test_rows_that_are_refused(tmp_path, spoil, words):
-    path = write_rows(tmp_path, "Pictures")
+    path = write_rows(tmp_path, "Images")
     rows = spoil(json.loads(path.read_text()))
     path.unlink() if rows is None else path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
     with pytest.raises(UserError, match=words) as caught:

@@ -17,7 +17,7 @@ from ertacache import UserError
 from ertacache.evaluation.methods import METHODS
 from ertacache.utils import media
 from tables import asked, fastest, join, paper, requests, table
-from toy import Pipe, Program
+from toy import Pipe, ToySampler
 from trajectories import on_plane, trajectory
 
 TABLES = ("table1", "table2", "table3", "table4")
@@ -128,10 +128,10 @@ def test_trajectories_in_the_plane():
 
 
 def test_a_trajectory_is_the_run():
-    program, pipe = Program(), Pipe(np.eye(3))
-    inputs = program.prepare(pipe, ["a"], [0], steps=4)
-    path = trajectory(program, pipe, inputs)
-    wanted = program.denoise(pipe, inputs)[0].flatten().numpy()
+    sampler, pipe = ToySampler(), Pipe(np.eye(3))
+    inputs = sampler.prepare(pipe, ["a"], [0], steps=4)
+    path = trajectory(sampler, pipe, inputs)
+    wanted = sampler.denoise(pipe, inputs)[0].flatten().numpy()
     assert path.shape == (5, wanted.size) and np.array_equal(path[-1], wanted)
 
 
@@ -178,7 +178,7 @@ def test_figure_2_of_the_demo(tmp_path):
         (tables, "table7", "invalid choice: 'table7'"),
         (tables, "table1 --folders ERTACache4Sora", "--folders ERTACache4Sora: choose from"),
         (tables, "table2 --folders ERTACache4Wan2.1", "--folders ERTACache4Wan2.1: table2 is about ERTACache4FLUX"),
-        (tables, "table1 --model random", "no pictures, so no table1: use demo or full"),
+        (tables, "table1 --model random", "no images, so no table1: use demo or full"),
         (tables, "table2 --prompts nowhere.txt", "cannot read prompts from nowhere.txt"),
         (tables, "table4 --model full", "--model full needs --prompts FILE"),
         (tables, "table2 --extra magic", "--extra magic: choose from"),

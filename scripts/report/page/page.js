@@ -12,21 +12,21 @@ function url(index) {
 
 function element(index, alt) {
   const video = media[index].type.startsWith("video/");
-  const made = document.createElement(video ? "video" : "img");
-  if (video) Object.assign(made, { muted: true, playsInline: true, preload: "auto" });
-  if (video) made.setAttribute("aria-label", alt);
-  else Object.assign(made, { alt, draggable: false });
-  made.src = url(index);
-  return made;
+  const node = document.createElement(video ? "video" : "img");
+  if (video) Object.assign(node, { muted: true, playsInline: true, preload: "auto" });
+  if (video) node.setAttribute("aria-label", alt);
+  else Object.assign(node, { alt, draggable: false });
+  node.src = url(index);
+  return node;
 }
 
-function fill(select, options, kept) {
+function fill(select, options, selected) {
   select.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
-  if (options.some(([value]) => String(value) === kept)) select.value = kept;
+  if (options.some(([value]) => String(value) === selected)) select.value = selected;
 }
 
-// The method's video leads; the uncached one follows its time, and both begin again together.
-function together(leader, follower, button) {
+// The uncached video follows the time of the method's video, and both loop together.
+function synchronise(leader, follower, button) {
   const follow = () => {
     if (Math.abs(follower.currentTime - leader.currentTime) > 0.04) follower.currentTime = leader.currentTime;
   };
@@ -50,15 +50,15 @@ function compare(root) {
     stage.style.setProperty("--at", slider.value + "%");
   }
   function show() {
-    const index = chosen().samples[prompt.value], words = data.prompts[prompt.value];
-    const cached = element(index, `${data.methods[method.value].name}: ${words}`);
-    const uncached = element(data.uncached[prompt.value], `uncached: ${words}`);
+    const index = chosen().samples[prompt.value], text = data.prompts[prompt.value];
+    const cached = element(index, `${data.methods[method.value].name}: ${text}`);
+    const uncached = element(data.uncached[prompt.value], `uncached: ${text}`);
     uncached.className = "uncached";
     stage.replaceChildren(cached, uncached);
     cached.onload = cached.onloadedmetadata = () =>
       stage.classList.toggle("small", (cached.naturalWidth || cached.videoWidth) < 256);
     button.hidden = cached.tagName !== "VIDEO";
-    if (!button.hidden) together(cached, uncached, button);
+    if (!button.hidden) synchronise(cached, uncached, button);
     find("named").textContent = `${data.methods[method.value].name}, ${chosen().name} ▶`;
   }
   function choosePrompt() {

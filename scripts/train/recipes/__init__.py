@@ -1,1 +1,1 @@
-"""Recipes that train the demo pipelines, one file a model; `train_demo.py` is their command line."""
+"""Recipes that train the demo pipelines, one file per model; `train_demo.py` runs them."""

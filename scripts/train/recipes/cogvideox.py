@@ -17,7 +17,10 @@ from recipes import text, video
 
 @dataclass
 class Recipe:
-    """Steps of each stage; the defaults made the demo that ships."""
+    """Training steps of each stage, number of videos in `latents`, batch size of the transformer's training.
+
+    The defaults are those of the demo in the repository.
+    """
 
     vae: int = 3000
     text: int = 1200
@@ -27,6 +30,7 @@ class Recipe:
 
 
 def build(tokenizer):
+    """Return the VAE, the text encoder and the transformer, untrained."""
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
@@ -57,9 +61,9 @@ def build(tokenizer):
 
 
 def train(work: Path, recipe: Recipe, device) -> CogVideoXPipeline:
-    """All stages, from nothing or from their checkpoints."""
+    """Run all stages, resuming from their checkpoints, and return the trained pipeline."""
     tokenizer = text.train_sentencepiece(work / "tokenizer", video.training_captions())
-    vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
+    vae, text_encoder, transformer = (module.to(device) for module in build(tokenizer))
     scheduler = CogVideoXDDIMScheduler(  # the real model's configuration
         clip_sample=False,
         prediction_type="v_prediction",
@@ -69,13 +73,13 @@ def train(work: Path, recipe: Recipe, device) -> CogVideoXPipeline:
     )
     pipe = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
 
-    def encode(names):
-        return pipe.encode_prompt(names, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
+    def encode(captions):
+        return pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
 
     def normalise(latents):
         vae.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
         pipe.vae_scaling_factor_image = vae.config.scaling_factor
-        return latents.transpose(1, 2) * vae.config.scaling_factor  # frames first, as the transformer takes them
+        return latents.transpose(1, 2) * vae.config.scaling_factor  # [B, F', C, H', W'], as the transformer expects
 
     alphas = scheduler.alphas_cumprod.float()
 
@@ -94,6 +98,7 @@ def train(work: Path, recipe: Recipe, device) -> CogVideoXPipeline:
 
 
 def measure(pipe, count):
+    """Return the prompt accuracy of the uncached pipeline on `count` held-out captions."""
     return video.measure_accuracy(
         pipe, count, num_inference_steps=50, guidance_scale=6.0, max_sequence_length=text.TEXT_LENGTH, output_type="np"
     )

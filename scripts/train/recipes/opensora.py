@@ -1,4 +1,4 @@
-"""The demo of ERTACache4OpenSora1.2: a small `OpenSoraPipeline`, rectified flow, an autoencoder of two stages."""
+"""The demo of ERTACache4OpenSora1.2: a small `OpenSoraPipeline`, rectified flow, a two-stage autoencoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,16 @@ from opensora12 import AutoencoderOpenSora, OpenSoraPipeline, RFlowScheduler, ST
 from recipes import text, video
 from training import noise_levels
 
-FRAME_CHANNELS = 7  # of the latents between the two stages of the VAE: two a colour, and a constant
-WIDTH = 16  # of the VAE
+FRAME_CHANNELS = 7  # channels between the two stages of the VAE: two per colour, and a constant
+WIDTH = 16  # channels of the VAE's layers
 
 
 @dataclass
 class Recipe:
-    """Steps of each stage; the defaults made the demo that ships."""
+    """Training steps of each stage, number of videos in `latents`, batch size of the transformer's training.
+
+    The defaults are those of the demo in the repository.
+    """
 
     vae: int = 2400
     text: int = 1200
@@ -26,6 +29,7 @@ class Recipe:
 
 
 def build(tokenizer):
+    """Return the VAE, the text encoder and the transformer, untrained."""
     vae = AutoencoderOpenSora(
         spatial_latent_channels=FRAME_CHANNELS,
         spatial_block_out_channels=(WIDTH,) * 3,
@@ -43,8 +47,8 @@ def build(tokenizer):
     start_straight(vae)
     transformer = STDiT3Transformer3DModel(
         in_channels=video.CHANNELS,
-        # All five latent frames in a token: positions in time are only relative, and at this size a model with one
-        # frame a token moved shapes along the right axis, but in a direction of its own choice.
+        # All five latent frames in one token: positions in time are only relative, and at this size a model with one
+        # frame per token moved shapes along the right axis but in an arbitrary direction.
         patch_size=(5, 2, 2),
         hidden_size=144,
         depth=3,
@@ -58,17 +62,18 @@ def build(tokenizer):
 
 @torch.no_grad()
 def start_straight(vae):
-    """`video.start_straight`, and the second stage as an identity in time from the first step on.
+    """Apply `video.start_straight`, and initialise the second stage as the identity in time.
 
-    Its norms see a whole chunk and its first convolution has no bias: amplitudes would be lost. So the first stage
-    hands on a constant, large enough that the norms divide by nearly the same number whatever the video.
+    The second stage normalises over a whole chunk and its first convolution has no bias, so amplitudes would be lost.
+    Therefore the first stage also outputs a constant, so large that the norms divide by nearly the same number for
+    every video.
     """
     video.start_straight(vae, vae.spatial.quant_conv.bias, vae.temporal.quant_conv.bias)
     constant = FRAME_CHANNELS - 1
     vae.spatial.quant_conv.weight[constant] = 0.0
     vae.spatial.quant_conv.bias[constant] = 4.0
     encoder, decoder = vae.temporal.encoder, vae.temporal.decoder
-    positive, negative = 2 * video.CHANNELS, 2 * video.CHANNELS + 1  # the decoder's own constants, of both signs
+    positive, negative = 2 * video.CHANNELS, 2 * video.CHANNELS + 1  # constants of the decoder, of both signs
     decoder.conv_in.weight[positive:] = 0.0
     decoder.conv_in.bias[positive], decoder.conv_in.bias[negative] = 4.0, -4.0
     for conv, pairs in ((encoder.conv_out, FRAME_CHANNELS), (decoder.conv_out, video.CHANNELS)):
@@ -80,19 +85,19 @@ def start_straight(vae):
 
 
 def train(work: Path, recipe: Recipe, device) -> OpenSoraPipeline:
-    """All stages, from nothing or from their checkpoints."""
+    """Run all stages, resuming from their checkpoints, and return the trained pipeline."""
     from opensora12.prompts import append_scores
 
     captions = [append_scores(caption) for caption in video.training_captions()]
     tokenizer = text.train_sentencepiece(work / "tokenizer", captions)
-    vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
-    # Noise shares of the grid as at 480 × 854 and 51 frames: √(64 · 64 / 30²) · √5 = 4.8.
+    vae, text_encoder, transformer = (module.to(device) for module in build(tokenizer))
+    # base_size shifts the sigmas as at 480 × 854 and 51 frames: √(64 · 64 / 30²) · √5 = 4.8.
     scheduler = RFlowScheduler(base_size=30)
     sizes = {"sample_height": video.SIZE, "sample_width": video.SIZE, "sample_frames": video.FRAMES}
     pipe = OpenSoraPipeline(tokenizer, text_encoder, vae, transformer, scheduler, **sizes)
 
-    def encode(names):  # states of the padding are no text
-        states, mask = pipe.encode_prompt(names)
+    def encode(captions):  # with zeros at the padding
+        states, mask = pipe.encode_prompt(captions)
         return states * mask.unsqueeze(-1)
 
     def normalise(latents):
@@ -106,11 +111,11 @@ def train(work: Path, recipe: Recipe, device) -> OpenSoraPipeline:
         return (1 - level) * clean + level * noise, 1000 * s, clean - noise
 
     def predict_with(captions):
-        states_of = video.caption_table(lambda names: pipe.encode_prompt(names)[0], captions)
-        masks_of = video.caption_table(lambda names: pipe.encode_prompt(names)[1], captions)
+        states_of = video.caption_table(lambda unique: pipe.encode_prompt(unique)[0], captions)
+        masks_of = video.caption_table(lambda unique: pipe.encode_prompt(unique)[1], captions)
 
         def predict(x, t, pick, dropped):
-            kept = torch.zeros_like(dropped)  # a dropped caption leaves its length, as the null text has it
+            kept = torch.zeros_like(dropped)  # a dropped caption keeps its mask, as the null text does
             states = torch.where(dropped.view(-1, 1, 1), transformer.y_embedding, states_of(pick, kept))
             output = transformer(x, t, states, masks_of(pick, kept), 24.0, video.SIZE, video.SIZE, return_dict=False)[0]
             return output[:, : video.CHANNELS]
@@ -125,4 +130,5 @@ def train(work: Path, recipe: Recipe, device) -> OpenSoraPipeline:
 
 
 def measure(pipe, count):
+    """Return the prompt accuracy of the uncached pipeline on `count` held-out captions."""
     return video.measure_accuracy(pipe, count, num_inference_steps=30, guidance_scale=7.0)

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders of the demos, taught what the captions of their grammar mean."""
+"""Tokenizers and text encoders of the demos, trained on the captions of their grammar."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,24 +10,32 @@ from transformers import T5TokenizerFast
 
 from training import run_stage
 
-TEXT_LENGTH = 16  # tokens of a caption; the longest caption of the grammars has 12 words
-WIDTH = 96  # of the text encoders
+TEXT_LENGTH = 16  # L, tokens per caption; the longest caption of the grammars has 12 words
+WIDTH = 96  # D, width of the text encoders
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 
 
 def caption_lines(captions: list[str]) -> list[str]:
-    """What tokenizers are trained on: the captions, and the letters, so that any English prompt has pieces."""
+    """Return the training text of a tokenizer: the captions, and the letters, so that it covers any English prompt."""
     return captions + [" ".join(LETTERS), LETTERS] * 10
 
 
 def train_sentencepiece(folder: Path, captions: list[str]) -> T5TokenizerFast:
-    """A sentencepiece unigram model of the caption grammar, as a T5 tokenizer."""
+    """Train a sentencepiece unigram model on captions, unless the folder has one.
+
+    Args:
+        folder: Of the model's files.
+        captions: Of the grammar.
+
+    Returns:
+        The model as a T5 tokenizer.
+    """
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = caption_lines(captions)
     if not (folder / "spiece.model").exists():
-        # The trainer proposes only pieces that recur in different words, so the words themselves are proposed here.
+        # The trainer considers only pieces that recur in different words, so whole words are given as seeds.
         words = Counter(f"\u2581{word}" for line in lines for word in line.split())
         (folder / "seeds.tsv").write_text("".join(f"{w}\t{n}\n" for w, n in sorted(words.items())), "utf-8")
         sentencepiece.SentencePieceTrainer.train(
@@ -47,7 +55,7 @@ def train_sentencepiece(folder: Path, captions: list[str]) -> T5TokenizerFast:
 
 
 def t5_options(tokenizer) -> dict:
-    """Sizes of a demo's T5 or UMT5 encoder."""
+    """Return the config of a demo's T5 or UMT5 encoder."""
     return {
         "vocab_size": len(tokenizer),
         "d_model": WIDTH,
@@ -63,21 +71,29 @@ def t5_options(tokenizer) -> dict:
 
 
 def token_ids(tokenizer, captions) -> torch.Tensor:
+    """Return the token ids of captions, padded, [B, L]."""
     options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
     return tokenizer(captions, **options).input_ids
 
 
 def train_text(work, encoders, attributes, sample, steps, device):
-    """Teach the encoders what captions mean: a linear head on each encoder's vector must tell each attribute, or that
-    it is left open. It stands in for the pretraining of the real encoders.
+    """Train text encoders to represent captions, in place of the real encoders' pretraining.
 
-    encoders: name → (module, function from captions to vectors [B, WIDTH]). attributes: name → its values.
-    sample(rng, count): that many scenes, some attributes None.
+    A linear head on each encoder's vector classifies every attribute of the caption, with one more class for an
+    attribute that the caption leaves open.
+
+    Args:
+        work: Folder of the checkpoints.
+        encoders: (module, function from captions to vectors [B, WIDTH]) by name.
+        attributes: The values of each attribute, by name.
+        sample: sample(rng, count) returns scenes; an open attribute is None.
+        steps: Training steps.
+        device: Of the encoders.
     """
     sizes = [len(values) + 1 for values in attributes.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, sum(sizes)) for _ in encoders).to(device)
-    parts = {name: module for name, (module, _) in encoders.items()} | {"heads": heads}
-    parameters = [p for part in parts.values() for p in part.parameters()]
+    modules = {name: module for name, (module, _) in encoders.items()} | {"heads": heads}
+    parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
 
     def loss_of(step):
@@ -85,12 +101,11 @@ def train_text(work, encoders, attributes, sample, steps, device):
         captions = [s.caption() for s in batch]
         loss = 0.0
         for head, (_, vectors_of) in zip(heads, encoders.values(), strict=True):
-            for (name, options), part in zip(
-                attributes.items(), head(vectors_of(captions)).split(sizes, dim=1), strict=True
-            ):
+            logits = head(vectors_of(captions)).split(sizes, dim=1)  # [B, values + 1] of each attribute
+            for (name, options), scores in zip(attributes.items(), logits, strict=True):
                 values = [getattr(s, name) for s in batch]
                 target = [len(options) if v is None else options.index(v) for v in values]
-                loss = loss + F.cross_entropy(part, torch.tensor(target, device=device))
+                loss = loss + F.cross_entropy(scores, torch.tensor(target, device=device))
         return loss
 
-    run_stage("text", work, steps, parts, optimizer, loss_of, learning_rate=2e-3)
+    run_stage("text", work, steps, modules, optimizer, loss_of, learning_rate=2e-3)

@@ -1,4 +1,4 @@
-"""What the recipes of the video demos share: clips of moving shapes, VAE training, latents, denoiser training."""
+"""Stages that the recipes of the video demos share: clips of moving shapes, VAE, latents, denoiser, accuracy."""
 
 import numpy as np
 import torch
@@ -10,28 +10,30 @@ from recipes import text
 from training import Ema, run_stage, save_atomically
 
 SIZE, FRAMES = 64, 17  # height and width in pixels; frames of a video
-CHANNELS = 6  # of the latents
+CHANNELS = 6  # C, channels of the latents
 ATTRIBUTES = {name: list(values) for name, values in moving_scenes.ATTRIBUTES.items()}
-DROPPED = 0.12  # share of captions left out, so that the model learns the unconditional branch
+DROPPED = 0.12  # share of captions that are dropped, to train the unconditional branch
 
 
 def training_scenes() -> list[moving_scenes.MovingScene]:
+    """Return the scenes of the grammar that are not held out."""
     return [s for s in moving_scenes.all_scenes() if not moving_scenes.is_held_out(s)]
 
 
 def training_captions() -> list[str]:
+    """Return one caption per training scene, with some attributes left open."""
     rng = np.random.default_rng(0)
     return [moving_scenes.loosen(s, rng).caption() for s in training_scenes()]
 
 
 def sample_captioned(rng, count) -> list[moving_scenes.MovingScene]:
-    """Random training scenes, a fifth of the optional attributes left open."""
+    """Draw random training scenes, a fifth of the optional attributes left open."""
     pool = training_scenes()
     return [moving_scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=count)]
 
 
 def render_clips(pool, rng, count, frames) -> torch.Tensor:
-    """Random pieces of random training videos in [-1, 1], [B, 3, F, H, W]."""
+    """Render random clips of random training videos in [-1, 1], [B, 3, F, H, W]."""
     clips = []
     for i in rng.integers(len(pool), size=count):
         first = rng.integers(FRAMES - frames + 1)
@@ -40,14 +42,21 @@ def render_clips(pool, rng, count, frames) -> torch.Tensor:
 
 
 def to_model(videos: np.ndarray) -> torch.Tensor:
-    """uint8 [B, F, H, W, 3] → float32 in [-1, 1], [B, 3, F, H, W]."""
+    """Convert videos: uint8 [B, F, H, W, 3] → float32 in [-1, 1], [B, 3, F, H, W]."""
     return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def train_vae(work, vae, steps, clips, device, decode=None, groups=None):
-    """clips: (videos, frames) of the batches, in turn; the VAEs are causal, so that short pieces will do.
+    """Train a VAE on short clips; the VAEs are causal in time, so that short clips suffice.
 
-    decode(latents, frames): for a VAE that must be told the number of frames. groups: parameter groups.
+    Args:
+        work: Folder of the checkpoints.
+        vae: The VAE.
+        steps: Training steps.
+        clips: (videos, frames) of the batches, taken in turn.
+        device: To train on.
+        decode: decode(latents, frames), for a VAE that needs the number of frames.
+        groups: Parameter groups of the optimizer; None for all parameters in one.
     """
     decode = decode or (lambda z, frames: vae.decode(z).sample)
     vae.to(device)
@@ -70,34 +79,38 @@ def train_vae(work, vae, steps, clips, device, decode=None, groups=None):
 
 @torch.no_grad()
 def start_straight(vae, *log_variance_biases):
-    """Initial weights with which a VAE passes colours through from the first step on: training is short here.
+    """Initialise a VAE so that it passes colours through before any training, because training is short here.
 
-    Convolutions on the direct path copy channels at their centre (and newest frame); where channels multiply they
-    carry both signs and a constant, so that normalisation and SiLU lose nothing; residual branches start at zero;
-    and the posteriors start narrow. log_variance_biases: those whose second half is a posterior's log-variance.
+    Convolutions on the direct path copy channels at their centre (and newest frame). Where the number of channels
+    grows, they carry both signs and a constant, so that normalisation and SiLU lose nothing. Residual branches start
+    at zero, and posteriors start narrow.
+
+    Args:
+        vae: The VAE.
+        log_variance_biases: Biases whose second half is a posterior's log-variance.
     """
     for name, conv in vae.named_modules():
-        parts = name.split(".")
-        if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(parts):
+        path = name.split(".")
+        if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(path):
             continue
-        if "conv2" in parts:
+        if "conv2" in path:
             for parameter in conv.parameters():
                 torch.nn.init.zeros_(parameter)
             continue
         outputs, inputs, *kernel = conv.weight.shape
         if conv.bias is not None:
-            constant = 1.0 if "conv_y" in parts else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
+            constant = 1.0 if "conv_y" in path else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
             torch.nn.init.constant_(conv.bias, constant)
         conv.weight.mul_(0.2)
-        if "conv_y" in parts:
+        if "conv_y" in path:
             continue
         centre = [size // 2 for size in kernel]
         if len(kernel) == 3:
             centre[0] = kernel[0] - 1
         tap = conv.weight[(slice(None), slice(None), *centre)]
-        if outputs == 2 * inputs and "upsamplers" in parts:  # Open-Sora: two frames from neighbouring channels
+        if outputs == 2 * inputs and "upsamplers" in path:  # Open-Sora: two frames from neighbouring channels
             tap[range(outputs), [k // 2 for k in range(outputs)]] += 1.0
-        elif outputs >= 2 * inputs and "time_conv" not in parts:
+        elif outputs >= 2 * inputs and "time_conv" not in path:
             for k in range(outputs):
                 channel = k % (2 * inputs + 1)
                 if channel == 2 * inputs:
@@ -115,7 +128,11 @@ def start_straight(vae, *log_variance_biases):
 
 @torch.no_grad()
 def build_latents(work, vae, count, device):
-    """Encode `count` videos once: their captions and the posterior means, float32 [N, C, F', H', W'], not scaled."""
+    """Encode training videos, unless the latents are stored.
+
+    Returns:
+        The captions, and the posterior means, unscaled, float32 [N, C, F', H', W'].
+    """
     path = work / "latents.pt"
     if not path.exists():
         rng, pool = np.random.default_rng(3), training_scenes()
@@ -133,22 +150,37 @@ def build_latents(work, vae, count, device):
 
 @torch.no_grad()
 def caption_table(encode, captions):
-    """A function (indices of captions [B], dropped [B] of bool) → their embeddings [B, L, WIDTH], "" where dropped.
+    """Encode each different caption once.
 
-    encode(captions): embeddings as the pipeline computes them; each different caption is encoded once.
+    Args:
+        encode: encode(captions) returns embeddings as the pipeline computes them.
+        captions: All captions.
+
+    Returns:
+        A function of caption indices [B] and a mask of dropped captions [B], bool. It returns their embeddings
+        [B, L, WIDTH], those of "" where dropped.
     """
     unique = {c: i for i, c in enumerate(dict.fromkeys([*captions, ""]))}
-    names = list(unique)
-    embeddings = torch.cat([encode(names[i : i + 256]) for i in range(0, len(names), 256)])
+    texts = list(unique)
+    embeddings = torch.cat([encode(texts[i : i + 256]) for i in range(0, len(texts), 256)])
     rows = torch.tensor([unique[c] for c in captions])
     return lambda pick, dropped: embeddings[torch.where(dropped, unique[""], rows[pick])]
 
 
 def train_denoiser(work, model, latents, example, predict, steps, device, batch, learning_rate=2e-3):
-    """Train `model` on noisy latents with caption dropout, and leave its moving average in it.
+    """Train a transformer on noisy latents with caption dropout; it ends with the moving average of its weights.
 
-    example(clean, noise, generator) → (noisy latents, model times [B], target): what the model is taught.
-    predict(noisy, times, pick, dropped): the model's output in the target's layout, for latents number `pick`.
+    Args:
+        work: Folder of the checkpoints.
+        model: The transformer.
+        latents: Clean latents [N, …].
+        example: example(clean, noise, generator) returns noisy latents, the model's times [B] and the target.
+        predict: predict(noisy, times, pick, dropped) returns the model's output in the target's layout; `pick` [B]
+            are the indices of the latents.
+        steps: Training steps.
+        device: To train on.
+        batch: Videos per step.
+        learning_rate: The constant rate of `run_stage`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     ema = Ema(model)
@@ -167,15 +199,23 @@ def train_denoiser(work, model, latents, example, predict, steps, device, batch,
 
 
 def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_with, device, **vae_options):
-    """VAE, text encoder, latents, transformer: what the three video recipes have in common.
+    """Run the stages that the three video recipes share: VAE, text encoder, latents, transformer.
 
-    recipe: steps of each stage. encode(captions): embeddings [M, L, WIDTH]. normalise(latents): the latents as the
-    transformer sees them, and the VAE's configuration set accordingly. predict_with(captions) → predict, and
-    example: see train_denoiser. vae_options: see train_vae.
+    Args:
+        work: Folder of the checkpoints.
+        recipe: Steps of each stage.
+        pipe: The pipeline.
+        encode: encode(captions) returns embeddings [M, L, WIDTH].
+        clips: Of `train_vae`.
+        normalise: normalise(latents) returns the latents as the transformer sees them, and sets the VAE's config.
+        example: Of `train_denoiser`.
+        predict_with: predict_with(captions) returns `predict` of `train_denoiser`.
+        device: To train on.
+        **vae_options: Further arguments of `train_vae`.
     """
     train_vae(work, pipe.vae, recipe.vae, clips, device, **vae_options)
-    heard = {"t5": (pipe.text_encoder, lambda names: encode(names).mean(1))}
-    text.train_text(work, heard, ATTRIBUTES, sample_captioned, recipe.text, device)
+    encoders = {"t5": (pipe.text_encoder, lambda captions: encode(captions).mean(1))}
+    text.train_text(work, encoders, ATTRIBUTES, sample_captioned, recipe.text, device)
     captions, latents = build_latents(work, pipe.vae.eval(), recipe.latents, device)
     latents = normalise(latents)
     pipe.text_encoder.eval()
@@ -186,16 +226,26 @@ def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_
 
 @torch.no_grad()
 def measure_accuracy(pipe, count, seed=100, batch=10, **options):
-    """Prompt accuracy of the uncached pipeline on held-out captions: all attributes, and each one."""
-    asked = moving_scenes.sample_scenes(count, seed=seed, held_out=True)
+    """Measure the prompt accuracy of the uncached pipeline on held-out captions.
+
+    Args:
+        pipe: The pipeline.
+        count: Number of captions.
+        seed: Of the choice of captions.
+        batch: Prompts per call.
+        **options: Further arguments of the pipeline's call.
+
+    Returns:
+        The shares of videos, 0 to 1, in which all attributes ("all"), and each one, agree with the caption.
+    """
+    held_out = moving_scenes.sample_scenes(count, seed=seed, held_out=True)
     pipe.set_progress_bar_config(disable=True)
     videos = []
     for begin in range(0, count, batch):
-        part = asked[begin : begin + batch]
-        generators = [torch.Generator().manual_seed(begin + i) for i in range(len(part))]
-        captions = [s.caption() for s in part]
+        captions = [s.caption() for s in held_out[begin : begin + batch]]
+        generators = [torch.Generator().manual_seed(begin + i) for i in range(len(captions))]
         output = pipe(captions, num_frames=FRAMES, height=SIZE, width=SIZE, generator=generators, **options)
         videos += [np.clip(np.rint(v * 255), 0, 255).astype(np.uint8) for v in output.frames]
-    verdicts = [moving_scenes.agreement(s, v) for s, v in zip(asked, videos, strict=True)]
-    rows = {name: float(np.mean([v[name] for v in verdicts])) for name in ATTRIBUTES}
-    return {"all": float(np.mean([all(v.values()) for v in verdicts])), **rows}
+    verdicts = [moving_scenes.agreement(s, v) for s, v in zip(held_out, videos, strict=True)]
+    shares = {name: float(np.mean([v[name] for v in verdicts])) for name in ATTRIBUTES}
+    return {"all": float(np.mean([all(v.values()) for v in verdicts])), **shares}

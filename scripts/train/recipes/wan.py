@@ -12,7 +12,10 @@ from training import noise_levels
 
 @dataclass
 class Recipe:
-    """Steps of each stage; the defaults made the demo that ships."""
+    """Training steps of each stage, number of videos in `latents`, batch size of the transformer's training.
+
+    The defaults are those of the demo in the repository.
+    """
 
     vae: int = 2400
     text: int = 1200
@@ -22,6 +25,7 @@ class Recipe:
 
 
 def build(tokenizer):
+    """Return the VAE, the text encoder and the transformer, untrained."""
     vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=video.CHANNELS,
@@ -49,15 +53,15 @@ def build(tokenizer):
 
 
 def train(work: Path, recipe: Recipe, device) -> WanPipeline:
-    """All stages, from nothing or from their checkpoints."""
+    """Run all stages, resuming from their checkpoints, and return the trained pipeline."""
     tokenizer = text.train_sentencepiece(work / "tokenizer", video.training_captions())
-    vae, text_encoder, transformer = (part.to(device) for part in build(tokenizer))
-    # flow_shift is that of the real model at 480p.
+    vae, text_encoder, transformer = (module.to(device) for module in build(tokenizer))
+    # flow_shift as for the real model at 480p.
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
 
-    def encode(names):
-        return pipe.encode_prompt(names, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
+    def encode(captions):
+        return pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=text.TEXT_LENGTH)[0]
 
     def normalise(latents):
         mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
@@ -79,6 +83,7 @@ def train(work: Path, recipe: Recipe, device) -> WanPipeline:
 
 
 def measure(pipe, count):
+    """Return the prompt accuracy of the uncached pipeline on `count` held-out captions."""
     return video.measure_accuracy(
         pipe, count, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=text.TEXT_LENGTH, output_type="np"
     )

@@ -1,0 +1,143 @@
+"""What every calibration needs: prompts in batches, progress, checkpoints, provenance."""
+
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ertacache.demos.model_folder import StepwiseSampler
+from ertacache.plans.requirements import Requirements
+from ertacache.utils import parallel
+from ertacache.utils.checkpoints import Checkpoints, digest
+from ertacache.utils.errors import UserError
+from ertacache.utils.provenance import fingerprint, library_versions
+
+LEAST_STEPS = 3  # the first and the last step are computed, so that fewer leave nothing to skip
+
+
+class CalibrationSession:
+    """One sampler, pipeline and set of prompts, shared by the calibrations of any kind of plan.
+
+    Args:
+        sampler: Of a model folder, or a paused pipeline call.
+        pipe: The pipeline.
+        prompts: Calibration prompts.
+        seeds: One seed per prompt.
+        settings: Keyword arguments of `sampler.prepare`, with `steps`.
+        batch_size: Prompts per call.
+        work: Folder for checkpoints, of T + 1 float32 latents per prompt; emptied by `finish` of a calibration.
+        model_id: The model's name in a plan's provenance.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        UserError: No prompts, another number of seeds, or fewer than 3 steps.
+    """
+
+    def __init__(
+        self,
+        sampler: StepwiseSampler,
+        pipe,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        settings: dict[str, Any],
+        batch_size: int,
+        work: str | Path,
+        model_id: str = "",
+        progress: bool = True,
+    ):
+        if not prompts:
+            raise UserError("no calibration prompts: give a file with one prompt a line")
+        if len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} calibration prompts but {len(seeds)} seeds: give one seed per prompt")
+        self.steps = settings["steps"]
+        if self.steps < LEAST_STEPS:
+            raise UserError(f"steps = {self.steps}: at least 3 are needed, the first and the last are computed")
+        self.sampler, self.pipe, self.settings = sampler, pipe, dict(settings)
+        self.prompts, self.seeds = list(prompts), list(seeds)
+        self.batch_size, self.work = batch_size, Path(work)
+        self.starts = range(0, len(prompts), batch_size)
+        recorded = {name: value for name, value in settings.items() if name != "steps"}
+        recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
+        self.requirements = Requirements.of(pipe, self.steps, recorded)
+        self.identity = {
+            "model": model_id,
+            "weights": fingerprint(pipe),
+            "prompts": {"count": len(prompts), "sha256": digest("\n".join(prompts))},
+            "seeds": self.seeds,
+            "batch_size": batch_size,
+        }
+        silent = not (progress and parallel.is_main())
+        self.bar = tqdm(disable=silent or None, unit="call", desc="calibrate", total=0)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that the prompts go through in."""
+        return len(self.starts)
+
+    def checkpoints(self, purpose: Any) -> Checkpoints:
+        """Return the checkpoints of one purpose; another model, setting or set of prompts has others."""
+        bound = [self.steps, self.requirements.model, self.requirements.scheduler, self.requirements.settings]
+        return Checkpoints(self.work, [purpose, self.identity, bound], "calibration-", ".partial")
+
+    def inputs(self, batch: int):
+        """Return the inputs of a batch of prompts, on the native grid."""
+        part = slice(self.starts[batch], self.starts[batch] + self.batch_size)
+        return self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings)
+
+    def run(
+        self, checkpoints: Checkpoints, key: str, calls: int, sums_of: Callable[[int], dict[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """Sum `sums_of(batch)` over all batches, resuming from the checkpoints.
+
+        Args:
+            checkpoints: Of the calibration.
+            key: Names the pass.
+            calls: Model calls per batch, for the progress bar.
+            sums_of: Runs one batch.
+        """
+        self.expect(calls * len(parallel.mine(self.batches - checkpoints.finished(key))))
+        return checkpoints.sums(key, self.batches, sums_of)
+
+    def expect(self, calls: int) -> None:
+        """Add this process's coming model calls to the progress bar."""
+        self.bar.total += calls
+        self.bar.refresh()
+
+    def require_finite(self, v: torch.Tensor, batch: int, step: int) -> None:
+        """Refuse a model output [B, …] with a non-finite value; the message names the prompt."""
+        finite = v.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            prompt = self.prompts[self.starts[batch] + finite.index(False)]
+            raise UserError(f"the model gave a non-finite value at step {step} of {prompt!r}: try --dtype float32")
+
+    def provenance(self, checkpoints: Checkpoints, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
+        """Return a plan's provenance: what it was learned from, and which candidates were tried.
+
+        Args:
+            checkpoints: Of the calibration; they keep the day on which it began.
+            chosen: Name of the chosen candidate.
+            errors: Mean squared error of the final latents of each candidate.
+        """
+        return {
+            **self.identity,
+            "libraries": library_versions(),
+            "date": checkpoints.value("date", lambda: date.today().isoformat()),
+            "calibration": {"metric": "mean squared error of the final latents", "chosen": chosen, "errors": errors},
+        }
+
+    def finish(self, checkpoints: Checkpoints) -> None:
+        """Close the progress bar and delete the checkpoints; call it once the plans are saved."""
+        self.bar.close()
+        checkpoints.remove()
+
+
+def existing(path: Path) -> Path:
+    """Return the path of a checkpoint, unless another calibration with the same checkpoints has removed it."""
+    if not path.exists():
+        raise UserError(f"{path.parent} vanished, another calibration of the same model used it: start again")
+    return path

@@ -1,0 +1,71 @@
+"""The options that the commands share, declared once."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ertacache.cli.arguments import prompts_of
+from ertacache.cli.request import Request
+
+CALL = "Arguments of the pipeline's call (left out: its own defaults)"
+LOAD = "How the model is loaded"
+
+
+def _option(help: str, panel: str | None = None, *flags: str, **details):
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **details)
+
+
+def request_of(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="a diffusers pipeline: a folder, or a Hub id OWNER/NAME")
+    ],
+    prompt: Annotated[list[str] | None, _option("a prompt; may be given several times")] = None,
+    prompts: Annotated[Path | None, _option("a text file with one prompt a line", metavar="FILE")] = None,
+    batch_size: Annotated[int, _option("prompts per call", min=1)] = 1,
+    steps: Annotated[int | None, _option("T, steps of the uncached run", CALL, min=1)] = None,
+    guidance: Annotated[float | None, _option("guidance scale", CALL)] = None,
+    height: Annotated[int | None, _option("in pixels", CALL, min=1)] = None,
+    width: Annotated[int | None, _option("in pixels", CALL, min=1)] = None,
+    frames: Annotated[int | None, _option("frames of the video", CALL, min=1)] = None,
+    negative_prompt: Annotated[str | None, _option("prompt of the unconditional branch", CALL)] = None,
+    settings: Annotated[
+        list[str] | None, _option("any other; VALUE is JSON or text", CALL, "--set", metavar="NAME=VALUE")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, _option("default: bfloat16 on cuda, float32 on the CPU", LOAD)
+    ] = None,
+    device: Annotated[str | None, _option("default: cuda when there is one, else cpu", LOAD)] = None,
+    offload: Annotated[Literal["none", "model", "sequential"], _option("save GPU memory, slower", LOAD)] = "none",
+    revision: Annotated[str | None, _option("branch, tag or commit on the Hub", LOAD)] = None,
+) -> Request:
+    """Return what the shared options ask for."""
+    flags = {"steps": steps, "guidance": guidance, "height": height, "width": width, "frames": frames}
+    flags["negative_prompt"] = negative_prompt
+    given = {name: value for name, value in flags.items() if value is not None}
+    texts = prompts_of(prompt, prompts)
+    return Request(model, texts, batch_size, given, settings or [], dtype, device, offload, revision)
+
+
+def takes_request(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn command(request, …) into a function that has the parameters of `request_of` in place of `request`.
+
+    typer reads options off a signature, so that this is all that it needs.
+    """
+    shared = inspect.signature(request_of).parameters
+    own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "request"}
+
+    @functools.wraps(command)
+    def run(**values) -> None:
+        request = request_of(**{name: values.pop(name) for name in shared})
+        command(request, **values)
+
+    model, *others = shared.values()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own.values(), *others)]
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__
+    return run

@@ -1,0 +1,67 @@
+"""Comparison of an uncached and a cached run: their distance, an image of both, and a sentence."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ertacache.evaluation.metrics import Lpips, quality
+from ertacache.plans import Plan
+from ertacache.utils import media
+
+BRIGHT = 0.5  # of full scale: how bright the largest differences are shown
+LARGEST_GAIN = 1024
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cached run against the uncached one with the same prompts and seeds.
+
+    Attributes:
+        quality: Means over images, or over frames, by the names of METRICS; a PSNR is None when a pair is equal.
+        sheet: Uncached, cached and amplified difference, one line per prompt.
+    """
+
+    quality: dict[str, float | None]
+    sheet: Image.Image
+
+    def __str__(self) -> str:
+        psnr = self.quality["psnr"]
+        distance = "equal to the uncached run" if psnr is None else f"PSNR {psnr:.1f} dB"
+        return f"{distance}, SSIM {self.quality['ssim']:.4f}"
+
+
+def compare(
+    prompts: Sequence[str], uncached: np.ndarray, cached: np.ndarray, plan: Plan, lpips: Lpips | None = None
+) -> Comparison:
+    """Compare two runs over the same prompts and seeds.
+
+    Args:
+        prompts: N texts.
+        uncached, cached: Images float [N, H, W, 3], or videos [N, F, H, W, 3], in [0, 1].
+        plan: That the cached run followed.
+        lpips: Measures LPIPS too.
+
+    Returns:
+        Distances and the sheet. For a plan with the exact target a line on stderr says what the distances are to.
+    """
+    if plan.target == "exact":
+        print("this plan aims at the exact solution, PSNR and SSIM are to the uncached run", file=sys.stderr)
+    gain = difference_gain(uncached, cached)
+    columns = {
+        f"uncached, {plan.steps} steps": uncached,
+        f"ERTACache {plan.title}, {plan.nfe} computed": cached,
+        f"difference x{gain}": media.difference(cached, uncached, gain),
+    }
+    return Comparison(quality(uncached, cached, lpips), media.sheet(list(prompts), columns))
+
+
+def difference_gain(uncached: np.ndarray, cached: np.ndarray) -> int:
+    """Return the power of two, from 1 to 1024, that makes the largest differences (99.9th percentile) half bright."""
+    largest = float(np.quantile(np.abs(cached - uncached), 0.999))
+    if largest == 0:
+        return 1
+    return 2 ** int(np.clip(round(math.log2(BRIGHT / largest)), 0, round(math.log2(LARGEST_GAIN))))

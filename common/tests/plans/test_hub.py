@@ -167,7 +167,7 @@ def test_the_script_of_the_docs(hub, tmp_path, monkeypatch, demo):
     Path("rows.json").write_text(json.dumps([row("FLUX", "budget (H = 3)", "budget", 2, 2.0, 70.25)]))
     given = {"plans": {2: shipped("budget")}, "pipe": demo, "ertacache": ertacache, "BudgetPlan": BudgetPlan}
     try:
-        exec(snippet((ROOT / "common/docs/sharing.md").read_text()), given)
+        exec(snippet((ROOT / "common/docs/guide/sharing.md").read_text()), given)
         assert demo.scheduler.plan == given["plan"] == shipped("budget")
     finally:
         ertacache.disable(demo)

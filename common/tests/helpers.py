@@ -76,7 +76,7 @@ def budget_calibration(work, target="reference", **options):
     return BudgetCalibration(toy_session(work, **options), target)
 
 
-# --- model folders -----------------------------------------------------------------------------------------------------
+# --- model folders ---------------------------------------------------------------------------------------------------
 
 
 def shipped_plans(sampler) -> dict[str, Plan]:

@@ -39,7 +39,7 @@ class Media:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read sample {path} ({error.strerror}): mend its permissions") from error
+            raise UserError(f"cannot read sample {path} ({error.strerror}): fix its permissions") from error
         if data not in self.known:
             self.known[data] = len(self.entries)
             self.entries.append({"type": MEDIA[path.suffix], "data": base64.b64encode(data).decode()})

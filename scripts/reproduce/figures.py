@@ -121,7 +121,7 @@ def figure2(args) -> None:
 
     coefficients = PipelineUnderTest(pipe, settings, session.prompts, options.batch_size, options.model).polynomial
     measured = (distances(sampler, pipe, one, coefficients) for one in inputs)
-    rows = [{"prompt": number, **row} for number, found in enumerate(measured) for row in found]
+    rows = [{"prompt": number, **row} for number, steps in enumerate(measured) for row in steps]
     save(args.out / "figure2a", draw_distances(rows), rows, {**about, "polynomial": coefficients})
 
     threshold = asked_threshold(args, folder, calibration)
@@ -161,7 +161,7 @@ def open_folder(args):
 
 
 def captions(sampler, count: int, held_out: bool) -> list[str]:
-    """Of the demo's grammar: of its held-out part (as evaluate.py takes them), or of its training part."""
+    """Return captions of the demo's grammar, held-out ones (as evaluate.py takes them) or those of training."""
     scenes = grammar_of(sampler).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
     return [scene.caption() for scene in scenes]
 
@@ -232,8 +232,8 @@ def figure5(args) -> None:
         more = ["--calibration-prompts", str(file), "--latency-repeats", "0"]
         more += [] if args.prompts else ["--count", str(args.count)]
         request = ("ablation", flag, str(args.speedup or value))
-        found = evaluate(args, folder, request, f"figure5-{folder}-{count}", more)
-        row = next((row for row in found if fnmatchcase(row["method"], RECTIFIED)), None)
+        measured = evaluate(args, folder, request, f"figure5-{folder}-{count}", more)
+        row = next((row for row in measured if fnmatchcase(row["method"], RECTIFIED)), None)
         if row is None:
             raise UserError(f"{flag} {request[2]} caches no step of {folder}: give a greater --speedup")
         rows.append({"calibration_prompts": count, "nfe": row["nfe"], **{name: row[name] for name in QUALITY}})

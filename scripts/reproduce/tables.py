@@ -132,9 +132,9 @@ def belongs(row: dict, measured: dict) -> bool:
     if not any(fnmatchcase(measured["method"], name) for name in row.get("rows", [row["method"]])):
         return False
     by_threshold = measured.get("asked") is None
-    wanted = row.get("lambda") if by_threshold else row.get("speedup")
-    found = measured.get("settings", {}).get("threshold") if by_threshold else measured["asked"]
-    return row["method"] == "none" or found is None or (wanted is not None and float(wanted) == float(found))
+    printed = row.get("lambda") if by_threshold else row.get("speedup")
+    value = measured.get("settings", {}).get("threshold") if by_threshold else measured["asked"]
+    return row["method"] == "none" or value is None or (printed is not None and float(printed) == float(value))
 
 
 def join(model: dict, measured: list[dict]) -> list[tuple[dict | None, dict | None]]:

@@ -1,9 +1,9 @@
-"""What caching costs and saves on a pipeline whose weights say nothing: latency, computed steps, peak memory.
+"""Cost of caching on a pipeline with random weights: latency, computed steps, peak memory.
 
-Plans are made from the schedule alone: every second step computed, K, B and φ neutral, first-order weights. Whatever a
-calibrated plan does in a run is done here too. Plans run in the folder's `denoise`, other caches in the stock pipeline,
-and each is timed in turn with the uncached run of its own kind (A B C A B C …). What a jump or a rectified step costs
-does not depend on the numbers in it; what another cache decides does, so its threshold is searched for.
+Plans are made from the schedule alone: every second step computed, K, B and φ neutral, first-order weights. A run does
+all that it does with a calibrated plan. Plans run in the folder's `denoise`, other caches in the stock pipeline, and
+each is timed in turn with the uncached run of its own kind (A B C A B C …). The cost of a jump or of a rectified step
+does not depend on its numbers; the decisions of another cache do, so its threshold is searched for.
 """
 
 import gc
@@ -38,7 +38,7 @@ SEARCHED = {
     "dbcache": third_party.cache_dit,
 }  # their threshold decides how many steps
 METHODS = (*PLANS, "teacache", *SEARCHED)
-PROMPT = "a red circle"  # the text states are of full length whatever it says (Open-Sora: of its own)
+PROMPT = "a red circle"  # text states have full length for any prompt (Open-Sora: the prompt's own)
 NUMBERS = ("computed", "latency_s", "baseline_latency_s", "speedup_latency", "speedup_nfe", "overhead")
 
 
@@ -46,13 +46,13 @@ NUMBERS = ("computed", "latency_s", "baseline_latency_s", "speedup_latency", "sp
 
 
 def computed_steps(steps: int) -> tuple[int, ...]:
-    """T/SPEEDUP evenly spread steps, the first and the last among them."""
+    """Return T/SPEEDUP evenly spread steps, with the first and the last."""
     cached = uniform_cached(steps, budget_of(steps, SPEEDUP))
     return tuple(i for i in range(steps) if i not in cached)
 
 
 def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPlan:
-    """The other steps are reused, and rectified by nothing (K = 0, B = −2)."""
+    """Return a plan that reuses the other steps and rectifies by nothing (K = 0, B = −2)."""
     steps = settings["steps"]
     return ThresholdPlan(
         requirements=Requirements.of(pipe, steps, settings),
@@ -81,7 +81,7 @@ def first_order_budget_plan(sampler, pipe, settings, inputs) -> BudgetPlan:
 
 
 def fixed_share(policy: TeaCachePolicy, computed: tuple[int, ...]):
-    """A TeaCache that does all of its work, and then computes at these steps whatever it found."""
+    """Return a TeaCache policy that does all of its work, and then computes at exactly these steps."""
 
     def decide(state, block, arguments) -> bool:
         policy(state, block, arguments)
@@ -91,7 +91,7 @@ def fixed_share(policy: TeaCachePolicy, computed: tuple[int, ...]):
 
 
 def bisect_threshold(count: Callable[[float], float], target: float, tolerance: float = 0, tries: int = 10) -> float:
-    """The threshold whose `count` comes nearest to the target, by bisection of its logarithm between 1e-5 and 10.
+    """Return the threshold whose `count` is nearest to the target, by bisection of its logarithm from 1e-5 to 10.
 
     count(threshold): of computed steps, falls as the threshold rises. Stops once it is within the tolerance.
     """
@@ -109,7 +109,7 @@ def bisect_threshold(count: Callable[[float], float], target: float, tolerance: 
 
 
 class Passes:
-    """How often the last blocks have run."""
+    """Counter of the passes through the last blocks."""
 
     total = 0
 
@@ -151,7 +151,7 @@ def observed(model: torch.nn.Module, backend: str | None = None):
 
 @dataclass
 class Record:
-    """What the runs of a method gave; the first one, which warms up, is not in `seconds`."""
+    """Results of a method's runs; the first one, which warms up, is not in `seconds`."""
 
     run: Callable[[], float] | None = None
     seconds: list[float] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Latency:
     def __init__(self, sampler, pipe, settings, repeats: int):
         self.sampler, self.pipe, self.settings, self.repeats = sampler, pipe, settings, repeats
         self.steps, self.model, self.device = settings["steps"], pipe.transformer, pipe._execution_device
-        self.bench = PipelineUnderTest(pipe, settings, [PROMPT], 1)
+        self.subject = PipelineUnderTest(pipe, settings, [PROMPT], 1)
         self.passes, self.uncached = Passes(), 0
         self.thresholds: dict[str, float] = {}
 
@@ -178,17 +178,17 @@ class Latency:
         return self.sampler.prepare(self.pipe, [PROMPT], [0], **self.settings)
 
     def rows(self, methods: list[str], backend: str | None = None) -> list[dict]:
-        """A row for each method, in their order; with a backend the transformer's blocks are compiled by it."""
-        found = {}
+        """Return one row per method, in their order; with a backend the transformer's blocks are compiled by it."""
+        records = {}
         with observed(self.model, backend) as self.passes:
             for uncached, names in ((self.loop, PLANS), (self.stock, [m for m in METHODS if m not in PLANS])):
                 names = [name for name in names if name in methods]
                 if names:
-                    found |= self.measure(names, uncached)
-        return [self.row(name, *found[name], backend) for name in methods]
+                    records |= self.measure(names, uncached)
+        return [self.row(name, *records[name], backend) for name in methods]
 
     def measure(self, names: list[str], uncached: Callable[[], float]) -> dict[str, tuple[Record, Record]]:
-        """Each method's record, with that of the uncached run, which begins each round."""
+        """Return each method's record, with that of the uncached run, which begins each round."""
         first = Record(uncached)
         records = {"baseline": first} | {name: Record() for name in names if name != "baseline"}
         for number in range(self.repeats + 1):
@@ -200,7 +200,7 @@ class Latency:
         return {name: (records[name], first) for name in names}
 
     def attempt(self, name: str, record: Record, warm: bool) -> None:
-        """One run; what goes wrong ends up in the record, so that the other methods go on."""
+        """Run a method once; an error ends up in its record, so that the other methods continue."""
         try:
             record.run = record.run or self.run_of(name)
             reset_peak_memory(self.device)
@@ -217,7 +217,7 @@ class Latency:
             release_memory()
 
     def run_of(self, name: str) -> Callable[[], float]:
-        """A function that runs a method once and gives the seconds of its denoising loop."""
+        """Return a function that runs a method once and returns the seconds of its denoising loop."""
         if name == "threshold":
             return partial(self.loop, neutral_threshold_plan(self.pipe, self.settings, self.inputs.sigmas))
         if name == "budget":
@@ -225,10 +225,10 @@ class Latency:
         if name == "teacache":
             policy = fixed_share(TeaCachePolicy(1.0, (1.0, 0.0), self.steps), computed_steps(self.steps))
             return partial(self.stock, lambda: teacache(self.model, policy))
-        reason = registry.CACHES[name].reason_not_to_run(self.bench)
+        reason = registry.CACHES[name].reason_not_to_run(self.subject)
         if reason:
             raise UserError(f"{name} {reason}")
-        return partial(self.stock, partial(SEARCHED[name], self.bench, self.threshold_of(name)))
+        return partial(self.stock, partial(SEARCHED[name], self.subject, self.threshold_of(name)))
 
     def loop(self, plan=None) -> float:
         inputs = self.inputs
@@ -247,11 +247,11 @@ class Latency:
             torch.cuda.synchronize(self.device)
 
     def threshold_of(self, name: str) -> float:
-        """Of a cache, so that it computes about T/SPEEDUP steps: within a twentieth of T, if the search gets there."""
+        """Return the threshold at which a cache computes about T/SPEEDUP steps, if possible within a twentieth of T."""
 
         def count(threshold: float) -> float:
             before = self.passes.total
-            self.stock(partial(SEARCHED[name], self.bench, threshold))
+            self.stock(partial(SEARCHED[name], self.subject, threshold))
             return self.steps * (self.passes.total - before) / self.uncached
 
         if name not in self.thresholds:
@@ -271,14 +271,14 @@ class Latency:
 
 
 def empty_row(name: str, settings: dict, backend: str | None, error: str | None = None) -> dict:
-    """The row of a method without its numbers: what is said of a model that could not even be made."""
+    """Return the row of a method without its numbers, for a model that could not be made."""
     row = {"method": name, "compile": backend or "no", "steps": settings["steps"]}
     nothing = dict.fromkeys((*NUMBERS, "peak_memory_mib", "threshold"))
     return {**row, **nothing, "settings": dict(settings), "error": error}
 
 
 def describe(error: Exception) -> str:
-    """One line of an error."""
+    """Return an error as one line."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return textwrap.shorten(f"{kind}{error}", 200, placeholder=" …")
 

@@ -52,7 +52,7 @@ def ensure_writable(folder: str | Path) -> Path:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """Return the UserError for a path that cannot be written."""
-    return UserError(f"cannot write to {path} ({error.strerror}): choose another folder or mend its permissions")
+    return UserError(f"cannot write to {path} ({error.strerror}): choose another folder or fix its permissions")
 
 
 def read_prompts(path: str | Path) -> list[str]:

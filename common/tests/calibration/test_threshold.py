@@ -132,7 +132,7 @@ def square_error(session, cached, step, slope, offset):
 
 
 def test_the_plan_is_the_best_of_its_candidates(tmp_path):
-    """Errors are measured again: by another calibration, in a folder of its own, through runs of all prompts at once."""
+    """Errors are measured again by another calibration, in a folder of its own, through runs of all prompts at once."""
     plan = make(tmp_path / "one", steps=15, warp=1.5).plan(0.25)
     record = plan.provenance["calibration"]
     calibration = make(tmp_path / "other", steps=15, warp=1.5)

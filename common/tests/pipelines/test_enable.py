@@ -93,7 +93,7 @@ def test_ddim_of_diffusers():
         ertacache.disable(tiny.pipe)
 
 
-# --- plans of the model_folders ------------------------------------------------------------------------------------------
+# --- plans of the model folders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["output", "reference", "exact"])

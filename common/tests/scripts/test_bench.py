@@ -93,7 +93,7 @@ def test_a_block_that_is_skipped_is_not_counted(flux_latency):
     with observed(flux_latency.model) as passes:
         flux_latency.loop()
         assert passes.total == 2 * STEPS  # the last double and the last single block
-        flux_latency.stock(lambda: third_party.first_block(flux_latency.bench, 1e9))
+        flux_latency.stock(lambda: third_party.first_block(flux_latency.subject, 1e9))
         assert passes.total == 2 * STEPS + 2
     flux_latency.loop()
     assert passes.total == 2 * STEPS + 2
@@ -103,7 +103,7 @@ def test_a_block_that_is_skipped_is_not_counted(flux_latency):
 def test_dbcache_leaves_nothing_behind(flux_latency):
     plain = flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs)
     order = list(flux_latency.model._modules)
-    flux_latency.stock(lambda: third_party.cache_dit(flux_latency.bench, 0.5))
+    flux_latency.stock(lambda: third_party.cache_dit(flux_latency.subject, 0.5))
     assert list(flux_latency.model._modules) == order and "forward" not in flux_latency.model.__dict__
     assert torch.equal(flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs), plain)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ertacache.plans.names import HUB_ID, TARGETS
+from ertacache.utils.tables import MISSING, markdown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 SCHEDULE_IMAGE = "schedule.png"
-MISSING = "–"
 ARGUMENT_NAMES = {"guidance": "guidance_scale", "frames": "num_frames"}  # setting of a model folder → pipeline argument
 OTHER_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # not in diffusers; by transformer
 HASHED_INPUT = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records an image or a tensor of its calls
@@ -192,9 +192,8 @@ def _choice(plan) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [[_formatted(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    """Return a Markdown table of a plan's values."""
+    return markdown(head, [map(_formatted, row) for row in rows])
 
 
 def _formatted(value) -> str:

@@ -56,7 +56,10 @@ def open_model_folder(key):
     return ModelFolder(*arguments, **options)
 
 
-@pytest.fixture(scope="session", params=MODEL_FOLDERS)
+VIDEO_FOLDERS = [pytest.param(key, marks=pytest.mark.slow) for key in MODEL_FOLDERS if key != "flux"]
+
+
+@pytest.fixture(scope="session", params=["flux", *VIDEO_FOLDERS])
 def model_folder(request):
     return open_model_folder(request.param)
 

@@ -36,6 +36,12 @@ def refused(*words, error=UserError):
     assert not missing and "\n" not in message, f"{missing} missing in: {message}"
 
 
+def fast(values, *names):
+    """Parameters of which only those of these names are in `test.sh --fast`."""
+    name_of = {value: getattr(value, "__name__", value) for value in values}
+    return [value if name_of[value] in names else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 class CallCounter:
     """Counts a module's calls through a hook."""
 

@@ -1,4 +1,4 @@
-"""A model small enough to solve on paper: dx/ds = A x, as a program with the functions of a model folder."""
+"""A model small enough to solve on paper, dx/ds = A x, and its sampler with the functions of a model folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -102,6 +102,7 @@ def test_calibrate_makes_the_plans_of_the_library_and_says_what_comes_next(run, 
     assert np.array_equal(np.asarray(Image.open("sample/000-budget.png")), wanted[0])
 
 
+@pytest.mark.slow
 def test_plans_that_are_there_are_written_over_by_force_only(run, pipe, plans, refused, tmp_path):
     (tmp_path / "demo-3-of-6.json").write_text("mine")
     command = ["calibrate", DEMO, *FOUR, *FLAGS, "--speedups", "2", "--out", tmp_path]
@@ -112,6 +113,7 @@ def test_plans_that_are_there_are_written_over_by_force_only(run, pipe, plans, r
     assert Plan.load(tmp_path / "demo-3-of-6.json") == plans[2]
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_ends_with_130_and_goes_on(run, pipe, plans, tmp_path, capsys, monkeypatch):
     command = ["calibrate", DEMO, *FOUR, *FLAGS, "--speedups", "2", "--out", "plans"]
     with CallCounter(pipe.transformer) as whole:
@@ -141,6 +143,7 @@ def launched(folder):
         return stop.code
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_calibration_and_the_first_one_speaks(plans, tmp_path):
     codes, results, said = processes(2, launched, tmp_path)
     assert codes == [0, 0] and set(results) <= {0, None}, said
@@ -183,6 +186,7 @@ def test_inspect_of_a_folder_as_json_is_the_whole_plan(run, plans, tmp_path):
     assert (found["kind"], found["nfe"], found["speedup_nfe"]) == ("budget", 3, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "absent"),
     [
@@ -269,6 +273,7 @@ def test_a_video(run, tmp_path):
 # --- evaluate ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluate_measures_what_a_script_measures(run, pipe, plans, files, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     command = ["evaluate", DEMO, "--plan", files[2], "--plan", files[3], "--prompts", "prompts.txt", *FLAGS]
@@ -376,6 +381,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, monkeypatch
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 def test_usage_errors_end_with_2_and_write_nothing(tmp_path):
     command = [sys.executable, "-m", "ertacache", "generate", DEMO, "--bogus"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -75,6 +75,7 @@ def test_a_new_threshold_is_calibrated_stored_and_used_again(sampler, tmp_path, 
     assert json.loads((out / "metrics.json").read_text())["latency_s"]["baseline"] is None
 
 
+@pytest.mark.slow
 def test_a_speedup_spends_exactly_its_calls(sampler, tmp_path):
     (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
     arguments = [*PROMPT, "--steps", 8, "--calibration-prompts", tmp_path / "few.txt", "--out", tmp_path / "out"]
@@ -226,6 +227,7 @@ def test_an_unwritable_output_folder_is_named_before_any_work(sampler, tmp_path,
     assert f"cannot write to {out}" in refused(sampler, capsys, out, *PROMPT, *BASELINE, "--out", out)
 
 
+@pytest.mark.slow
 def test_run_sh_is_the_main_job(tmp_path):
     """As a person starts it, with everything at its default but the output folder."""
     environment = {**os.environ, "OUT": str(tmp_path / "out")}
@@ -237,6 +239,7 @@ def test_run_sh_is_the_main_job(tmp_path):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000 and "of 30 steps computed" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "generate.py", "--steps", "2", "--baseline", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT / "ERTACache4FLUX", capture_output=True, text=True)

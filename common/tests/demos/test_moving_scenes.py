@@ -26,6 +26,7 @@ def test_other_text_is_no_caption(text):
     assert moving_scenes.parse(text) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(17, 64, 64), (9, 48, 80), (33, 128, 128)])
 def test_the_oracle_reads_what_was_drawn(size):
     rng = np.random.default_rng(1)
@@ -33,6 +34,7 @@ def test_the_oracle_reads_what_was_drawn(size):
         assert moving_scenes.read(moving_scenes.render(scene, rng, *size)) == scene
 
 
+@pytest.mark.slow
 def test_the_oracle_sees_through_noise_and_a_blink():
     rng = np.random.default_rng(1)
     for scene in moving_scenes.sample_scenes(20, seed=3):

@@ -6,20 +6,22 @@ import pytest
 from ertacache.demos import scenes
 
 
+@pytest.mark.slow
 def test_every_drawn_scene_is_read_back():
     rng = np.random.default_rng(0)
     for scene in scenes.sample_scenes(600, seed=1):
         assert scenes.read(scenes.render(scene, rng)) == scene
 
 
-def test_other_picture_sizes_are_read_too():
+@pytest.mark.slow
+def test_other_image_sizes_are_read_too():
     rng = np.random.default_rng(0)
     asked = scenes.sample_scenes(100, seed=2)
     right = [scenes.read(scenes.render(scene, rng, 128, 128)) == scene for scene in asked]
     assert np.mean(right) >= 0.98
 
 
-def test_noise_and_blank_pictures_show_nothing_or_something_else():
+def test_noise_and_blank_images_show_nothing_or_something_else():
     asked = ["a big red star at the left on a plain white background"]
     blank = np.full((64, 64, 3), 240, np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -135,6 +135,7 @@ def script(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_demo(tmp_path):
     methods = ["--methods", "fewer-steps,first-block,budget", "--speedups", "3", "--no-exact", "--samples", "1"]
     files = ["--json", str(tmp_path / "rows.json"), "--csv", str(tmp_path / "rows.csv")]
@@ -159,6 +160,7 @@ def test_the_table_of_the_demo(tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}  # all rows were finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [

@@ -8,8 +8,7 @@ from diffusers import FluxPipeline
 
 from ertacache.algorithm import uniform_cached
 from ertacache.demos.scenes import sample_scenes
-from ertacache.plans.plan import Plan
-from ertacache.plans.threshold import ThresholdPlan
+from helpers import shipped_plan
 
 PROMPTS = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
 SEEDS = [3, 4]
@@ -27,11 +26,10 @@ def test_a_checkpoint_directory_loads_and_runs_like_the_demo(flux, random_direct
     assert torch.equal(stock(PROMPTS, **options, generator=generators, output_type="latent").images, latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["output", "blocks"])
 def test_the_shipped_plan_beats_the_uniform_schedule(flux, demo, site):
-    plans = [Plan.load(p) for p in (flux.FOLDER / "cache").glob("demo-*.json")]
-    by_threshold = [p for p in plans if isinstance(p, ThresholdPlan) and p.site == site]
-    plan = min(by_threshold, key=lambda p: abs(p.nfe - 15))
+    plan = shipped_plan(flux, site)
     inputs = flux.prepare(demo, [s.caption() for s in sample_scenes(16, seed=5, held_out=True)], range(16), steps=30)
     exact = flux.denoise(demo, inputs)
     bare = {"k": (), "b": (), "rectified": False, "phi": (), "phi_definition": "none"}

@@ -12,26 +12,29 @@ from conftest import FOLDERS, ROOT
 from ertacache.demos.model_folder import grammar_of
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of
 from ertacache.plans.budget import BudgetPlan
-from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
 from ertacache.plans.threshold import ThresholdPlan
 from ertacache.utils.media import to_uint8
 from ertacache.utils.provenance import fingerprint
-from helpers import CallCounter
+from helpers import CallCounter, no_warning, shipped_plan, shipped_plans
 
 SEEDS = [3, 4]
 STEPS = 8
 SITES = ["output", "blocks"]
 
 
-def prepare(model_folder, steps=STEPS, **settings):
-    return model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, steps=steps, **settings)
+def prepare(model_folder):
+    return model_folder.sampler.prepare(model_folder.pipe, model_folder.prompts, SEEDS, steps=STEPS)
+
+
+def requirements(model_folder):
+    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
+    return Requirements.of(model_folder.pipe, settings.pop("steps"), settings)
 
 
 def make_plan(model_folder, inputs, cached, site="output", **changes):
-    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
-    requirements = Requirements.of(model_folder.pipe, settings.pop("steps"), settings)
-    return ThresholdPlan(requirements, 0.1, cached, site, tuple(inputs.sigmas.tolist()), **changes)
+    grid = tuple(inputs.sigmas.tolist())
+    return ThresholdPlan(requirements(model_folder), 0.1, cached, site, grid, **changes)
 
 
 def blocks_of(transformer):
@@ -44,7 +47,12 @@ def hooks_of(module):
 
 @pytest.mark.parametrize(
     ("steps", "count", "dtype"),
-    [(8, 1, torch.float32), (8, 2, torch.float32), (8, 2, torch.bfloat16), (30, 1, torch.float32)],
+    [
+        (8, 1, torch.float32),
+        (8, 2, torch.float32),
+        pytest.param(8, 2, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(30, 1, torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_plan_it_is_the_stock_pipeline_bit_for_bit(model_folder, steps, count, dtype):
     pipe = model_folder.pipe if dtype == torch.float32 else model_folder.sampler.load("demo", dtype=dtype)
@@ -88,13 +96,12 @@ def test_cached_steps_make_no_model_call(model_folder, site):
 
 def test_a_budget_plan_makes_exactly_its_calls(model_folder):
     inputs, model = prepare(model_folder), model_folder.pipe.transformer
-    settings = model_folder.sampler.settings_of(model_folder.pipe, steps=STEPS)
-    requirements = Requirements.of(model_folder.pipe, settings.pop("steps"), settings)
     grid, computed = tuple(inputs.sigmas.tolist()), (0, 1, 4, 6)
     pairs = [
         model_folder.sampler.first_order(model_folder.pipe, inputs, i, k) for i, k in ((0, 1), (1, 4), (4, 6), (6, 8))
     ]
-    plan = BudgetPlan(requirements, computed, tuple((w,) for _, w in pairs), grid, scale=tuple(a for a, _ in pairs))
+    weights, scale = tuple((w,) for _, w in pairs), tuple(a for a, _ in pairs)
+    plan = BudgetPlan(requirements(model_folder), computed, weights, grid, scale=scale)
     seen = []
     with CallCounter(model) as whole:
         model_folder.sampler.denoise(model_folder.pipe, inputs)
@@ -182,33 +189,31 @@ def test_no_state_is_left_after_a_run_or_an_interrupted_one(model_folder, site):
 
 
 def test_the_shipped_plans_belong_to_the_shipped_demo(model_folder):
-    paths = sorted((model_folder.sampler.FOLDER / "cache").glob("demo-*.json"))
-    assert len(paths) >= 4
+    plans = shipped_plans(model_folder.sampler)
+    assert len(plans) >= 4
     settings = model_folder.sampler.settings_of(model_folder.pipe)
     run = Requirements.of(model_folder.pipe, settings.pop("steps"), settings | {"dtype": "float32"})
-    for path in paths:
-        plan = Plan.load(path)
-        plan.check(run, remedy="")
-        assert plan.provenance["weights"] == fingerprint(model_folder.pipe), path.name
+    for name, plan in plans.items():
+        with no_warning():
+            plan.check(run, remedy="")
+        assert plan.provenance["weights"] == fingerprint(model_folder.pipe), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*SITES, "reference"])
 def test_the_shipped_plan_beats_fewer_steps(model_folder, kind):
     """On held-out prompts, at about 2×, against the uncached run."""
     sampler, pipe, count = model_folder.sampler, model_folder.pipe, 8
-    steps = sampler.settings_of(pipe)["steps"]
-    plans = [Plan.load(p) for p in (sampler.FOLDER / "cache").glob("demo-*.json")]
-    plans = [p for p in plans if kind == (p.site if p.kind == "threshold" else p.target)]
-    plan = min(plans, key=lambda p: abs(p.nfe - steps / 2))
+    plan = shipped_plan(sampler, kind)
     prompts = [s.caption() for s in grammar_of(sampler).sample_scenes(count, seed=5, held_out=True)]
-    inputs = sampler.prepare(pipe, prompts, range(count), steps=steps)
-    exact = sampler.denoise(pipe, inputs)
-    mine = sampler.denoise(pipe, inputs, plan)
+    inputs = sampler.prepare(pipe, prompts, range(count), steps=plan.steps)
+    uncached, planned = (sampler.denoise(pipe, inputs, p) for p in (None, plan))
     fewer = sampler.denoise(pipe, sampler.prepare(pipe, prompts, range(count), steps=plan.nfe))
     share = 0.1 if kind == "reference" else 1.0  # of the squared error, that is 10 dB
-    assert (mine - exact).square().mean() < share * (fewer - exact).square().mean()
+    assert (planned - uncached).square().mean() < share * (fewer - uncached).square().mean()
 
 
+@pytest.mark.slow
 def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_uncached_run(model_folder):
     sampler, pipe = model_folder.sampler, model_folder.pipe
     steps = sampler.settings_of(pipe)["steps"]
@@ -221,6 +226,7 @@ def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_u
     assert (planned - solution).square().mean() < 0.5 * (uncached - solution).square().mean()
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_the_prompt_says(model_folder):
     sampler, pipe, grammar = model_folder.sampler, model_folder.pipe, grammar_of(model_folder.sampler)
     prompts = [s.caption() for s in grammar.sample_scenes(20, seed=6, held_out=True)]
@@ -229,13 +235,16 @@ def test_the_demo_shows_what_the_prompt_says(model_folder):
     assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-class TestTheProgramAsText:
-    def test_importing_it_does_no_work(self, folder):
-        code = f"import sys; sys.path[:0] = [{str(ROOT / 'common')!r}, {str(ROOT / folder)!r}]; import generate; "
-        code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
-        subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.slow
+def test_importing_does_no_work():
+    code = "import sys; from ertacache.demos.model_folder import load_model_folder; "
+    code += f"[load_model_folder(folder) for folder in {[str(ROOT / folder) for folder in FOLDERS]}]; "
+    code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
+
+@pytest.mark.parametrize("folder", FOLDERS)
+class TestTheSourceText:
     def test_the_first_function_is_the_loop_and_fits_on_a_screen(self, folder):
         lines = (ROOT / folder / "generate.py").read_text().splitlines()
         functions = [n for n, line in enumerate(lines) if line.startswith("def ")]
@@ -249,7 +258,7 @@ class TestTheProgramAsText:
 
 
 def test_the_four_loops_read_alike():
-    """Between the model_folders only the solver's lines of denoise() differ."""
+    """Between the model folders only the solver's lines of denoise() differ."""
 
     def loop(folder):
         source = (ROOT / folder / "generate.py").read_text()

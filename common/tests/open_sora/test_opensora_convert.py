@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ertacache import UserError
+from helpers import refused
 from opensora import DATA, VAE_SIZES, case_a, random_pipeline, transformer, vae
 from opensora12 import AutoencoderOpenSora, STDiT3Transformer3DModel, convert, load_pipeline, load_transformer, load_vae
 from opensora12.convert import TRANSFORMER_NAMES, VAE_NAMES, back, rename
@@ -76,18 +76,12 @@ OTHERS = {
 
 @pytest.mark.parametrize(("kind", "names"), OTHERS.items())
 def test_another_checkpoint_is_named(tmp_path, kind, names):
-    with pytest.raises(UserError) as caught:
+    with refused(tmp_path, f"like {kind}", names[0], "hpcai-tech/OpenSora-STDiT-v3"):
         load_transformer(checkpoint(tmp_path, {name: torch.zeros(1) for name in names}))
-    message = str(caught.value)
-    assert f"not the transformer of Open-Sora 1.2 but looks like {kind}, with " in message and "\n" not in message
-    assert "and without " in message and "give hpcai-tech/OpenSora-STDiT-v3" in message and str(tmp_path) in message
 
 
 def test_a_transformer_is_no_autoencoder():
-    with pytest.raises(
-        UserError,
-        match=r"looks like the transformer of Open-Sora 1.2 .* and 86 more and without .*: give hpcai-tech/Op",
-    ):
+    with refused("like the transformer of Open-Sora 1.2", "86 more", "hpcai-tech/OpenSora-VAE"):
         load_vae(DATA / "stdit3", **VAE_SIZES)
 
 
@@ -98,28 +92,28 @@ def without(tensors, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: without(t, "final_layer.linear.bias"), "lacks final_layer.linear.bias: it is incomplete"),
-        (lambda t: {n: v for n, v in t.items() if "mlp" not in n}, r"lacks t_embedder.mlp.0.\w+, .* and 21 more"),
+        (lambda t: without(t, "final_layer.linear.bias"), ("lacks final_layer.linear.bias", "incomplete")),
+        (lambda t: {n: v for n, v in t.items() if "mlp" not in n}, ("lacks t_embedder.mlp.0.", "21 more")),
         (
             lambda t: t | {"spatial_blocks.2.attn.proj.bias": torch.zeros(64)},
-            "has besides spatial_blocks.2.attn.proj.bias",
+            ("spatial_blocks.2.attn.proj.bias",),
         ),
-        (lambda t: t | {"t_block.1.bias": torch.zeros(1)}, r"has of another size t_block.1.bias \[1\]"),
-        (lambda t: t | {"ema_step": torch.zeros(1)}, "with ema_step: give hpcai-tech/OpenSora-STDiT-v3"),
+        (lambda t: t | {"t_block.1.bias": torch.zeros(1)}, ("t_block.1.bias [1]",)),
+        (lambda t: t | {"ema_step": torch.zeros(1)}, ("ema_step", "hpcai-tech/OpenSora-STDiT-v3")),
     ],
 )
 def test_incomplete_and_unexpected_weights_are_named(tmp_path, change, words):
-    with pytest.raises(UserError, match=words):
+    with refused(*words):
         load_transformer(checkpoint(tmp_path, change(weights("stdit3"))))
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"has none of model\.safetensors, pytorch_model\.bin"):
+    with refused(tmp_path, "model.safetensors", "pytorch_model.bin"):
         load_transformer(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"cannot load .*: check the name and the network, or download it again"):
+    with refused(tmp_path, "download it again"):
         load_transformer(tmp_path)
-    with pytest.raises(UserError, match="cannot load /no/such/directory"):
+    with refused("/no/such/directory", "check the name"):
         load_vae("/no/such/directory")
 
 
@@ -132,5 +126,5 @@ def test_a_pipeline_is_put_together_from_three_checkpoints(tmp_path, monkeypatch
     texts = [p.encode_prompt(["a red circle"])[0] for p in (pipe, loaded)]
     assert torch.allclose(*texts, atol=1e-5)
     assert load_pipeline(DATA / "stdit3", DATA / "vae", tmp_path / "text").transformer.dtype == torch.bfloat16
-    with pytest.raises(UserError, match=r"cannot load the text encoder .*/none"):
+    with refused(tmp_path / "none", "check the name"):
         load_pipeline(DATA / "stdit3", DATA / "vae", tmp_path / "none")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ertacache import UserError
+from helpers import refused
 from opensora import DATA, far, golden, random_pipeline, transformer
 from opensora12 import OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel, prompts
 
@@ -83,7 +83,7 @@ def test_prompts_are_completed_and_cleaned(case):
 
 def test_cleaning_without_its_packages_says_what_to_install(monkeypatch):
     monkeypatch.setattr(prompts, "is_ftfy_available", lambda: False)
-    with pytest.raises(UserError, match="pip install ftfy beautifulsoup4"):
+    with refused("pip install ftfy beautifulsoup4"):
         prompts.clean("a cat")
 
 
@@ -157,26 +157,26 @@ def test_a_saved_pipeline_is_loaded_again(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"height": 7}, "height 7: give a whole number of at least 8"),
-        ({"width": 64.5}, "width 64.5: give a whole number"),
-        ({"num_frames": 0}, "num_frames 0: give a whole number of at least 1"),
-        ({"num_frames": 16}, "num_frames 16: there are no times for 2 to 16 frames, give 1 or at least 17"),
-        ({"num_inference_steps": 0}, "num_inference_steps 0: give"),
-        ({"prompt": []}, r"prompt \[\]: give a text or a list of texts"),
-        ({"generator": generators(1, 2)}, "2 generators for 1 prompts: give one, or one a prompt"),
-        ({"latents": torch.zeros(1, 4, 1, 6, 8)}, r"latents of shape \[1, 4, 1, 6, 8\]: .* need \[1, 4, 5, 6, 8\]"),
-        ({"output_type": "gif"}, "output_type 'gif': give np, pt or latent"),
+        ({"height": 7}, ("height 7", "at least 8")),
+        ({"width": 64.5}, ("width 64.5", "whole number")),
+        ({"num_frames": 0}, ("num_frames 0", "at least 1")),
+        ({"num_frames": 16}, ("num_frames 16", "at least 17")),
+        ({"num_inference_steps": 0}, ("num_inference_steps 0", "at least 1")),
+        ({"prompt": []}, ("prompt []", "list of texts")),
+        ({"generator": generators(1, 2)}, ("2 generators", "1 prompts")),
+        ({"latents": torch.zeros(1, 4, 1, 6, 8)}, ("[1, 4, 1, 6, 8]", "[1, 4, 5, 6, 8]")),
+        ({"output_type": "gif"}, ("'gif'", "np, pt or latent")),
     ],
 )
 def test_what_cannot_run_is_refused(pipe, changes, words):
-    with pytest.raises(UserError, match=words):
+    with refused(*words):
         pipe(**{"prompt": "a red circle", **SIZES, **changes})
 
 
 def test_components_that_do_not_belong_together_are_refused(pipe):
     other = STDiT3Transformer3DModel(depth=1, hidden_size=32, num_heads=2, caption_channels=16)
-    with pytest.raises(UserError, match="the text encoder gives 32 channels, the transformer takes 16: load"):
+    with refused("32 channels", "takes 16", "load"):
         OpenSoraPipeline(**{**pipe.components, "transformer": other})
     other = STDiT3Transformer3DModel(in_channels=8, depth=1, hidden_size=32, num_heads=2, caption_channels=32)
-    with pytest.raises(UserError, match="the autoencoder's latents have 4 channels, the transformer takes 8: load"):
+    with refused("4 channels", "takes 8", "load"):
         OpenSoraPipeline(**{**pipe.components, "transformer": other})

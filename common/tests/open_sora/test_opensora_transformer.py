@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
 
-from ertacache import UserError
+from helpers import refused
 from opensora import case_a, far, golden, transformer
 from opensora12 import STDiT3Transformer3DModel
 from opensora12.layers import RotaryEmbedding, coordinates, pack_text, position_embedding, rotate
@@ -166,17 +166,17 @@ def test_a_bfloat16_model_is_the_same_loaded_or_cast_and_rounds_the_time(tmp_pat
     [
         (
             {"hidden_states": torch.zeros(2, 3, 3, 6, 8)},
-            r"hidden_states of shape \[2, 3, 3, 6, 8\]: give latents \[B, 4,",
+            ("hidden_states", "[2, 3, 3, 6, 8]", "[B, 4,"),
         ),
-        ({"encoder_hidden_states": torch.zeros(2, 12, 31)}, r"shape \[2, 12, 31\]: give states \[B, 12, 32\]"),
-        ({"encoder_hidden_states": torch.zeros(2, 9, 32)}, r"shape \[2, 9, 32\]: give states \[B, 12, 32\]"),
+        ({"encoder_hidden_states": torch.zeros(2, 12, 31)}, ("[2, 12, 31]", "[B, 12, 32]")),
+        ({"encoder_hidden_states": torch.zeros(2, 9, 32)}, ("[2, 9, 32]", "[B, 12, 32]")),
         (
             {"encoder_attention_mask": torch.ones(3, 12)},
-            r"mask of shape \[3, 12\]: give .* n dividing 2",
+            ("mask", "[3, 12]", "n dividing 2"),
         ),
-        ({"encoder_attention_mask": torch.tensor([[1] * 12, [0] * 12])}, "keeps no token of row 1"),
+        ({"encoder_attention_mask": torch.tensor([[1] * 12, [0] * 12])}, ("row 1",)),
     ],
 )
 def test_wrong_shapes_are_named(changes, words):
-    with pytest.raises(UserError, match=words):
+    with refused(*words):
         transformer()(**case_a(**changes))

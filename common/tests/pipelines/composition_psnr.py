@@ -1,6 +1,7 @@
 """Prints the measured tables of common/docs/works-with.md: the FLUX demo with shipped plans against itself uncached.
 
-python common/tests/compose_psnr.py [--captions 8]; what needs torchao, bitsandbytes or peft is left out without it.
+python common/tests/pipelines/composition_psnr.py [--captions 8]
+What needs torchao, bitsandbytes or peft is left out without it.
 """
 
 import argparse

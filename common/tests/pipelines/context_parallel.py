@@ -1,6 +1,6 @@
-"""One of two processes that split a transformer's tokens between them and follow the same plan (test_compose.py).
+"""One of two processes that split a transformer's tokens between them and follow the same plan (test_composition.py).
 
-python compose_parallel.py RANK ulysses_degree|ring_degree PLAN MEETING: a plan's path, and a file where they meet.
+python context_parallel.py RANK ulysses_degree|ring_degree PLAN MEETING: a plan's path, and a file where they meet.
 Prints the largest distance from the latents of a process alone, and the number of computed steps.
 """
 

@@ -89,6 +89,7 @@ def test_a_lora_before_or_after(first, lora, plan, planned):
     assert torch.allclose(tiny.run(), plain, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_calibrated_with_a_lora_knows_it(lora, plan, planned, tmp_path):
     tiny = flux()
     tiny.pipe.load_lora_weights(lora)

@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard, ModelHubMixin, errors
 
 import ertacache
 from conftest import ROOT
-from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan, UserError
+from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan
 from ertacache.cli.model_folder import parse_arguments
 from ertacache.evaluation.report import card_table
+from ertacache.evaluation.rows import REMEDY
 from ertacache.plans import card
-from helpers import row
+from helpers import refused, row
 from tiny_pipelines import flux_img2img
 
 LAYOUT = {"README.md", "plan.json", "plan.safetensors", "schedule.png"}
@@ -55,20 +56,20 @@ class FakeHub:
 
     def upload_folder(self, api, **asked):
         self.record(api, asked)
-        there = self.root / asked["repo_id"] / (asked["revision"] or "main")
-        shutil.copytree(asked["folder_path"], there, dirs_exist_ok=True)
+        branch = self.root / asked["repo_id"] / (asked["revision"] or "main")
+        shutil.copytree(asked["folder_path"], branch, dirs_exist_ok=True)
         return f"https://hub/{asked['repo_id']}/commit/1"
 
     def snapshot_download(self, repo_id, **asked):
         self.record(SimpleNamespace(token=asked.get("token")), {"repo_id": repo_id, **asked})
-        here, there = self.root / "cache" / repo_id, self.root / repo_id / (asked["revision"] or "main")
-        if not there.is_dir():
+        cache, branch = self.root / "cache" / repo_id, self.root / repo_id / (asked["revision"] or "main")
+        if not branch.is_dir():
             raise failure(errors.RepositoryNotFoundError)
-        shutil.copytree(there, here, dirs_exist_ok=True)
-        for path in here.iterdir():
+        shutil.copytree(branch, cache, dirs_exist_ok=True)
+        for path in cache.iterdir():
             if not any(fnmatch(path.name, pattern) for pattern in asked["allow_patterns"]):
                 path.unlink()
-        return str(here)
+        return str(cache)
 
     def record(self, api, asked):
         self.calls.append({**asked, "token": api.token})
@@ -92,20 +93,20 @@ def hub(tmp_path, monkeypatch):
     return fake
 
 
-# --- there and back ----------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
-def test_there_and_back_bit_for_bit(kind, hub, tmp_path):
+def test_a_plan_comes_back_from_a_folder_and_the_hub_bit_for_bit(kind, hub, tmp_path):
     plan, folder = shipped(kind), tmp_path / "plans" / kind
     saved = plan.save(tmp_path / "saved" / "plan.json")
     assert plan.save_pretrained(folder) is None and {path.name for path in folder.iterdir()} == LAYOUT
     assert plan.push_to_hub(f"someone/{kind}") == f"https://hub/someone/{kind}/commit/1"
-    there = hub.root / "someone" / kind / "main"
-    assert {path.name for path in there.iterdir()} == LAYOUT
-    for place in (folder, there):
+    pushed = hub.root / "someone" / kind / "main"
+    assert {path.name for path in pushed.iterdir()} == LAYOUT
+    for copy in (folder, pushed):
         for name in ("plan.json", "plan.safetensors"):  # the checksum over both is in the first
-            assert (place / name).read_bytes() == saved.with_name(name).read_bytes()
+            assert (copy / name).read_bytes() == saved.with_name(name).read_bytes()
     for source in (folder, str(folder), f"someone/{kind}"):
         assert Plan.from_pretrained(source) == type(plan).from_pretrained(source) == plan
 
@@ -128,8 +129,8 @@ def test_it_takes_what_the_mixin_takes():
         ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (Plan, ModelHubMixin))
         common = theirs.keys() - {"config", "model_card_kwargs", "model_kwargs"}
         assert common <= ours.keys() and all(ours[key].kind == theirs[key].kind for key in common)
-        same = {key for key in common if ours[key].default == theirs[key].default}
-        assert common - same <= {"commit_message"}
+        others = {key for key in common if ours[key].default != theirs[key].default}
+        assert others <= {"commit_message"}
 
 
 def test_the_arguments_reach_the_hub(hub):
@@ -157,7 +158,7 @@ def test_saving_can_push(hub, tmp_path):
     plan.save_pretrained(tmp_path / "lambda", repo_id="other/name", push_to_hub=True)
     for folder in (tmp_path / "lambda", hub.root / "other/name/main"):
         assert 'enable(pipe, "other/name")' in (folder / "README.md").read_text()
-    with pytest.raises(UserError, match="private, token without push_to_hub=True: add it"):
+    with refused("private, token", "push_to_hub=True"):
         plan.save_pretrained(tmp_path / "again", private=True, token="hf_a")
     assert not (tmp_path / "again").exists()
 
@@ -186,7 +187,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(card, "png", full_disk)
     for name in ("old", "new"):
-        with pytest.raises(UserError, match=rf"cannot write to .*{name} \(No space left on device\)"):
+        with refused(tmp_path / name, "No space left", "another folder"):
             new.save_pretrained(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert {path.name for path in (tmp_path / "old").iterdir()} == LAYOUT
@@ -199,11 +200,11 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_readme_of_something_else_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("# My project\n")
-    with pytest.raises(UserError, match=r"README.md is not the card of a plan: choose another folder"):
+    with refused(tmp_path / "README.md", "another folder"):
         shipped("budget").save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*file "):
+    with refused(tmp_path / "file", "another folder"):
         shipped("budget").save_pretrained(tmp_path / "file")
 
 
@@ -259,11 +260,16 @@ def test_a_folder_of_models_is_no_base_model(tmp_path, monkeypatch):
     assert plan.generate_model_card(repo_id="a/b").data.base_model is None
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def snippet(text: str) -> str:
     return re.search(r"```\w+\n(.*?)\n```", text, re.S)[1]
 
 
-@pytest.mark.parametrize("kind, computed", [("budget", 15), ("exact", 10), ("opensora", 6)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, computed", [("budget", 15), slow("exact", 10), slow("opensora", 6)])
 def test_the_snippet_of_the_card_runs(kind, computed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").symlink_to((ROOT / SHIPPED[kind]).parents[1] / "demo")
@@ -322,24 +328,26 @@ def test_measured_rows(tmp_path, hub):
         "| method | NFE | FLOPs speed-up | latency speed-up | end-to-end speed-up | PSNR"
     )
     assert "LPIPS" not in lines["| method"]  # measured in no row
-    assert "| 6 | 2.00× | **1.80×** | 1.60× | **70.25** |" in lines["| budget (H = 3)"]  # the peer saves more FLOPs
+    assert (
+        "| 6 | 2.00× | **1.80×** | 1.60× | **70.25** |" in lines["| budget (H = 3)"]
+    )  # the other cache saves more FLOPs
     assert r"tea\|cache" in text and " | – | " in lines[r"| tea\|cache (δ = 0.1)"]
     assert "machine toy machine, date 2026-01-02" in text and "prompts 2" in text
     plan.push_to_hub("someone/measured", results=card_table(path))
     assert "70.25" in (hub.root / "someone/measured/main/README.md").read_text()
     (tmp_path / "none.json").write_text("[]")
     del rows[1]["psnr"]
-    for bad, message in (
-        (rows, "row 2: 'psnr' is missing"),
-        (tmp_path / "none.json", "holds no list of rows"),
-        (tmp_path / "no.json", "cannot read"),
+    for bad, words in (
+        (rows, ("row 2", "'psnr'")),
+        (tmp_path / "none.json", (tmp_path / "none.json",)),
+        (tmp_path / "no.json", (tmp_path / "no.json",)),
     ):
-        with pytest.raises(UserError, match=message):
+        with refused(*words, REMEDY):
             card_table(bad)
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
-def test_the_picture_of_the_schedule(kind):
+def test_the_image_of_the_schedule(kind):
     """Filled cells are the computed steps, at every width of a cell."""
     plan = shipped(kind)
     image = card.schedule_image(plan).convert("RGB")
@@ -356,43 +364,45 @@ def test_the_picture_of_the_schedule(kind):
 @pytest.mark.parametrize(
     "kind, remedy",
     [
-        (errors.RepositoryNotFoundError, "not there, or private: check the id, then run hf auth login or give token"),
-        (errors.GatedRepoError, "gated, ask for access on its page, then run hf auth login"),
-        (errors.LocalTokenNotFoundError, "not logged in, run hf auth login or give token"),
-        (errors.RevisionNotFoundError, "no such revision or branch, check the name"),
-        (errors.LocalEntryNotFoundError, "not in the cache, nor is the Hub in reach: check the network"),
-        (errors.HFValidationError, "not a Hub id, give OWNER/NAME"),
-        (errors.HfHubHTTPError, r"\(the hub's own long story in many lines\): check the id, network and hf auth login"),
+        (errors.RepositoryNotFoundError, ("private", "hf auth login", "token")),
+        (errors.GatedRepoError, ("gated", "hf auth login")),
+        (errors.LocalTokenNotFoundError, ("not logged in", "hf auth login")),
+        (errors.RevisionNotFoundError, ("revision", "check the name")),
+        (errors.LocalEntryNotFoundError, ("cache", "check the network")),
+        (errors.HFValidationError, ("not a Hub id", "OWNER/NAME")),
+        (errors.HfHubHTTPError, ("the hub's own long story in many lines", "check the id")),
     ],
 )
 def test_errors_of_the_hub_are_one_line(kind, remedy, hub, demo):
     hub.failure = failure(kind)
-    attempts = [lambda: Plan.from_pretrained("a/b"), lambda: ertacache.enable(demo, "a/b")]
-    for attempt in [*attempts, lambda: shipped("budget").push_to_hub("a/b")]:
-        with pytest.raises(UserError, match=remedy) as found:
+    for attempt in (
+        lambda: Plan.from_pretrained("a/b"),
+        lambda: ertacache.enable(demo, "a/b"),
+        lambda: shipped("budget").push_to_hub("a/b"),
+    ):
+        with refused("a/b", *remedy):
             attempt()
-        assert str(found.value).startswith(("no plan at a/b", "cannot push to a/b")) and "\n" not in str(found.value)
 
 
 def test_what_is_no_plan(hub, tmp_path):
     budget, threshold = shipped("budget"), shipped("threshold")
     budget.save_pretrained(tmp_path / "budget")
     threshold.push_to_hub("someone/threshold")
-    with pytest.raises(PlanError, match="is a budget plan, a threshold plan is needed"):
+    with refused(tmp_path / "budget", "a threshold plan is needed", error=PlanError):
         ThresholdPlan.from_pretrained(tmp_path / "budget")
-    with pytest.raises(PlanError, match="is a threshold plan, a budget plan is needed"):
+    with refused("someone/threshold", "a budget plan is needed", error=PlanError):
         BudgetPlan.from_pretrained("someone/threshold")
     (hub.root / "someone/threshold/main/plan.safetensors").unlink()
     shutil.rmtree(hub.root / "cache")
-    with pytest.raises(UserError, match=r"no plan at someone/threshold: the repository has no plan.safetensors, check"):
+    with refused("someone/threshold", "plan.safetensors", "check the id"):
         Plan.from_pretrained("someone/threshold")
-    with pytest.raises(UserError, match=r"is a file: give its folder, or read it with BudgetPlan.load"):
+    with refused(tmp_path / "budget" / "plan.json", "BudgetPlan.load"):
         BudgetPlan.from_pretrained(tmp_path / "budget" / "plan.json")
     for wrong in ("no plan", "../none", "plan", tmp_path / "none", "a/plan.json"):
-        with pytest.raises(UserError, match="neither a folder nor a Hub id: check the path, or give OWNER/NAME"):
+        with refused(wrong, "OWNER/NAME"):
             Plan.from_pretrained(wrong)
-    with pytest.raises(PlanError, match="no plan file"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with refused(tmp_path / "empty" / "plan.json", "calibrate one", error=PlanError):
         Plan.from_pretrained(tmp_path / "empty")
 
 
@@ -407,7 +417,7 @@ def test_the_real_cache_without_a_network(tmp_path):
     assert BudgetPlan.from_pretrained("someone/flux-2x", **offline) == plan
     assert BudgetPlan.from_pretrained("someone/flux-2x", revision=commit, **offline) == plan
     for name, options in (("someone/flux-3x", offline), ("someone/flux-2x", {**offline, "revision": "v2"})):
-        with pytest.raises(UserError, match=rf"no plan at {name}: not in the cache, nor is the Hub in reach"):
+        with refused(name, "cache", "check the network"):
             Plan.from_pretrained(name, **options)
-    with pytest.raises(UserError, match="no plan at a--b/c: this is not a Hub id"):
+    with refused("a--b/c", "OWNER/NAME"):
         Plan.from_pretrained("a--b/c", **offline)

@@ -36,6 +36,7 @@ def flux_latency():
     return Latency(sampler, pipe, sampler.settings_of(pipe, **settings), repeats=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_method_on_every_architecture(folder):
     rows = bench_latency.rows_of(load_model_folder(ROOT / folder), options("--steps", str(STEPS), "--compile", "no"))
@@ -68,6 +69,7 @@ def test_the_published_sizes(folder, billions):
     assert round(sum(p.numel() for p in pipe.transformer.parameters()) / 1e9, 2) == billions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_random_weights_have_the_dtypes_of_loaded_ones(folder, tmp_path):
     pipe = bench_latency.open_pipeline(load_model_folder(ROOT / folder), options("--dtype", "bfloat16"))
@@ -80,6 +82,7 @@ def dtypes(model):
     return {name: t.dtype for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_counted_and_put_back(flux_latency):
     model = flux_latency.model
     methods = ["baseline", "budget", "first-block"]
@@ -99,6 +102,7 @@ def test_a_block_that_is_skipped_is_not_counted(flux_latency):
     assert passes.total == 2 * STEPS + 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs cache_dit: sh scripts/setup.sh peers")
 def test_dbcache_leaves_nothing_behind(flux_latency):
     plain = flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs)
@@ -108,6 +112,7 @@ def test_dbcache_leaves_nothing_behind(flux_latency):
     assert torch.equal(flux_latency.sampler.denoise(flux_latency.pipe, flux_latency.inputs), plain)
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row(flux_latency, monkeypatch):
     def broken(*arguments):
         raise torch.OutOfMemoryError("tried to allocate\n80 GiB")
@@ -153,6 +158,7 @@ def script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     arguments = "--size small --device cpu --steps 6 --repeats 1 --compile no --methods budget,baseline --json"
     done = script(str(ROOT / "ERTACache4FLUX"), *arguments.split(), str(tmp_path / "new" / "rows.json"))
@@ -182,6 +188,7 @@ def test_what_cannot_be_measured(arguments, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_bad_argument_ends_with_one_line():
     done = script("--size", "small", "--steps", "0")
     assert done.returncode == 2 and done.stderr.startswith("error: --steps 0") and done.stderr.count("\n") == 1

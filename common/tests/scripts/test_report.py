@@ -207,6 +207,7 @@ def choose(browser, room, name, text):
     Select(part(browser, room, name)).select_by_visible_text(text)
 
 
+@pytest.mark.slow
 def test_the_page_opens_without_errors_and_without_a_network(browser, made):
     assert browser.get_log("browser") == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -220,6 +221,7 @@ def test_the_page_opens_without_errors_and_without_a_network(browser, made):
     browser.get_log("browser")  # that fetch's own complaint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_schemes_and_widths(browser, scheme, width):
@@ -237,6 +239,7 @@ def test_both_schemes_and_widths(browser, scheme, width):
     assert (ground, line) == light[scheme]
 
 
+@pytest.mark.slow
 def test_structure_for_those_who_do_not_see(browser):
     unnamed = """[...document.querySelectorAll("svg, img, video, select, input, [role=region]")].filter((e) => !(
         e.getAttribute("aria-label") || e.alt || e.closest("label") || e.closest("[aria-hidden=true]"))).length"""
@@ -247,6 +250,7 @@ def test_structure_for_those_who_do_not_see(browser):
     assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
+@pytest.mark.slow
 def test_speedup_by_flops_or_by_latency(browser):
     seen = "['flops', 'latency'].map((name) => getComputedStyle(document.querySelector('.grid.' + name)).display)"
     assert browser.execute_script(f"return {seen}") == ["grid", "none"]
@@ -254,6 +258,7 @@ def test_speedup_by_flops_or_by_latency(browser):
     assert browser.execute_script(f"return {seen}") == ["none", "grid"]
 
 
+@pytest.mark.slow
 def test_the_slider_moves_the_border_by_key(browser):
     slider = part(browser, 0, "slider")
     clip = "getComputedStyle(document.querySelector('.stage .uncached')).clipPath"
@@ -270,6 +275,7 @@ CORNER = """(() => { const image = document.querySelector('.stage > :not(.uncach
         context.getImageData(1, 1, 1, 1).data[0]]; })()"""
 
 
+@pytest.mark.slow
 def test_method_speedup_and_prompt_change_the_picture(browser):
     assert until(browser, CORNER) == [200, 0, 0, 94]
     choose(browser, 0, "run", "4× asked, 4.00× reached: budget (H = 3), 40.0 dB")
@@ -284,6 +290,7 @@ def test_method_speedup_and_prompt_change_the_picture(browser):
     assert stage.find_element("css selector", ".uncached").get_attribute("alt") == "uncached: a blue square"
 
 
+@pytest.mark.slow
 def test_videos_play_together(browser):
     videos = "document.querySelectorAll('.stage video')"
     until(

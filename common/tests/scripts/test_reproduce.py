@@ -135,6 +135,7 @@ def test_a_trajectory_is_the_run():
     assert path.shape == (5, wanted.size) and np.array_equal(path[-1], wanted)
 
 
+@pytest.mark.slow
 def test_first_and_last_frame(tmp_path):
     """Of a video whose frames go from black to white: black on the left, white on the right."""
     media.save_mp4(tmp_path / "a.mp4", np.linspace(0, 1, 9)[:, None, None, None] * np.ones((1, 64, 64, 3)), 8)
@@ -148,6 +149,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_figure_2_of_the_demo(tmp_path):
     prompts = tmp_path / "calibration.txt"
     prompts.write_text("a big red star at the left on a plain white background\na small blue ring in the centre\n")
@@ -198,6 +200,7 @@ def test_what_cannot_be_reproduced(script, arguments, words, tmp_path, monkeypat
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_script_that_measures_is_ours(tmp_path):
     done = run("reproduce/tables.py", "table2", "--latency-repeats", "-1", "--out", str(tmp_path))
     command, said = done.stderr.splitlines()

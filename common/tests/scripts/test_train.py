@@ -21,6 +21,7 @@ def train(folder, *flags):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", SHORT)
 def test_all_stages_run_and_a_second_run_resumes(folder, tmp_path):
     flags = [
@@ -45,6 +46,7 @@ def test_all_stages_run_and_a_second_run_resumes(folder, tmp_path):
     assert "vae 3/3" in again.stdout and "vae 2/" not in again.stdout and "transformer" not in again.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

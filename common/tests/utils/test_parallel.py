@@ -64,6 +64,7 @@ def test_one_process_is_main_and_talks_to_no_other(monkeypatch):
         parallel.run_on_all_ranks(fail)
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_accelerate():
     code = "import sys, ertacache, ertacache.calibration.from_folder; assert 'accelerate' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -129,6 +130,7 @@ def three(tmp_path_factory):
     return folder, results
 
 
+@pytest.mark.slow
 def test_values_come_in_the_order_of_ranks_and_batches(three):
     _, results = three
     assert [r["mine"] for r in results] == [[0, 3, 6], [1, 4], [2, 5]]
@@ -138,6 +140,7 @@ def test_values_come_in_the_order_of_ranks_and_batches(three):
         assert found["in_order"] == [f"batch {i}" for i in range(7)] and found["share"] == 10
 
 
+@pytest.mark.slow
 def test_sums_are_added_in_the_order_of_batches_whichever_process_resumes(three):
     folder, results = three
     assert sum(BATCHES) != sum(reversed(BATCHES))
@@ -150,6 +153,7 @@ def test_sums_are_added_in_the_order_of_batches_whichever_process_resumes(three)
     assert calls == [5, 6] and total["sum"] == sum(BATCHES[:7])
 
 
+@pytest.mark.slow
 def test_plans_are_those_of_one_process(three, tmp_path):
     _, results = three
     wanted = {"threshold": threshold_plan(tmp_path)}
@@ -189,6 +193,7 @@ def breaks_before_the_first(folder):
     run_program(lambda: parallel.run_on_all_ranks(main))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "words"),
     [
@@ -249,6 +254,7 @@ def alone(tmp_path_factory, one_thread):
     return calibrate(tmp_path_factory.mktemp("alone") / "plans")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_plans_of_one(alone, tmp_path):
     output, errors = (launched := launch(command(tmp_path / "plans"))).communicate(timeout=200)
     assert launched.returncode == 0, errors
@@ -258,6 +264,7 @@ def test_two_processes_write_the_plans_of_one(alone, tmp_path):
     assert len(lines) == 2 and lines[0].startswith("lambda=0.3: ") and lines[1].startswith("2x: 3 of 6 calls")
 
 
+@pytest.mark.slow
 def test_one_process_resumes_where_two_were_killed(alone, tmp_path):
     launched = launch(command(out := tmp_path / "plans"))
     while launched.poll() is None and not list(out.glob("*.partial/" + "[0-9a-f]" * 32 + ".safetensors")):
@@ -285,6 +292,7 @@ def evaluation(out):
     return [str(word) for word in words]
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_table_of_one(tmp_path):
     command(tmp_path / "plans")  # writes the prompts
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -157,7 +157,9 @@ def interruptible():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", fast([3, 20, 60], 20))  # at the first prompts of the uncached run; in a rollout
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), None], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), pytest.param(None, marks=pytest.mark.slow)], ids=["error", "Ctrl-C"]
+)
 def test_it_resumes_where_it_ended(error, calls, empty_folder, interruptible):
     tiny, count = with_prompts(flux()), 0
     own = tiny.pipe.scheduler

@@ -82,6 +82,7 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_that_shows_every_row(made):
     page = (made / "report.html").read_text()
     assert len(page) < 3e6 and "<h1>Numbers &amp; &lt;places&gt;</h1>" in page and "<b>square" not in page

@@ -161,9 +161,9 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 def main():
     import sys
 
-    from ertacache.cli import model_folder
+    from ertacache.cli import folder_command
 
-    model_folder.main(sys.modules[__name__])
+    folder_command.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ertacache import UserError
 from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds, open_session
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.plans.names import budget_of, check_speedups
@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = model_folder.parse_arguments(sampler, rest)
+    options = folder_command.parse_arguments(sampler, rest)
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     thresholds, speedups = (parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
@@ -42,9 +42,9 @@ def main():
     for threshold in thresholds:
         check_threshold(threshold, "--thresholds")
     options.device = parallel.device(options.device)
-    calibration, folder = model_folder.calibration_options(options), args.out or sampler.FOLDER / "cache"
-    pipe = model_folder.open_pipeline(sampler, options)
-    settings = model_folder.checked_settings(sampler, pipe, options)
+    calibration, folder = folder_command.calibration_options(options), args.out or sampler.FOLDER / "cache"
+    pipe = folder_command.open_pipeline(sampler, options)
+    settings = folder_command.checked_settings(sampler, pipe, options)
     session = open_session(sampler, pipe, settings, options.model, calibration, folder)
     plans = calibrate_thresholds(session, thresholds, options.site, folder) if thresholds else []
     if speedups:

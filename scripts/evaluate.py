@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ertacache import UserError
 from ertacache.caches.registry import CACHES
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
 from ertacache.demos.model_folder import grammar_of, load_model_folder
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, MethodRows
@@ -151,8 +151,8 @@ def open_folder(args, sampler, options) -> MethodRows:
     if any(site not in ("output", "blocks") for site in sites):
         raise UserError(f"--sites {args.sites}: choose from output, blocks")
     options.device = parallel.device(options.device)
-    pipe = model_folder.open_pipeline(sampler, options)
-    settings = model_folder.checked_settings(sampler, pipe, options)
+    pipe = folder_command.open_pipeline(sampler, options)
+    settings = folder_command.checked_settings(sampler, pipe, options)
     held_out = [s.caption() for s in grammar_of(sampler).sample_scenes(args.count, seed=100, held_out=True)]
     prompts = prompts_of(None, options.prompts) if options.prompts else held_out
     seeds = range(options.seed, options.seed + len(prompts))
@@ -160,7 +160,7 @@ def open_folder(args, sampler, options) -> MethodRows:
     measured |= {"samples": args.samples, "clip": args.clip, "work": ensure_writable(args.work)}
     measured |= {"model": options.model, "batch_size": options.batch_size, "fps": getattr(options, "fps", None)}
     evaluation = Evaluation(sampler, pipe, prompts, seeds, settings, **measured)
-    calibration = model_folder.calibration_options(options)
+    calibration = folder_command.calibration_options(options)
     return MethodRows(
         evaluation, calibration, sites, args.plans or sampler.FOLDER / "cache", options.target, args.store
     )
@@ -171,7 +171,7 @@ def main():
     samplers = [load_model_folder(folder) for folder in args.folders]
     every_row = []
     for sampler in samplers:
-        folder = open_folder(args, sampler, model_folder.parse_arguments(sampler, rest))
+        folder = open_folder(args, sampler, folder_command.parse_arguments(sampler, rest))
         rows = []
         for row in folder.rows(args.methods, args.speedups, args.thresholds):
             rows.append(row)

@@ -14,7 +14,7 @@ import time
 import torch
 
 from ertacache.calibration.from_folder import find_plan
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.numerics.jump import jump
@@ -86,10 +86,10 @@ def main():
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = model_folder.parse_arguments(sampler, ["--speedup", "2", *rest])
-    request, calibration = model_folder.plan_request(options), model_folder.calibration_options(options)
-    pipe = model_folder.open_pipeline(sampler, options)
-    settings = model_folder.checked_settings(sampler, pipe, options)
+    options = folder_command.parse_arguments(sampler, ["--speedup", "2", *rest])
+    request, calibration = folder_command.plan_request(options), folder_command.calibration_options(options)
+    pipe = folder_command.open_pipeline(sampler, options)
+    settings = folder_command.checked_settings(sampler, pipe, options)
     plan, _ = find_plan(sampler, pipe, settings, request, calibration)
     prompts = (read_prompts(sampler.FOLDER / "prompts" / "demo.txt") * options.batch_size)[: options.batch_size]
     overhead = Overhead(sampler, pipe, plan, settings, prompts)

@@ -27,7 +27,7 @@ import ertacache
 from ertacache import BudgetPlan, UserError
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.session import CalibrationSession
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import grammar_of, load_model_folder
 from ertacache.evaluation import metrics
@@ -49,8 +49,8 @@ class Study:
     """One demo, its command line, and the budgets that are asked for."""
 
     def __init__(self, sampler, options, speedups, count):
-        self.sampler, self.options, self.pipe = sampler, options, model_folder.open_pipeline(sampler, options)
-        self.settings = model_folder.checked_settings(sampler, self.pipe, options)
+        self.sampler, self.options, self.pipe = sampler, options, folder_command.open_pipeline(sampler, options)
+        self.settings = folder_command.checked_settings(sampler, self.pipe, options)
         self.budgets = [budget_of(self.settings["steps"], speedup) for speedup in speedups]
         self.grammar, self.count, self.calls = grammar_of(sampler), count, 0
         self.held_out = self.captions(count, seed=100, held_out=True)
@@ -206,7 +206,7 @@ def main():
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = model_folder.parse_arguments(sampler, rest)
+    options = folder_command.parse_arguments(sampler, rest)
     if options.model != "demo":
         raise UserError(f"--model {options.model}: this study samples captions of the demo's grammar, use the demo")
     speedups, counts = parse_list(args.speedups), [int(n) for n in parse_list(args.counts)]

@@ -26,7 +26,7 @@ from ertacache import UserError
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.calibration.from_folder import open_session
 from ertacache.calibration.threshold import ThresholdCalibration
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.cli.arguments import parse_list
 from ertacache.demos.model_folder import grammar_of, load_model_folder
 from ertacache.plans.names import check_speedups
@@ -112,8 +112,10 @@ def draw_paths(rows: list[dict]):
 
 def figure2(args) -> None:
     folder, sampler, pipe, options = open_folder(args)
-    settings = model_folder.checked_settings(sampler, pipe, options)
-    session = open_session(sampler, pipe, settings, options.model, model_folder.calibration_options(options), args.out)
+    settings = folder_command.checked_settings(sampler, pipe, options)
+    session = open_session(
+        sampler, pipe, settings, options.model, folder_command.calibration_options(options), args.out
+    )
     calibration = ThresholdCalibration(session, options.site)
     prompts = read_prompts(args.prompts)[: args.count] if args.prompts else captions(sampler, args.count, held_out=True)
     inputs = [sampler.prepare(pipe, [p], [options.seed + n], **settings) for n, p in enumerate(prompts)]
@@ -156,8 +158,8 @@ def open_folder(args):
     folder = (args.folders or ["ERTACache4FLUX"])[0]
     sampler = load_model_folder(ROOT / folder)
     calibration = ["--calibration-prompts", str(args.calibration_prompts)] if args.calibration_prompts else []
-    options = model_folder.parse_arguments(sampler, [*folder_flags(args, folder), *calibration, *args.rest])
-    return folder, sampler, model_folder.open_pipeline(sampler, options), options
+    options = folder_command.parse_arguments(sampler, [*folder_flags(args, folder), *calibration, *args.rest])
+    return folder, sampler, folder_command.open_pipeline(sampler, options), options
 
 
 def captions(sampler, count: int, held_out: bool) -> list[str]:

@@ -65,7 +65,7 @@ def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPla
 
 
 def first_order_budget_plan(sampler, pipe, settings, inputs) -> BudgetPlan:
-    """The same steps with the solver's own jumps, over as many anchors as a fitted plan has at least."""
+    """Return a plan with the same steps and the solver's own jumps, with the least history length of a fitted plan."""
     steps, computed = settings["steps"], computed_steps(settings["steps"])
     jumps = [sampler.first_order(pipe, inputs, i, k) for i, k in zip(computed, [*computed[1:], steps], strict=True)]
     return BudgetPlan(

@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from conftest import ROOT
-from ertacache.cli import model_folder
+from ertacache.cli import folder_command
 from ertacache.utils.errors import run_program
 
 PROMPT = ["--prompt", "a big red star at the left on a plain white background"]
@@ -32,7 +32,7 @@ def sampler(flux, demo, tmp_path, monkeypatch):
 
 
 def run(sampler, *arguments):
-    run_program(lambda: model_folder.main(sampler, [str(a) for a in arguments]))
+    run_program(lambda: folder_command.main(sampler, [str(a) for a in arguments]))
 
 
 def refused(sampler, capsys, out, *arguments):

@@ -152,7 +152,7 @@ def test_the_table_of_the_demo(tmp_path):
     assert 25 < peer["psnr"] < 70 and none["psnr"] is None and none["speedup_latency"] == 1
     assert all((tmp_path / path).exists() for row in rows for path in row["samples"]) and len(none["samples"]) == 1
     assert budget["plan"] == "ERTACache4FLUX/cache/demo-30-budget-10.json"
-    assert done.stdout.count("\n| ") == 5 and "2 prompts" in done.stdout
+    assert done.stdout.count("\n| ") == 6 and "2 prompts" in done.stdout
     assert (tmp_path / "rows.csv").read_text().count("\n") == 5
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
     assert script("evaluate.py", *methods, *files, *how).stdout == done.stdout

@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from conftest import VIDEO_FOLDERS, open_model_folder
-from ertacache.cli.model_folder import main
+from ertacache.cli.folder_command import main
 from ertacache.demos.model_folder import settings_parameters
 from ertacache.evaluation import metrics
 from ertacache.utils import media

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, errors
 import ertacache
 from conftest import ROOT
 from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan
-from ertacache.cli.model_folder import parse_arguments
+from ertacache.cli.folder_command import parse_arguments
 from ertacache.evaluation.report import card_table
 from ertacache.evaluation.rows import REMEDY
 from ertacache.plans import card

@@ -54,7 +54,7 @@ def _image(size=32) -> Image.Image:
 
 
 def _autoencoder():
-    """Of images: 2× down, 4 channels."""
+    """Return an image autoencoder: 2× down, 4 channels."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     size = {"block_out_channels": (4, 4), "latent_channels": 4, "norm_num_groups": 2, "shift_factor": 0.0}
     return _model("AutoencoderKL", **blocks, **size)

@@ -146,7 +146,7 @@ def sample_path(path: Path) -> Path:
     if path.suffix not in MEDIA:
         raise UserError(f"sample {path} is neither .png nor .mp4: {REMEDY} and --samples N")
     if not path.is_file():
-        raise UserError(f"sample {path} is missing: keep the samples beside the file of rows")
+        raise UserError(f"sample {path} is missing: keep the samples next to the file of rows")
     return path
 
 

@@ -303,7 +303,7 @@ class Evaluation:
         return {"sigmas": grid.tolist(), "computed": list(plan.computed), "error": errors}
 
     def keep_samples(self, method: Method, outcome: Outcome) -> dict[str, list[str]]:
-        """Save the images of the first prompts beside the stored rows; their paths are absolute."""
+        """Save the images of the first prompts next to the stored rows; their paths are absolute."""
         folder, name = self.checkpoints.folder / "samples", digest(method.key)[:16]
         images = outcome.images[: self.samples]
         suffix = ".mp4" if outcome.images.ndim == 5 else ".png"

@@ -8,7 +8,7 @@ part of the errors of earlier ones.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,16 +51,29 @@ class Rollout:
     held_out: float | None
 
 
-@dataclass
 class BatchState:
-    """A batch of prompts on its way through a schedule: its latents, and the newest velocities, newest first."""
+    """A batch of prompts on its way through a schedule, in a model folder's loop.
 
-    inputs: Any
-    x: torch.Tensor = field(init=False)
-    history: list[torch.Tensor] = field(default_factory=list)
+    Args:
+        session: The calibration's.
+        inputs: Of the batch.
 
-    def __post_init__(self):
-        self.x = self.inputs.latents
+    Attributes:
+        x: Latents, [B, …].
+        history: The newest velocities, newest first.
+    """
+
+    def __init__(self, session: CalibrationSession, inputs):
+        self.session, self.inputs, self.x = session, inputs, inputs.latents
+        self.history: list[torch.Tensor] = []
+
+    def velocity(self, i: int) -> torch.Tensor:
+        """Return the velocity at step i, a computed one."""
+        return self.session.sampler.velocity(self.session.pipe, self.inputs, self.x, self.inputs.times[i])
+
+    def jump(self, scale: float, weights: list[float]) -> None:
+        """Move the latents to the next computed step."""
+        self.x = jump(self.x, self.history, weights, scale)
 
 
 class BudgetCalibration:
@@ -71,7 +84,7 @@ class BudgetCalibration:
     Args:
         session: Sampler, pipeline and prompts.
         target: "reference" (the uncached run) or "exact" (the ODE's solution).
-        restrict: restrict(inputs, schedule) returns the inputs of a rollout that computes these steps only.
+        state_of: state_of(session, inputs, schedule) returns the state of a batch that computes these steps only.
         around_pass: Context manager around each pass over the prompts.
 
     Raises:
@@ -83,16 +96,19 @@ class BudgetCalibration:
         session: CalibrationSession,
         target: str = "reference",
         *,
-        restrict: Callable[[Any, Schedule], Any] = lambda inputs, schedule: inputs,
+        state_of: Callable[[CalibrationSession, Any, Schedule], BatchState] = lambda session, inputs, schedule: BatchState(
+            session, inputs
+        ),
         around_pass: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.session, self.restrict, self.around_pass = session, restrict, around_pass
+        self.session, self.state_of, self.around_pass = session, state_of, around_pass
         self.checkpoints = session.checkpoints(["budget", target])
         self.fitted = len(session.prompts) - len(session.prompts) // 4
         with around_pass():
             native = session.inputs(0)
             self.target = TARGETS[target](session, native, self.checkpoints)
-            self.native_sigmas = native.sigmas
+            self.begin = getattr(native, "begin", 0)  # the step of the T at which a pipeline's call begins
+            self.native_sigmas = getattr(native, "all_sigmas", native.sigmas)  # [T+1]
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
             self.elements = self.first.latents[0].numel()
@@ -129,18 +145,28 @@ class BudgetCalibration:
         latents, velocities = [], []
 
         def on_step(i, x, v):
+            self.session.require_finite(x, batch, i, f"the {self.target.label} comes to")
             self.session.require_finite(v, batch, i)
             latents.append(x.float().cpu())
             velocities.append(v.float().cpu())
             self.session.bar.update(self.target.calls_per_step)
 
         with self.around_pass():
-            final = self.target.integrate(self.inputs(batch), on_step)
+            inputs = self.inputs(batch)
+            final = self.target.integrate(inputs, on_step)
+            free = getattr(inputs, "free", None)  # the numbers that a pipeline leaves to the solver; None for all
+        self.session.require_finite(final, batch, self.end, f"the {self.target.label} comes to")
         latents.append(final.float().cpu())
         named = {str(i): x.contiguous() for i, x in enumerate(latents)}
+        if free is not None:
+            named["free"] = free = free.cpu()
+            if not free.any():
+                text = "the pipeline changes all of the latents between its steps, which no weights can follow"
+                raise UserError(f"{text}: leave callbacks out")
         write_atomically(self.trajectory_path(batch), save(named))
         fitted = slice(0, max(0, min(self.session.batch_size, self.fitted - self.session.starts[batch])))
-        gram = Gram.of([x[fitted] for x in latents], [v[fitted] for v in velocities])
+        rows = [[x[fitted] if free is None else x[fitted] * free[fitted] for x in xs] for xs in (latents, velocities)]
+        gram = Gram.of(*rows)
         return {"matrix": gram.matrix, "elements": gram.elements, "prompts": gram.prompts}
 
     def trajectory_path(self, batch: int):
@@ -151,6 +177,11 @@ class BudgetCalibration:
         """Return the target's latents x_i of a batch, float32 on the CPU."""
         with safe_open(existing(self.trajectory_path(batch)), "pt") as file:
             return file.get_tensor(str(i))
+
+    def free(self, batch: int) -> torch.Tensor | None:
+        """Return which numbers of a batch's latents a pipeline leaves to its solver, bool [B, …]; None for all."""
+        with safe_open(existing(self.trajectory_path(batch)), "pt") as file:
+            return file.get_tensor("free") if "free" in file.keys() else None  # noqa: SIM118 (no dictionary)
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -171,13 +202,13 @@ class BudgetCalibration:
         self.session.expect(len(schedule) * len(batches))
         rows = []
         with self.around_pass():
-            states = {batch: BatchState(self.restrict(self.inputs(batch), schedule)) for batch in batches}
+            states = {batch: self.state_of(self.session, self.inputs(batch), schedule) for batch in batches}
             for i, k in zip(schedule, [*schedule[1:], self.end], strict=True):
                 grams = [self.compute(batch, state, i, k, history_length) for batch, state in states.items()]
                 grams = np.concatenate(parallel.in_order(grams))
                 rows.append(parallel.share(self.fit(grams, history_length, self.first_order(i, k))))
                 for state in states.values():
-                    state.x = jump(state.x, state.history, rows[-1]["weights"], rows[-1]["scale"])
+                    state.jump(float(rows[-1]["scale"]), rows[-1]["weights"].tolist())
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["prediction_errors"] = arrays["prediction_errors"].T.copy()  # [P, N]
         error, held_out = self.errors_of(states)
@@ -189,12 +220,12 @@ class BudgetCalibration:
         The R rows are the velocities, newest first; the latents where they have a coefficient; target − latents at i
         and at k.
         """
-        v = self.session.sampler.velocity(self.session.pipe, state.inputs, state.x, state.inputs.times[i])
+        v = state.velocity(i)
         self.session.require_finite(v, batch, i)
         state.history = [v, *state.history][:history_length]
         errors = [self.target_latents(batch, step).to(state.x.device) - state.x.float() for step in (i, k)]
         self.session.bar.update()
-        return products([*state.history, *([state.x] if self.scaled else []), *errors])
+        return products([*state.history, *([state.x] if self.scaled else []), *errors], self.free(batch))
 
     def fit(
         self, grams: np.ndarray, history_length: int, first_order: tuple[float, float]
@@ -228,7 +259,8 @@ class BudgetCalibration:
 
     def squared_errors(self, batch: int, final: torch.Tensor) -> list[float]:
         """Return the mean squared error of each prompt's final latents."""
-        return (final.double().cpu() - self.target_latents(batch, self.end)).square().flatten(1).mean(1).tolist()
+        error, free = final.cpu().double() - self.target_latents(batch, self.end), self.free(batch)
+        return (error if free is None else error * free).square().flatten(1).mean(1).tolist()
 
     def tuned_shift(self, steps: int) -> float:
         """Return the shift in SHIFTS with which `steps` of the model's own solver come nearest to the target."""
@@ -255,7 +287,7 @@ class BudgetCalibration:
             search: Rollouts that a local search may spend on each plan.
         """
         for budget in budgets:
-            check_budget(budget, self.session.steps)
+            check_budget(budget, self.end if self.target.sigmas is None else self.session.steps)
         gram = self.trajectories()
         candidates = parallel.share(planner.candidate_schedules(gram, list(budgets), self.scaled))
         return {budget: self.plan(gram, candidates[budget], search) for budget in budgets}
@@ -272,17 +304,38 @@ class BudgetCalibration:
         best = self.search(tried[name], search)
         errors = {n: rollout.error for n, rollout in tried.items()} | {"after local search": best.error}
         bound = planner.projection_bound(gram, best.schedule, self.scaled)
+        start_weights, start_scale = self.starts(gram, best.schedule, best.arrays["weights"].shape[1])
         return BudgetPlan(
             requirements=self.session.requirements,
-            computed=best.schedule,
+            computed=tuple(self.begin + i for i in best.schedule),
             native_sigmas=tuple(self.native_sigmas.tolist()),
             target=self.target.name,
             sigmas=() if self.target.sigmas is None else tuple(self.target.sigmas.tolist()),
             predicted_error=best.error,
             held_out_error=best.held_out,
             provenance=self.provenance(name, errors, bound),
+            start_weights=as_tuples(start_weights.tolist()),
+            start_scale=as_tuples(start_scale.tolist()),
             **{name: as_tuples(array.tolist()) for name, array in best.arrays.items()},
         )
+
+    def starts(self, gram: Gram, schedule: Schedule, history_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weights [T, H, H] and scales [T, H] of runs that begin at a later step (plans/budget.py).
+
+        On a grid of the target's own a run begins at the native step's nearest level.
+        """
+        native, steps = self.native_sigmas.double().cpu().numpy(), len(self.native_sigmas) - 1
+        weights, scales = np.zeros((steps, history_length, history_length)), np.ones((steps, history_length))
+        grid = native[self.begin :] if self.target.sigmas is None else self.target.sigmas.double().cpu().numpy()
+        for step in range(self.begin + 1, steps):
+            begin = int(np.abs(grid[:-1] - native[step]).argmin())
+            later = [c for c in schedule if c > begin]
+            fitted = planner.offline_weights(gram, (begin, *later), history_length, self.scaled)
+            count = min(history_length, len(later) + 1)
+            weights[step, :count], scales[step, :count] = (array[:count] for array in fitted)
+            first = grid[begin] - grid[([*later, len(grid) - 1])[0]]
+            weights[step, 0] *= (native[step] - grid[([*later, len(grid) - 1])[0]]) / first if first else 1.0
+        return weights, scales
 
     def search(self, best: Rollout, rollouts: int) -> Rollout:
         """Move single computed steps by one while that lowers the error, with at most so many rollouts."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ertacache.calibration.budget import BudgetCalibration
-from ertacache.calibration.paused_call import PausedCall, PausedCalls
+from ertacache.calibration.paused_call import CallState, PausedCalls
 from ertacache.calibration.session import LEAST_STEPS, CalibrationSession
 from ertacache.numerics.schedulers import check_scheduler
-from ertacache.pipelines.enable import check_parts, original_scheduler
+from ertacache.pipelines.enable import check_pipeline, originals
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
 from ertacache.utils.errors import UserError
@@ -69,7 +69,6 @@ def calibrate(
         >>> ertacache.enable(pipe, plans[2])
     """
     steps = _check(pipe, prompts, speedups, target, batch_size, call_kwargs)
-    budgets = {speedup: budget_of(steps, speedup) for speedup in speedups}
     folder = ensure_writable(work or FOLDER)
     sampler = PausedCalls(pipe, call_kwargs)
     try:
@@ -85,11 +84,15 @@ def calibrate(
             progress=progress,
         )
         with contextlib.closing(session.bar):
-            restrict = PausedCall.restricted_to
-            calibration = BudgetCalibration(session, target, restrict=restrict, around_pass=lambda: sampler)
-            if calibration.end != steps:
-                text = f"the pipeline's call makes {calibration.end} steps, not num_inference_steps = {steps}"
-                raise UserError(f"{text}: give num_inference_steps={calibration.end}")
+            calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
+            total = len(calibration.native_sigmas) - 1
+            if total != steps:
+                text = f"the pipeline's scheduler makes {total} steps, not num_inference_steps = {steps}"
+                raise UserError(f"{text}: give num_inference_steps={total}")
+            if calibration.end < LEAST_STEPS:
+                text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
+                raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
+            budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
             plans = calibration.plans(list(budgets.values()), search)
             calibration.finish()
     finally:
@@ -111,8 +114,8 @@ def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: M
         raise UserError(f"prompts = {prompts!r:.60}: give a list of texts")
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: give a number of at least 1")
-    check_parts(pipe)
-    check_scheduler(original_scheduler(pipe))
+    check_pipeline(pipe)
+    check_scheduler(originals(pipe)["scheduler"])
     return _steps_of(pipe, call_kwargs)
 
 

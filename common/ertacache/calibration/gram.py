@@ -80,7 +80,14 @@ class Gram:
         return cls(arrays["matrix"], *(int(n) for n in arrays["counts"]))
 
 
-def products(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Return all scalar products of R tensors [B, …] of one shape, per prompt, float64 [B, R, R]."""
-    rows = torch.stack([z.flatten(1).double() for z in tensors], 1)  # [B, R, elements]
-    return (rows @ rows.mT).cpu().numpy()
+def products(tensors: Sequence[torch.Tensor], free: torch.Tensor | None = None) -> np.ndarray:
+    """Return all scalar products of R tensors [B, …] of one shape, per prompt, float64 [B, R, R].
+
+    Args:
+        tensors: On any device; they are brought to the CPU, since not every device has float64.
+        free: The numbers that count, bool [B, …]; None for all.
+    """
+    rows = torch.stack([z.flatten(1).cpu().double() for z in tensors], 1)  # [B, R, elements]
+    if free is not None:
+        rows *= free.flatten(1)[:, None]
+    return (rows @ rows.mT).numpy()

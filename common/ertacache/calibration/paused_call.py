@@ -1,10 +1,11 @@
-"""A pipeline's own call that pauses at each of its steps: the sampler and the inputs of `ertacache.calibrate`.
+"""A pipeline's own call that pauses at each of its computed steps: sampler and inputs of `ertacache.calibrate`.
 
-The call runs on a copy of the pipeline. Its scheduler hands out each step's latents and velocity, and continues from
-the latents that it is given: in the target's trajectory those of the pipeline's own solver, in a rollout (budget.py)
-those of the weights that have just been fitted. That fit needs all prompts at the same step, but a call cannot be left
-and entered again. So each call has a thread of its own, which waits inside the scheduler's step. One thread runs at a
-time: that of the call that is asked to continue, while the asking thread waits for it.
+The call runs on a copy of the pipeline that follows a schedule as one with a plan does: same timesteps and windows, and
+no model call on skipped steps. At each computed step it hands out latents and velocity, and waits: in the target's
+trajectory for leave to go on by the pipeline's own solver, in a rollout (budget.py) for the jump that has just been
+fitted. That fit needs all prompts at the same step, but a call cannot be left and entered again. So each call has a
+thread of its own, which waits inside the scheduler's step. One thread runs at a time: that of the call that is asked to
+continue, while the asking thread waits for it.
 
 Memory: in a rollout the calls of all prompts (of this process) wait at once, each with its embeddings, its latents and
 the newest velocities.
@@ -12,7 +13,6 @@ the newest velocities.
 
 import contextlib
 import copy
-import functools
 from collections.abc import Mapping
 from queue import SimpleQueue
 from threading import Thread
@@ -21,12 +21,10 @@ from typing import Any
 import torch
 
 from ertacache.calibration.planner import Schedule
-from ertacache.numerics.schedulers import solver_of
-from ertacache.pipelines.enable import original_scheduler
+from ertacache.pipelines.enable import originals, stand_in
+from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
-from ertacache.pipelines.scheduler import PlannedScheduler
-from ertacache.plans.budget import BudgetPlan
-from ertacache.plans.requirements import Requirements
+from ertacache.pipelines.steps import BudgetSteps, OwnSteps
 from ertacache.utils.errors import UserError
 
 THREAD = "ertacache-call"  # name of the threads
@@ -50,153 +48,245 @@ class PausedCalls:
     def __exit__(self, *_):
         while self.open:
             self.open.pop().close()
+        for part in originals(self.pipe).values():
+            if getattr(part, "is_cache_enabled", False):
+                part._reset_stateful_cache()
 
     def prepare(self, pipe, prompts, seeds, **settings) -> "PausedCall":
         return PausedCall(self, list(prompts), list(seeds))
 
     def denoise(self, pipe, inputs: "PausedCall", plan=None, on_step=None) -> torch.Tensor:
         """Run uncached, by the pipeline's own solver."""
-        x, step = inputs.latents, inputs.solver.stepper(inputs.sigmas, inputs.times, 0)
         for i in range(len(inputs.times)):
-            v = inputs.velocity(x)
-            on_step(i, x, v)
-            x = step(i, x, v)
-        return x
+            on_step(i, inputs.latents, inputs.velocity)
+            inputs.go_on(None)
+        return inputs.latents
 
     def velocity(self, pipe, inputs: "PausedCall", x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return inputs.velocity(x)
+        return inputs.velocity
 
     def first_order(self, pipe, inputs: "PausedCall", i: int, k: int) -> tuple[float, float]:
-        return inputs.solver.first_order(inputs.sigmas[i], inputs.sigmas[k])
+        return inputs.run.solver.first_order(inputs.sigmas[i], inputs.sigmas[k])
 
 
 class PausedCall:
-    """One call of a pipeline; it starts when something of it is first asked for.
+    """One call of a pipeline; it starts when something of it is first asked for. Steps count from where it begins.
 
     Args:
         sampler: Its pipeline and arguments.
         prompts, seeds: Of the batch.
-        computed: The steps that it makes; None for all.
+        computed: The steps that it computes; None for all.
     """
 
     def __init__(self, sampler: PausedCalls, prompts: list[str], seeds: list[int], computed: Schedule | None = None):
         self.sampler, self.prompts, self.seeds, self.computed = sampler, prompts, seeds, computed
-        self.latents_in, self.steps_out = SimpleQueue(), SimpleQueue()
-        self.place = 0  # of the computed step that follows
+        self.answers, self.messages = SimpleQueue(), SimpleQueue()
+        self.state = None  # (run, latents before the step at which it pauses, velocity there)
+        self.moved = self.changed = None  # bool [B, …]: numbers that the solver has moved; that the pipeline has changed
 
     def restricted_to(self, computed: Schedule) -> "PausedCall":
-        """Return the same call, making these steps only."""
+        """Return the same call, computing these steps only."""
         return PausedCall(self.sampler, self.prompts, self.seeds, computed)
 
-    @functools.cached_property
-    def start(self) -> tuple[PlannedRun, torch.Tensor, torch.Tensor]:
-        """The run's steps, the latents [B, …] before the first of them, and the velocity there."""
-        self.pipe = copy.copy(self.sampler.pipe)
-        self.pipe.set_progress_bar_config(disable=True)
-        original = copy.deepcopy(original_scheduler(self.pipe))
-        self.pipe.scheduler = PausingScheduler(original, self.computed, self.pause)
-        self.thread = Thread(target=self.work, args=(_thread_state(),), name=THREAD, daemon=True)
-        self.thread.start()
-        self.sampler.open.append(self)
-        x, v = self.receive()
-        return self.pipe.scheduler.run, x, v
+    @property
+    def run(self) -> PlannedRun:
+        return self._state()[0]
 
-    solver = property(lambda self: self.start[0].solver)
-    sigmas = property(lambda self: self.start[0].sigmas)  # [T+1]
-    times = property(lambda self: self.start[0].all_times)  # [T]
-    latents = property(lambda self: self.start[1])  # [B, …]
+    @property
+    def latents(self) -> torch.Tensor:
+        """Latents [B, …] before the step at which the call pauses, the final ones at the end."""
+        return self._state()[1]
 
-    def velocity(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the velocity at the next computed step.
+    @property
+    def velocity(self) -> torch.Tensor:
+        """Velocity [B, …] at the step at which the call pauses."""
+        return self._state()[2]
 
-        Args:
-            x: The latents that the last computed step leads to; at first `latents`.
+    @property
+    def begin(self) -> int:
+        """The step of the pipeline's T at which the call begins: above 0 with `strength` < 1."""
+        return self.run.course.begin
 
-        Raises:
-            UserError: The pipeline changes the latents between its steps.
-        """
-        v = self.start[2]
-        if self.place > 0:
-            self.latents_in.put(x)
-            seen, v = self.receive()
-            if not torch.equal(seen, x):
-                text = f"{type(self.pipe).__name__} changes the latents between its steps, which no weights can follow"
-                raise UserError(f"{text}: calibrate one with the same parts that does not, its plan serves both")
-        self.place += 1
-        return v
+    @property
+    def all_sigmas(self) -> torch.Tensor:
+        """The pipeline's noise levels, [T+1]."""
+        return self.run.solver.sigmas
 
-    def receive(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Wait until the call pauses at its next computed step; an error in the call is raised here."""
-        message = self.steps_out.get()
-        if isinstance(message, BaseException):
-            raise message
-        i, x, v = message
-        due = self.pipe.scheduler.run.ends[self.place]
-        if i != due:
-            remedy = "give strength=1 (the plan then serves any), or a call that makes every step once"
-            raise UserError(f"the pipeline steps at {i} where step {due} is due: {remedy}")
-        return x, v
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels from where the call begins, [T' + 1]."""
+        return self.run.solver.sigmas[self.begin :]
+
+    @property
+    def times(self) -> torch.Tensor:
+        """Times of the model from where the call begins, [T']."""
+        return self.run.scheduler.timesteps[self.begin :]
+
+    @property
+    def free(self) -> torch.Tensor | None:
+        """Whether the latents are the solver's alone, bool [B, …]; None for all. Known at the end of an uncached run."""
+        free = self.moved if self.changed is None else self.moved & ~self.changed
+        return None if free.all() else free
+
+    def go_on(self, row: tuple[float, list[float]] | None) -> None:
+        """Continue to the next computed step, or to the end. row: (a, w) of the jump; None for the solver's own step."""
+        self._state()
+        self.answers.put(row or "own step")
+        self._receive()
 
     def close(self) -> None:
         """End the call where it pauses; one that is running ends at its next step."""
-        self.latents_in.put(None)
+        self.answers.put(None)
         self.thread.join()
+
+    def _state(self):
+        if self.state is None:
+            pipe = _copy_of(self.sampler.pipe)
+            stand_in(pipe, Pausing(self), originals(pipe))
+            self.thread = Thread(target=self._work, args=(pipe, _thread_state()), name=THREAD, daemon=True)
+            self.sampler.open.append(self)
+            self.thread.start()
+            self._receive()
+        return self.state
+
+    def _receive(self) -> None:
+        """Wait until the call pauses or ends; an error in it is raised here."""
+        message = self.messages.get()
+        if isinstance(message, BaseException):
+            raise message
+        self.state = message
 
     # --- in the call's own thread ------------------------------------------------------------------------------------
 
-    def work(self, state: contextlib.AbstractContextManager) -> None:
-        arguments = {**self.sampler.arguments, "prompt": self.prompts, "output_type": "latent"}
-        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+    def _work(self, pipe, state: contextlib.AbstractContextManager) -> None:
         try:
+            arguments = {**self.sampler.arguments, "prompt": self.prompts, "output_type": "latent"}
+            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
             with state:
-                self.pipe(**arguments)
-            self.steps_out.put(UserError("the pipeline's call ended before its last step: leave callbacks out"))
+                pipe(**arguments)
+            self.messages.put(UserError("the pipeline's call ended before its last step: leave callbacks out"))
         except _Closed:
             pass
-        except BaseException as error:  # raised again by `receive`
-            self.steps_out.put(error)
+        except BaseException as error:  # raised again by `_receive`
+            self.messages.put(error)
 
-    def pause(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.steps_out.put((i, x, v))
-        x = self.latents_in.get()
-        if x is None:
+    def pause(self, run: PlannedRun, x: torch.Tensor, v: torch.Tensor | None):
+        """Hand out latents and velocity; return the answer."""
+        self.messages.put((run, x, v))
+        answer = self.answers.get()
+        if answer is None:
             raise _Closed
-        return x
+        return answer
+
+
+class CallState:
+    """A batch of prompts on its way through a schedule, in the pipeline's own call. Same as `budget.BatchState`."""
+
+    def __init__(self, session, inputs: PausedCall, schedule: Schedule):
+        self.call = inputs.restricted_to(schedule)
+        self.history: list[torch.Tensor] = []
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.call.latents
+
+    def velocity(self, i: int) -> torch.Tensor:
+        return self.call.velocity
+
+    def jump(self, scale: float, weights: list[float]) -> None:
+        self.call.go_on((scale, weights))
 
 
 class _Closed(BaseException):
     """Ends a call that nobody waits for."""
 
 
-class PausingScheduler(PlannedScheduler):
-    """Shows a pipeline the computed steps, as one with a plan does, and steps by pause(i, x, v) → x."""
+class Pausing(Enabled):
+    """Has a copy of a pipeline pause at its computed steps.
 
-    def __init__(self, original, computed: Schedule | None, pause):
-        super().__init__(original, None)
-        self.schedule, self.pause = computed, pause
+    Args:
+        call: The call.
+    """
 
-    @property
-    def set_timesteps(self):
-        @functools.wraps(self.own.set_timesteps)
-        def set_timesteps(*args, **kwargs):
-            self.own.set_timesteps(*args, **kwargs)
-            self.run = PausingRun(solver_of(self.own), self.schedule, self.pause)
+    def __init__(self, call: PausedCall):
+        super().__init__(None)
+        self.call = call
 
-        return set_timesteps
+    def check(self, scheduler) -> None:
+        """Take any scheduler."""
+
+    def context(self, name: str) -> str:
+        """Return a name of this call's own for what diffusers' caches keep."""
+        return f"{name} of call {id(self.call)}"
+
+    def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Return the pipeline's own noise levels, and all steps: which are computed depends on where the call begins."""
+        return native, tuple(range(len(native) - 1))
+
+    def steps_of(self, run: PlannedRun):
+        call, course = self.call, run.course
+        if call.computed is None:
+            return Watched(run, call) if course.leads(run) else OwnSteps(run)
+        course.planned = run.planned = tuple(course.begin + i for i in call.computed)
+        return Rollout(run, call)
 
 
-class PausingRun(PlannedRun):
-    """A run over these steps (None: all), without weights."""
+class Watched(OwnSteps):
+    """The uncached run, with a pause at each step."""
 
-    def __init__(self, solver, computed: Schedule | None, pause):
-        sigmas, self.pause = solver.sigmas.tolist(), pause
-        computed = tuple(range(len(sigmas) - 1)) if computed is None else computed
-        requirements = Requirements(len(sigmas) - 1, {}, {})
-        super().__init__(solver, BudgetPlan(requirements, computed, ((0.0,),) * len(computed), tuple(sigmas)))
+    def __init__(self, run: PlannedRun, call: PausedCall):
+        super().__init__(run)
+        self.call, self.made = call, None
 
-    def advance(self, place: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.following, self.computed = place + 1, self.computed + 1
-        return self.pause(self.ends[place], x, v)
+    def step(self, i, x, v, options):
+        if self.made is not None:
+            self.call.changed = (self.made != x) | (False if self.call.changed is None else self.call.changed)
+        self.call.pause(self.run, x.clone(), v.clone())
+        made = super().step(i, x, v, options)
+        self.call.moved = (made != x) | (False if self.call.moved is None else self.call.moved)
+        self.made = made.clone()
+        return made
+
+    def end(self, x):
+        self.call.pause(self.run, x, None)
+
+
+class Rollout(BudgetSteps):
+    """Jumps whose weights come from outside. Schedulers that follow the leading one make the same."""
+
+    history_length = 5
+
+    def __init__(self, run: PlannedRun, call: PausedCall):
+        self.call = call
+        super().__init__(run)
+
+    def prepare(self) -> None:
+        self.row_of = {step: row for row, step in enumerate(self.run.planned)}
+        self.leads, self.shadow = self.course.leads(self.run), None
+
+    def see(self, i, v):
+        pass
+
+    def weights(self, i, k, x):
+        if self.leads:
+            self.course.row = self.call.pause(self.run, x, self.velocities[0])
+        return self.course.row
+
+    def end(self, x):
+        super().end(x)
+        if self.leads:
+            self.call.pause(self.run, x, None)
+
+
+def _copy_of(pipe):
+    """Return a copy of a pipeline with its own denoisers, and a scheduler and a guider that are copies."""
+    pipe, own = copy.copy(pipe), originals(pipe)
+    for name, part in own.items():
+        setattr(pipe, name, copy.deepcopy(part) if name == "scheduler" else part)
+    if getattr(pipe, "guider", None) is not None:  # it may keep a momentum
+        pipe.guider = copy.deepcopy(pipe.guider)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _thread_state() -> contextlib.AbstractContextManager:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ertacache.demos.model_folder import StepwiseSampler
-from ertacache.plans.requirements import Requirements
+from ertacache.plans.requirements import Requirements, transformer_of
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.errors import UserError
@@ -62,7 +62,7 @@ class CalibrationSession:
         self.batch_size, self.work = batch_size, Path(work)
         self.starts = range(0, len(prompts), batch_size)
         recorded = {name: value for name, value in settings.items() if name != "steps"}
-        recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
+        recorded["dtype"] = str(transformer_of(pipe).dtype).removeprefix("torch.")
         self.requirements = Requirements.of(pipe, self.steps, recorded)
         self.identity = {
             "model": model_id,
@@ -108,12 +108,13 @@ class CalibrationSession:
         self.bar.total += calls
         self.bar.refresh()
 
-    def require_finite(self, v: torch.Tensor, batch: int, step: int) -> None:
-        """Refuse a model output [B, …] with a non-finite value; the message names the prompt."""
-        finite = v.flatten(1).isfinite().all(1).tolist()
+    def require_finite(self, z: torch.Tensor, batch: int, step: int, source: str = "the model gave") -> None:
+        """Refuse a model output, or latents, [B, …] with a non-finite value; the message names source and prompt."""
+        finite = z.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
             prompt = self.prompts[self.starts[batch] + finite.index(False)]
-            raise UserError(f"the model gave a non-finite value at step {step} of {prompt!r}: try --dtype float32")
+            text = f"{source} a non-finite value at step {step} of {prompt!r}"
+            raise UserError(f"{text}: try dtype float32, or other settings of the scheduler")
 
     def provenance(self, checkpoints: Checkpoints, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
         """Return a plan's provenance: what it was learned from, and which candidates were tried.

@@ -19,11 +19,13 @@ class Target(Protocol):
 
     Attributes:
         name: Value of the plan's `target`.
+        label: What messages call it.
         sigmas: Grid of its own that computed steps count on, [M+1]; None for the run's native grid.
         calls_per_step: Model calls per step of the grid.
     """
 
     name: str
+    label: str
     sigmas: torch.Tensor | None
     calls_per_step: int
 
@@ -37,7 +39,7 @@ class Target(Protocol):
 class UncachedRun:
     """The uncached run itself, T calls per prompt."""
 
-    name, sigmas, calls_per_step = "reference", None, 1
+    name, label, sigmas, calls_per_step = "reference", "uncached run", None, 1
 
     def __init__(self, session: CalibrationSession, first, checkpoints: Checkpoints):
         self.session = session
@@ -52,7 +54,7 @@ class UncachedRun:
 class OdeSolution:
     """The finely integrated solution, three calls for each substep of `ode.CANDIDATES` · T intervals."""
 
-    name = "exact"
+    name, label = "exact", "solution"
 
     def __init__(self, session: CalibrationSession, first, checkpoints: Checkpoints):
         self.session, self.checkpoints = session, checkpoints

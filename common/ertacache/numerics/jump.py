@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ertacache.utils.errors import PlanError
+
 
 def jump(
     x: torch.Tensor, history: Sequence[torch.Tensor], weights: Sequence[float], scale: float = 1.0
@@ -42,6 +44,9 @@ def follow(
     Returns:
         The final latents [B, …].
     """
+    if plan.computed[0] != 0:
+        text = f"the plan begins at step {plan.computed[0]}, as a call with strength < 1 does"
+        raise PlanError(f"{text}: use it with such a pipeline, by ertacache.enable")
     x, history = inputs.latents, []
     for i, weights, scale in zip(plan.computed, plan.weights_on(inputs.sigmas), plan.scale, strict=True):
         v = velocity(x, inputs.times[i])
@@ -49,3 +54,21 @@ def follow(
         history = [v if steered is None else steered, *history][: plan.history_length]
         x = jump(x, history, weights, scale)
     return x
+
+
+def adams_bashforth(
+    first_order: Callable[[float, float], tuple[float, float]], levels: Sequence[float], steps: Sequence[int], end: int
+) -> tuple[float, list[float]]:
+    """Return (a, w) of a jump by the second-order Adams–Bashforth method, or of first order from a single velocity.
+
+    Args:
+        first_order: first_order(s, s') returns (a, w) of the solver's first-order jump.
+        levels: Noise levels, [T+1].
+        steps: The computed steps, newest first; the jump begins at the newest.
+        end: The step that it leads to.
+    """
+    scale, weight = first_order(levels[steps[0]], levels[end])
+    if len(steps) == 1 or levels[steps[0]] == levels[steps[1]]:
+        return scale, [weight]
+    ratio = (levels[end] - levels[steps[0]]) / (levels[steps[0]] - levels[steps[1]]) / 2
+    return scale, [weight * (1 + ratio), -weight * ratio]

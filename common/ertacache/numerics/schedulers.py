@@ -6,7 +6,6 @@ which the latents move linearly along the model output: sigmas for flow matching
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,8 +13,6 @@ import torch
 
 from ertacache.numerics.steps import ddim_step
 from ertacache.utils.errors import UserError
-
-Step = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # step(i, x, v) → x_{i+1}
 
 
 class FlowMatching:
@@ -27,7 +24,12 @@ class FlowMatching:
     """
 
     def __init__(self, scheduler, sign: float = 1.0):
-        self.scheduler, self.sign, self.sigmas = scheduler, sign, scheduler.sigmas  # [T+1]
+        self.scheduler, self.sign = scheduler, sign
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """The scheduler's noise levels, [T+1], as they are now: pipelines may edit them."""
+        return self.scheduler.sigmas
 
     def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
         """Return the model's times [M] on a grid [M+1]; on the native grid the scheduler's (UniPC rounds them)."""
@@ -35,32 +37,35 @@ class FlowMatching:
             return self.scheduler.timesteps
         return (sigmas[:-1] * self.scheduler.config.num_train_timesteps).to(self.scheduler.timesteps.device)
 
-    def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
-        """Return (a, w) of x' = a x + w v, the first-order jump between two levels."""
-        return 1.0, self.sign * (s_next - s).item()
+    def show(self, sigmas: torch.Tensor) -> None:
+        """Set the scheduler to another grid, [T+1]."""
+        self.scheduler.timesteps, self.scheduler.sigmas = self.times_on(sigmas), sigmas
 
-    def stepper(self, sigmas: torch.Tensor, times: torch.Tensor, begin: int) -> Step:
-        """Return step(i, x, v) by a copy of the scheduler on this grid, from step `begin` on, with its own history."""
-        solver = copy.deepcopy(self.scheduler)
-        solver.sigmas, solver.timesteps = sigmas, times
-        solver.set_begin_index(begin)
-        return lambda i, x, v: solver.step(v, times[i], x, return_dict=False)[0]
+    def first_order(self, s: float, s_next: float) -> tuple[float, float]:
+        """Return (a, w) of x' = a x + w v, the first-order jump between two levels."""
+        return 1.0, self.sign * float(s_next - s)
+
+    def step(self, i: int, x: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        """Make step i by the scheduler itself."""
+        return self.scheduler.step(v, self.scheduler.timesteps[i], x, **options, return_dict=False)[0]
 
     def shadow(self):
-        """Return step(sigmas, times, place, ends, x, v) by a copy of the scheduler that follows along a planned run.
+        """Return step(done, i, k, x, v) by a copy of the scheduler that follows along a planned run.
 
-        It steps from level ends[place] to ends[place + 1] and is called at every computed step, so that its history is
-        that of the run; levels ahead may change from call to call. A multistep solver corrects x by the step before
-        only where that was one of its own length.
+        It steps from step i to step k of the grid and is called at every computed step, so that its history is that of
+        the run. A multistep solver corrects x by the step before only where that was one of its own length.
+
+        Args of the returned function:
+            done: The computed steps before i.
         """
-        solver = copy.deepcopy(self.scheduler)
+        solver, sigmas, times = copy.deepcopy(self.scheduler), self.sigmas, self.scheduler.timesteps
         solver.set_begin_index(0)
 
-        def step(sigmas: torch.Tensor, times: torch.Tensor, place: int, ends: list[int], x, v) -> torch.Tensor:
-            solver.sigmas, solver.timesteps = sigmas[ends], times[ends[:-1]]
-            if place and ends[place] != ends[place - 1] + 1 and hasattr(solver, "last_sample"):
+        def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            solver.sigmas, solver.timesteps = sigmas[[*done, i, k]], times[[*done, i]]
+            if done and i != done[-1] + 1 and hasattr(solver, "last_sample"):
                 solver.last_sample = None
-            return solver.step(v, solver.timesteps[place], x, return_dict=False)[0]
+            return solver.step(v, times[i], x, return_dict=False)[0]
 
         return step
 
@@ -116,9 +121,9 @@ class AngleGrid:
         )
 
 
-def turn(s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
+def turn(s: float, s_next: float) -> tuple[float, float]:
     """Return (a, w) of x' = cos(Δθ) x + sin(Δθ) v, DDIM's jump between two angles θ / (π/2)."""
-    angle = (s_next - s).item() * np.pi / 2
+    angle = float(s_next - s) * np.pi / 2
     return float(np.cos(angle)), float(np.sin(angle))
 
 
@@ -130,30 +135,46 @@ class VPrediction:
     """
 
     def __init__(self, scheduler):
-        self.scheduler, self.grid = scheduler, AngleGrid.of(scheduler)
-        self.sigmas = self.grid.sigmas  # [T+1]
+        self.scheduler, self.native = scheduler, AngleGrid.of(scheduler)
+        self.grid = self.native
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """The noise levels as angles, [T+1]."""
+        return self.grid.sigmas
 
     def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
         """Return the model's timesteps [M] on a grid of angles [M+1]."""
-        return self.grid.on(sigmas).times
+        return self.native.on(sigmas).times
 
-    def first_order(self, s: torch.Tensor, s_next: torch.Tensor) -> tuple[float, float]:
+    def show(self, sigmas: torch.Tensor) -> None:
+        """Set the scheduler to another grid, [T+1]."""
+        self.grid = self.native.on(sigmas)
+        self.scheduler.timesteps = self.grid.times
+
+    def first_order(self, s: float, s_next: float) -> tuple[float, float]:
         """Return (a, w) of x' = a x + w v, DDIM's jump between two angles."""
         return turn(s, s_next)
 
-    def stepper(self, sigmas: torch.Tensor, times: torch.Tensor, begin: int) -> Step:
-        """Return step(i, x, v) between the angles of a grid."""
-        alphas = self.grid.on(sigmas).alphas
-        return lambda i, x, v: ddim_step(x, v, *alphas[i]).to(x.dtype)
+    def step(self, i: int, x: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        """Make step i: by the scheduler itself on its own grid, between the angles of another."""
+        if self.grid is self.native:
+            return self.scheduler.step(v, self.scheduler.timesteps[i], x, **options, return_dict=False)[0]
+        return ddim_step(x, v, *self.grid.alphas[i]).to(x.dtype)
 
     def shadow(self):
-        """Return step(sigmas, times, place, ends, x, v), as `FlowMatching.shadow`."""
-        return lambda sigmas, times, place, ends, x, v: self.stepper(sigmas, times, 0)(ends[place], x, v)
+        """Return step(done, i, k, x, v), as `FlowMatching.shadow`."""
+
+        def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            ends = self.grid.alphas[i, 0], self.grid.alphas[k - 1, 1]
+            return ddim_step(x, v, *ends).to(x.dtype)
+
+        return step
 
 
-_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "thresholding": False}
 SOLVERS = {  # class → how it steps, and what its config must say (no fresh noise, no clipping, a velocity)
-    "FlowMatchEulerDiscreteScheduler": (FlowMatching, {"stochastic_sampling": False, "invert_sigmas": False}),
+    "FlowMatchEulerDiscreteScheduler": (FlowMatching, {"stochastic_sampling": False}),
     "UniPCMultistepScheduler": (FlowMatching, _FLOW),
     "DPMSolverMultistepScheduler": (FlowMatching, {**_FLOW, "algorithm_type": "dpmsolver++"}),
     "CogVideoXDDIMScheduler": (VPrediction, {"prediction_type": "v_prediction"}),

@@ -1,32 +1,43 @@
 """Plans in stock diffusers pipelines: `enable(pipe, plan)` and `disable(pipe)`."""
 
 import warnings
+import weakref
 from pathlib import Path
+from typing import Any
 
+from ertacache.numerics.schedulers import check_scheduler
+from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser
+from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.scheduler import PlannedScheduler
 from ertacache.plans import Plan
 from ertacache.plans.drift import LIMITS
 from ertacache.plans.names import HUB_ID
-from ertacache.plans.requirements import Requirements
+from ertacache.plans.requirements import Requirements, transformer_of
 from ertacache.utils.errors import PlanError, UserError
 from ertacache.utils.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
+REFUSED = {  # pipelines, and what they do
+    "SkyReelsV2DiffusionForcingPipeline": "denoises each frame at a time of its own",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "denoises each frame at a time of its own",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "denoises each frame at a time of its own",
+    "ChronoEditPipeline": "may cut its latents and its solver's history in the middle of a call",
+}
 
 
 def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit: float | None = None) -> None:
     """Let a diffusers pipeline follow a plan in all of its calls, in place of one that it followed before.
 
-    Only the pipeline's scheduler is replaced. A call with another number of steps than the plan's is a PlanError before
-    its first model call.
+    The pipeline runs its T steps as always: same timesteps, step numbers, callbacks and beginning. The denoiser calls
+    of skipped steps are not made. Stand-ins take the place of the pipeline's scheduler and denoisers, which stay as they
+    are. A call with another number of steps than the plan's is a PlanError before its first model call.
 
     Args:
         pipe: A pipeline with a `transformer` and a scheduler that plans know (numerics/schedulers.py).
         plan: A plan; the path of one, or of a directory with a plan.json; or a Hub id like OWNER/NAME.
         on_drift: What is done where a run is unlike those of the calibration (drift.py). "warn": one warning, at the
             end of the first run whose drift is beyond the limit. "compute": where the prediction of a computed step is
-            beyond the limit, every step up to the plan's next one is computed, where the pipeline loops over all of its
-            timesteps. "ignore": nothing.
+            beyond the limit, every step up to the plan's next one is computed. "ignore": nothing.
         drift_limit: Factor above 0 on the largest value of the calibration prompts: of the drift, default 1.25, or with
             "compute" of the prediction error, default 2.
 
@@ -42,24 +53,27 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
         raise UserError(f"on_drift = {on_drift!r}: give one of {', '.join(map(repr, ON_DRIFT))}")
     if drift_limit is not None and not drift_limit > 0:
         raise UserError(f"drift_limit = {drift_limit}: give a number above 0")
-    check_parts(pipe)
+    check_pipeline(pipe)
     plan = read_plan(plan)
     if not plan.can_follow_pipeline():
         raise PlanError(
             f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
             "with --site output or --speedup"
         )
-    if on_drift == "compute":
-        _check_steps_can_be_added(pipe, plan)
-    planned = PlannedScheduler(original_scheduler(pipe), plan, on_drift, drift_limit)
-    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    if on_drift == "compute" and not plan.has_drift:
+        remedy = "calibrate a budget plan anew, or leave on_drift='compute' out"
+        raise PlanError(f"the plan ({plan.title}) has no drift to look at: {remedy}")
+    own = originals(pipe)
+    check_scheduler(own["scheduler"])
+    _check_hook(own["scheduler"], plan)
+    dtype = str(transformer_of(pipe).dtype).removeprefix("torch.")
     plan.check(Requirements.of(pipe, plan.steps, {"dtype": dtype}), "calibrate one: ertacache.calibrate(pipe, prompts)")
     _warn_of_other_weights(plan, pipe)
-    pipe.scheduler = planned
+    stand_in(pipe, Enabled(plan, on_drift, drift_limit), own)
 
 
 def disable(pipe) -> None:
-    """Give a pipeline its own scheduler back, the same object; a pipeline without a plan is left as it is.
+    """Give a pipeline its own scheduler and denoisers back, the same objects; one without a plan is left as it is.
 
     Args:
         pipe: A diffusers pipeline.
@@ -67,19 +81,35 @@ def disable(pipe) -> None:
     Example:
         >>> ertacache.disable(pipe)
     """
-    pipe.scheduler = original_scheduler(pipe)
+    for name, part in originals(pipe).items():
+        if getattr(pipe, name) is not part:
+            setattr(pipe, name, part)
 
 
-def check_parts(pipe) -> None:
-    """Refuse a pipeline without a transformer or a scheduler."""
-    for name in ("transformer", "scheduler"):
-        if getattr(pipe, name, None) is None:
+def stand_in(pipe, enabled: Enabled, own: dict[str, Any]) -> None:
+    """Put stand-ins in the place of a pipeline's scheduler and denoisers. own: what they stand in for, by name."""
+    enabled.pipe = weakref.ref(pipe)
+    for name, part in own.items():
+        setattr(pipe, name, (PlannedScheduler if name == "scheduler" else PlannedDenoiser)(part, enabled))
+
+
+def originals(pipe) -> dict[str, Any]:
+    """Return the scheduler and the denoisers that a pipeline was loaded with, by name, whether or not it follows a plan."""
+    parts = {name: getattr(pipe, name, None) for name in ("scheduler", *DENOISERS)}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    kept = {PlannedScheduler: "own", PlannedDenoiser: "module"}
+    return {name: vars(part)[kept[type(part)]] if type(part) in kept else part for name, part in parts.items()}
+
+
+def check_pipeline(pipe) -> None:
+    """Refuse a pipeline without a transformer or a scheduler, or one that no plan can follow."""
+    for name, part in (("transformer", transformer_of(pipe)), ("scheduler", getattr(pipe, "scheduler", None))):
+        if part is None:
             raise UserError(f"a {type(pipe).__name__} without a {name} cannot follow a plan: load it with one")
-
-
-def original_scheduler(pipe):
-    """Return the scheduler that a pipeline was loaded with, whether or not it follows a plan."""
-    return pipe.scheduler.own if type(pipe.scheduler) is PlannedScheduler else pipe.scheduler
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in REFUSED:
+            text = f"a {type(pipe).__name__} {REFUSED[kind.__name__]}, which no plan can follow"
+            raise UserError(f"{text}: use it without one")
 
 
 def read_plan(source: Plan | str | Path) -> Plan:
@@ -92,18 +122,11 @@ def read_plan(source: Plan | str | Path) -> Plan:
     return Plan.load(path)
 
 
-def _check_steps_can_be_added(pipe, plan: Plan) -> None:
-    """Refuse on_drift="compute" where there is nothing to decide by, no grid to compute on, or no room for a step."""
-    problem, remedy = None, "leave on_drift='compute' out"
-    if getattr(pipe, "controlnet", None) is not None:
-        problem = f"a {type(pipe).__name__} keeps lists of one entry a step, so that none can be added"
-    elif not plan.has_drift:
-        problem = f"the plan ({plan.title}) has no drift to look at"
-        remedy = "calibrate a budget plan anew, or " + remedy
-    elif plan.sigmas:
-        problem = f"the plan ({plan.title}) counts on a grid of its own, finer than the uncached run's"
-    if problem is not None:
-        raise PlanError(f"{problem}: {remedy}")
+def _check_hook(scheduler, plan: Plan) -> None:
+    """Refuse a scheduler whose step was replaced by one that a plan cannot call: jumps are made by Euler's step only."""
+    if "step" in vars(scheduler) and plan.kind == "budget" and "Euler" not in type(scheduler).__name__:
+        text = f"the pipeline's {type(scheduler).__name__} has a `step` set on it, which jumps would not call"
+        raise UserError(f"{text}: del pipe.scheduler.step, and set it again after ertacache.enable")
 
 
 def _warn_of_other_weights(plan: Plan, pipe) -> None:

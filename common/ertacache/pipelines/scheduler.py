@@ -1,147 +1,142 @@
 """A scheduler that follows a plan in a stock diffusers pipeline.
 
-A pipeline asks its scheduler for timesteps, calls the model once at each, and lets the scheduler step. So a plan needs
-nothing but a scheduler that names the computed steps only, and steps from each of them to the next. Nothing is hooked
-into the model: guidance, ControlNet, LoRA, adapters, offload and compilation stay what they are.
+The pipeline runs its T steps as always: same timesteps, step numbers, callbacks and windows. On the steps that the plan
+skips its denoisers are not called (denoiser.py), and the scheduler steps by what the plan makes of the calls before.
 """
 
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
 
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ertacache.numerics.schedulers import check_scheduler, solver_of
+from ertacache.numerics.schedulers import check_scheduler
+from ertacache.pipelines.denoiser import put_back
+from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
-from ertacache.plans.drift import LIMITS
-from ertacache.plans.plan import Plan
-from ertacache.plans.requirements import Requirements
-from ertacache.utils.errors import PlanError, UserError
 
-
-class GrowingTimes(torch.Tensor):
-    """The times of a run [N], to which drift adds while a pipeline loops over them; operations give plain tensors."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def of(cls, run: PlannedRun) -> "GrowingTimes":
-        times = run.solver.scheduler.timesteps.as_subclass(cls)
-        times.run = run
-        return times
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        self.run.extendable, place = True, 0
-        while place < len(self.run.times):
-            yield self.run.solver.scheduler.timesteps[place]
-            place += 1
+LEVEL_TOLERANCE = 0.01  # of the largest noise level
+QUALITY = "quality may be lower: calibrate one with these settings"
 
 
 class PlannedScheduler:
     """Stands in for a pipeline's original scheduler, to which it delegates whatever is not defined here.
 
     To `isinstance` and `save_pretrained` its class is the original's; `type()` distinguishes them. The state of a run
-    begins with `set_timesteps`, so that no other call, finished or not, can reach into it. A copy has had no run.
+    begins with `set_timesteps`, so that no other call, finished or not, can reach into it.
 
     Args:
         own: The original scheduler.
-        plan: What to follow.
-        on_drift, drift_limit: As in `ertacache.enable`.
+        enabled: Shared with the denoisers' stand-ins.
+        in_use: Whether the original shows the grid of a run, as that of a copy made during a call does.
     """
 
-    def __init__(self, own, plan: Plan, on_drift: str = "warn", drift_limit: float | None = None):
+    OWN = ("own", "enabled", "run", "in_use", "signature", "step", "set_timesteps", "__module__")
+
+    def __init__(self, own, enabled: Enabled, in_use: bool = False):
         check_scheduler(own)
-        self.own, self.plan, self.signature = own, plan, inspect.signature(own.step)
-        self.on_drift, self.drift_limit, self.warned = on_drift, drift_limit, False
-        self.run, self.counts_all, self.earlier = None, False, []  # earlier: (computed, uncached) of earlier runs
+        self.own, self.enabled, self.run, self.in_use = own, enabled, None, in_use
+        self.signature = inspect.signature(type(own).step)
+        self.set_timesteps, self.step = _like(own.set_timesteps, self._set_timesteps), _like(own.step, self._step)
         self.__module__ = type(own).__module__  # save_pretrained writes it
 
     @property
     def __class__(self):
         return type(self.own)
 
+    @property
+    def plan(self):
+        """The plan that it follows."""
+        return self.enabled.plan
+
     def __reduce__(self):
-        return PlannedScheduler, (self.own, self.plan, self.on_drift, self.drift_limit)
+        return PlannedScheduler, (self.own, self.enabled, self.run is not None or self.in_use)
 
     def __getattr__(self, name: str):
+        if name.startswith("__") and name.endswith("__") or name == "own":
+            raise AttributeError(name)
         return getattr(self.own, name)
 
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """The times of the computed steps; a pipeline's loop over them also sees those that drift adds."""
-        grows = self.run is not None and self.run.compute_beyond is not None
-        return GrowingTimes.of(self.run) if grows else self.own.timesteps
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.OWN:
+            vars(self)[name] = value
+        else:
+            setattr(self.own, name, value)
 
-    @property
-    def set_timesteps(self):
-        """Set the original scheduler's T steps and check them; then show the computed ones only. Same signature."""
+    def __delattr__(self, name: str) -> None:
+        if name in ("step", "set_timesteps"):  # a hook is taken off
+            vars(self)[name] = _like(getattr(self.own, name), getattr(self, f"_{name}"))
+        else:
+            delattr(self.own, name)
 
-        @functools.wraps(self.own.set_timesteps)
-        def set_timesteps(*args, **kwargs):
-            self.own.set_timesteps(*args, **kwargs)
-            steps = len(self.own.timesteps)
-            calibrate = f"ertacache.calibrate(pipe, prompts, num_inference_steps={steps})"
-            remedy = f"give num_inference_steps={self.plan.steps}, or make a plan with {calibrate}"
-            self.plan.check(Requirements(steps, {}, {}), remedy)
-            given = inspect.signature(self.own.set_timesteps).bind(*args, **kwargs).arguments
-            self.counts_all = given.get("sigmas") is None and given.get("timesteps") is None
-            self.earlier += [] if self.run is None else [(self.run.computed, self.run.uncached)]
-            factor = LIMITS["compute"] if self.drift_limit is None else self.drift_limit
-            self.run = PlannedRun(solver_of(self.own), self.plan, factor if self.on_drift == "compute" else None)
+    def _set_timesteps(self, *args, **kwargs) -> None:
+        """Set the original scheduler's T steps, and begin a run on them."""
+        self.own.set_timesteps(*args, **kwargs)
+        self.begin(shown=False)
 
-        return set_timesteps
+    def begin(self, shown: bool) -> None:
+        """Begin a run, unless the plan is for other steps or another scheduler."""
+        self.enabled.check(self.own)
+        put_back(self.enabled)
+        self.run = PlannedRun(self.own, self.enabled, shown)
+        self.warn_of_other_levels()
 
-    @property
-    def step(self):
-        """Step from a computed step to the next. Same signature as the original scheduler's."""
+    def _step(self, model_output, timestep, sample, *args, **kwargs):
+        """Make one step. Same arguments as the original scheduler's."""
+        given = self.signature.bind(self.own, model_output, timestep, sample, *args, **kwargs).arguments
+        return_dict = given.pop("return_dict", True)
+        known = self.signature.parameters
+        options = {n: value for n, value in list(given.items())[4:] if not _is_default(value, known[n].default)}
+        if self.run is None:
+            self.begin(shown=self.in_use)
+        x = self.run.step(sample, model_output, timestep, options)
+        if self.run.missed:
+            text = "the pipeline called its model on a step that the plan skips: a denoiser was put in after"
+            self.warn("missed", f"{text} ertacache.enable, call it again")
+        if self.run.next == self.run.steps:
+            self.warn_at_the_end(x)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
-        @functools.wraps(self.own.step)
-        def step(model_output, timestep, sample, *args, **kwargs):
-            known, v, x = self.signature.parameters, model_output, sample
-            given = {**dict(zip(list(known)[3:], args, strict=False)), **kwargs}
-            return_dict, _ = given.pop("return_dict", True), given.pop("generator", None)
-            for name, value in given.items():
-                if value is not known[name].default and value != known[name].default:
-                    raise UserError(f"the pipeline steps with {name}, which a plan cannot follow: disable the plan")
-            place = self.run.place_of(timestep)
-            self.check_start(place)
-            x = self.run.advance(place, x, v)
-            self.warn_of_drift()
-            self.set_begin_index(place + 1)  # inpainting asks for the noise of the next step
-            return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+    # --- warnings, each kind once ------------------------------------------------------------------------------------
 
-        return step
+    def warn(self, kind: str, text: str) -> None:
+        if kind not in self.enabled.warned:
+            self.enabled.warned.add(kind)
+            warnings.warn(text, stacklevel=5)
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Set where image-to-image begins and where inpainting continues, counted in computed steps."""
-        self.check_start(begin_index)
-        if hasattr(self.own, "set_begin_index"):
-            self.own.set_begin_index(begin_index)
-
-    def add_noise(self, original_samples, noise, timesteps):
-        """Add noise as the original scheduler does; video-to-video asks for it at the step where it begins."""
-        self.check_start(0 if len(timesteps) and timesteps[0] == self.own.timesteps[0] else 1)
-        return self.own.add_noise(original_samples, noise, timesteps)
-
-    def warn_of_drift(self) -> None:
-        """Warn once, at the end of a run that is unlike those of the plan's calibration."""
-        run = self.run
-        if self.on_drift != "warn" or self.warned or run.monitor is None or run.following < len(run.times):
+    def warn_of_other_levels(self) -> None:
+        """Warn of noise levels that are not the calibration's, where no size of the image explains them."""
+        if self.plan is None or self.own.config.get("use_dynamic_shifting"):
             return
-        drift = max((reading.drift for reading in run.monitor.readings()), default=0.0)
-        if drift > run.monitor.limit(self.drift_limit):
-            self.warned = True
-            text = (
-                f"drift {drift:.2g}, the calibration prompts reach {run.monitor.calibrated.max():.2g}: the plan was not"
-            )
-            remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
-            warnings.warn(f"{text} made for a run like this one, quality may be lower; {remedy}", stacklevel=4)
+        here, there = self.run.native, self.plan.native_sigmas
+        distance, i = max((abs(a - b), i) for i, (a, b) in enumerate(zip(here, there, strict=True)))
+        if distance > LEVEL_TOLERANCE * max(map(abs, there)):
+            values = f"step {i} is at {here[i]:.3g}, in the calibration at {there[i]:.3g}"
+            self.warn("levels", f"this run has other noise levels than the plan's calibration ({values}); {QUALITY}")
 
-    def check_start(self, place: int) -> None:
-        """Refuse a pipeline that counts its start in T steps, of which it sees only N."""
-        if place > 0 and self.counts_all and self.run.computed == 0:
-            counts = f"its start in {self.plan.steps} steps, the plan computes {len(self.run.times)}"
-            remedy = "give it strength=1, or sigmas where its call takes them, or disable the plan"
-            raise PlanError(f"the pipeline counts {counts}: {remedy}")
+    def warn_at_the_end(self, x) -> None:
+        """Warn of a run that is unlike those of the plan's calibration, or that ended in no numbers."""
+        monitor = self.run.course.monitor
+        if self.enabled.on_drift == "warn" and monitor is not None and "drift" not in self.enabled.warned:
+            drift = max((reading.drift for reading in monitor.readings()), default=0.0)
+            if drift > monitor.limit(self.enabled.drift_limit):
+                text = f"drift {drift:.2g}, the calibration prompts reach {monitor.calibrated.max():.2g}: the plan was not"
+                remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
+                self.warn("drift", f"{text} made for a run like this one, quality may be lower; {remedy}")
+        if not x.isfinite().all():
+            text = "the run ended in latents that are not finite: look whether it does so without a plan too"
+            self.warn("finite", f"{text} (ertacache.disable(pipe)), and try another dtype or scheduler")
+
+
+def _like(original, replacement):
+    """Return the replacement with the signature of the original, which pipelines look at."""
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        return replacement(*args, **kwargs)
+
+    return call
+
+
+def _is_default(value, default) -> bool:
+    return value is default or (isinstance(value, (int, float, str, bool)) and value == default)

@@ -16,7 +16,8 @@ class Summary:
     Attributes:
         plan: Title of the plan.
         steps: T.
-        calls: Calls of the pipeline.
+        calls: Times that the pipeline has run through the steps. A pipeline that makes a video in segments does so for
+            each of them; several schedulers that step together count once.
         computed, skipped: Steps of the last call; skipped ones are counted from where the call began.
         all_computed, all_skipped: Steps of all calls.
         seconds_saved: Skipped steps of the last call × the median time between two computed ones; None below two.
@@ -60,22 +61,19 @@ def summary(pipe) -> Summary:
     Example:
         >>> print(ertacache.summary(pipe))
     """
-    planned = pipe.scheduler
-    if type(planned) is not PlannedScheduler:
+    if type(pipe.scheduler) is not PlannedScheduler:
         raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
-    run = planned.run
-    counts = [] if run is None else [*planned.earlier, (run.computed, run.uncached)]
-    computed = [made for made, _ in counts]
-    skipped = [round(uncached) - made for made, uncached in counts]
-    times = [] if run is None else [b - a for a, b in pairwise(run.clock)]
+    enabled = pipe.scheduler.enabled
+    last, (calls, computed, skipped) = enabled.last, enabled.counts()
+    times = [] if last is None else [b - a for a, b in pairwise(last.clock)]
     return Summary(
-        plan=planned.plan.title,
-        steps=planned.plan.steps,
-        calls=len(counts),
-        computed=computed[-1] if counts else 0,
-        skipped=skipped[-1] if counts else 0,
-        all_computed=sum(computed),
-        all_skipped=sum(skipped),
-        seconds_saved=skipped[-1] * statistics.median(times) if times else None,
-        drift=run.monitor.readings() if run is not None and run.monitor else (),
+        plan=enabled.plan.title,
+        steps=enabled.plan.steps,
+        calls=calls,
+        computed=last.computed if last else 0,
+        skipped=last.skipped if last else 0,
+        all_computed=computed,
+        all_skipped=skipped,
+        seconds_saved=last.skipped * statistics.median(times) if times else None,
+        drift=last.monitor.readings() if last is not None and last.monitor else (),
     )

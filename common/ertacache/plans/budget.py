@@ -19,7 +19,7 @@ class BudgetPlan(Plan):
 
     Attributes:
         requirements: What the plan requires of a run.
-        computed: 0 = c_1 < … < c_N < T.
+        computed: c_1 < … < c_N < T. c_1 is 0, or the step at which the calibrated call began (`strength` < 1).
         weights: w, [N, H], for the newest velocities, newest first; 0 where there are fewer.
         native_sigmas: The scheduler's own grid at calibration, [T+1].
         target: What the plan imitates: "reference", the uncached run, or "exact", the solution that it approximates.
@@ -31,6 +31,9 @@ class BudgetPlan(Plan):
         prediction_errors: Root mean square error of the prediction on each calibration prompt, [P, N].
         repair: Correction weights: expected target − latents at a computed step, from the last H velocities, [N, H].
         repair_scale: The correction's coefficient on the latents, [N], as in `scale`.
+        start_weights: For a run that begins at step b: weights of its first H jumps, where its history is shorter than
+            the plan's or holds v_b, [T, H, H], as in `weights`; all 0 where `weights` serve.
+        start_scale: Their coefficient on the latents, [T, H], as in `scale`.
         provenance: What the plan was learned from.
 
     Raises:
@@ -40,7 +43,7 @@ class BudgetPlan(Plan):
     kind = method = "budget"
     FIELDS = ("target", "computed", "predicted_error", "held_out_error")
     ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
-    OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale")
+    OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale", "start_weights", "start_scale")
     DERIVED = {"nfe": "nfe", "anchors": "history_length"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
 
     requirements: Requirements
@@ -56,6 +59,8 @@ class BudgetPlan(Plan):
     prediction_errors: tuple[tuple[float, ...], ...] = ()
     repair: tuple[tuple[float, ...], ...] = ()
     repair_scale: tuple[float, ...] = ()
+    start_weights: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    start_scale: tuple[tuple[float, ...], ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -71,6 +76,11 @@ class BudgetPlan(Plan):
         return f"{self.speedup:.2g}x" + (", exact" if self.target == "exact" else "")
 
     @property
+    def speedup(self) -> float:
+        """The speed-up in model calls of a run that begins where the calibration did; T/N if that was step 0."""
+        return (self.steps - self.on_native[0]) / self.nfe
+
+    @property
     def nfe(self) -> int:
         """N, the number of computed steps; with guidance each one calls the model for both branches."""
         return len(self.computed)
@@ -79,6 +89,10 @@ class BudgetPlan(Plan):
     def history_length(self) -> int:
         """H, the number of velocities that a jump combines, and that a run keeps."""
         return len(self.weights[0])
+
+    @property
+    def version(self) -> int:
+        return 2 if self.start_weights or self.computed[0] else 1
 
     @property
     def has_drift(self) -> bool:
@@ -91,6 +105,34 @@ class BudgetPlan(Plan):
     def grid(self, native: torch.Tensor) -> torch.Tensor:
         """Return the grid that `computed` counts on: the plan's own, or the native one of the run, [T+1]."""
         return torch.tensor(self.sigmas, dtype=native.dtype, device=native.device) if self.sigmas else native
+
+    @property
+    def on_native(self) -> tuple[int, ...]:
+        """The steps of the native grid that stand for the computed ones: these, or the nearest to those of `sigmas`."""
+        if not self.sigmas:
+            return self.computed
+        native, steps = np.array(self.native_sigmas), []
+        for level in np.array(self.sigmas)[list(self.computed)]:
+            nearest = int(np.abs(native[:-1] - level).argmin())
+            steps.append(max(nearest, steps[-1] + 1 if steps else 0))
+        last = self.steps - self.nfe
+        return tuple(min(step, last + place) for place, step in enumerate(steps))
+
+    def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Return the noise levels of a pipeline's run [T+1] and its computed steps, for its own levels.
+
+        A plan with a grid of its own moves the levels of computed steps; the others stay.
+        """
+        if not self.sigmas:
+            return native, self.computed
+        levels = native.clone()
+        levels[list(self.on_native)] = torch.tensor(self.sigmas).to(native)[list(self.computed)]
+        levels[-1] = self.sigmas[-1]
+        return levels, self.on_native
+
+    def calibrated_levels(self) -> list[float]:
+        """Return the noise levels of `on` under the conditions of the calibration, [T+1]."""
+        return self.on(torch.tensor(self.native_sigmas, dtype=torch.float64))[0].tolist()
 
     def weights_on(self, sigmas: torch.Tensor) -> list[list[float]]:
         """Return the weights [N, H] for a run's grid [T+1]: those of a jump grow with its interval.
@@ -109,8 +151,8 @@ class BudgetPlan(Plan):
         if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
             return "sigmas must be empty, or fall"
         computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
-        if not computed or computed[0] != 0 or computed != sorted(set(computed)) or computed[-1] >= end:
-            return f"computed steps {computed}, must ascend from 0 within 0 … {end - 1}"
+        if not computed or computed[0] < 0 or computed != sorted(set(computed)) or computed[-1] >= end:
+            return f"computed steps {computed}, must ascend within 0 … {end - 1}"
         lengths = {len(row) for row in self.weights}
         if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
             return f"weights and scale must hold a row for each of the {len(computed)} computed steps"
@@ -121,6 +163,12 @@ class BudgetPlan(Plan):
         lengths = {len(getattr(self, name)) for name in ("predictor", "repair", "repair_scale")}
         if lengths != ({len(computed)} if self.prediction_errors else {0}):
             return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
+        if self.start_weights or self.start_scale:
+            length = self.history_length
+            if np.shape(self.start_weights) != (self.steps, length, length):
+                return f"start_weights must be [{self.steps}, {length}, {length}], or empty"
+            if np.shape(self.start_scale) != (self.steps, length):
+                return f"start_scale must be [{self.steps}, {length}], or empty as start_weights"
         if {len(row) for row in self.prediction_errors} - {len(computed)}:
             return f"prediction_errors must hold {len(computed)} numbers per prompt"
         return None

@@ -19,7 +19,7 @@ from ertacache.plans.requirements import Requirements, differences
 from ertacache.utils.errors import PlanError
 from ertacache.utils.files import write_atomically
 
-FORMAT, VERSION = "ertacache-plan", 1
+FORMAT, VERSION = "ertacache-plan", 2
 
 
 class Plan(HubMixin):
@@ -52,6 +52,11 @@ class Plan(HubMixin):
     def speedup(self) -> float:
         """T/N, the speed-up in model calls."""
         return self.steps / self.nfe
+
+    @property
+    def version(self) -> int:
+        """The lowest version of the file format that can hold the plan."""
+        return 1
 
     @property
     def has_drift(self) -> bool:
@@ -98,7 +103,7 @@ class Plan(HubMixin):
         path = _json_path(path)
         present = [name for name in self.OPTIONAL_ARRAYS if getattr(self, name)]
         tensors = save({name: np.array(getattr(self, name), np.float64) for name in (*self.ARRAYS, *present)})
-        fields = {"format": FORMAT, "version": VERSION, "kind": self.kind, "steps": self.steps}
+        fields = {"format": FORMAT, "version": self.version, "kind": self.kind, "steps": self.steps}
         fields |= {name: getattr(self, attribute) for name, attribute in self.DERIVED.items()}
         fields |= {name: getattr(self, name) for name in self.FIELDS}
         fields |= {name: getattr(self.requirements, name) for name in ("model", "scheduler", "settings")}
@@ -151,10 +156,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise PlanError(f"plan {path} is truncated or damaged: {again}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise PlanError(f"{path} is not an ERTACache plan")
-    if fields.get("version") != VERSION or fields.get("kind") not in _kinds():
+    if fields.get("version") not in range(1, VERSION + 1) or fields.get("kind") not in _kinds():
         title = f"{fields.get('kind')} plan of format version {fields.get('version')}"
         raise PlanError(
-            f"{path} is a {title}; this release reads {' and '.join(_kinds())} plans of version {VERSION}: upgrade"
+            f"{path} is a {title}; this release reads {' and '.join(_kinds())} plans up to version {VERSION}: upgrade"
         )
     if fields.pop("checksum", None) != _checksum(fields, tensors):
         raise PlanError(f"plan {path} was edited or damaged (its checksum does not match): {again}")

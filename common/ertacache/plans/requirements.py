@@ -26,9 +26,21 @@ class Requirements:
 
     @classmethod
     def of(cls, pipe, steps: int, settings: Mapping[str, Any]) -> "Requirements":
-        """Return those of a diffusers pipeline with a `transformer` and a `scheduler`, also where it follows a plan."""
-        model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # inside of torch.compile's wrapper
+        """Return those of a diffusers pipeline with a transformer and a `scheduler`, also where it follows a plan."""
+        model = transformer_of(pipe)
+        model = getattr(model, "_orig_mod", model)  # inside of torch.compile's wrapper
         return cls(steps, _describe(model), _describe(pipe.scheduler), json.loads(json.dumps(settings)))
+
+    @classmethod
+    def of_scheduler(cls, scheduler, steps: int) -> "Requirements":
+        """Return those of a scheduler alone."""
+        return cls(steps, {}, _describe(scheduler))
+
+
+def transformer_of(pipe):
+    """Return a pipeline's `transformer`, or its `transformer_2` where it has that alone; None without either."""
+    first = getattr(pipe, "transformer", None)
+    return getattr(pipe, "transformer_2", None) if first is None else first
 
 
 def _describe(component) -> dict[str, Any]:

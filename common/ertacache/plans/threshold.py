@@ -100,6 +100,11 @@ class ThresholdPlan(Plan):
         """Return the adjusted grid for a native one of T+1 sigmas (Eq. 13–14); it is the native one where all φ = 1."""
         return torch.from_numpy(adjusted_sigmas(native.cpu().numpy(), self.phi)).to(native.device)
 
+    def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Return the noise levels of a pipeline's run [T+1] and its computed steps, for its own levels."""
+        levels = native if all(p == 1.0 for p in self.phi) else self.grid(native)
+        return levels, self.computed
+
     def _problem(self) -> str | None:
         steps, inner = self.steps, range(1, self.steps - 1)
         if steps < 3:
@@ -120,6 +125,7 @@ class ThresholdPlan(Plan):
                 return f"{name} must hold {length} finite numbers"
         if any(not 0 <= p <= 1 or (p != 1 and i not in self.cached) for i, p in enumerate(self.phi)):
             return "phi must be in [0, 1], and 1 on computed steps"
-        if np.any(np.diff(self.native_sigmas) >= 0):
-            return "native_sigmas must fall from noise to data"
+        intervals = np.diff(self.native_sigmas)
+        if np.any(intervals > 0) and np.any(intervals < 0):
+            return "native_sigmas must fall from noise to data, or rise where the scheduler inverts them"
         return None

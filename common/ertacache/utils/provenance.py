@@ -18,7 +18,8 @@ def fingerprint(pipe) -> str:
         16 hexadecimal digits, or "offloaded" where the weights are not in memory.
     """
     modules = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    modules = [module for module in modules if module is not None]
+    parameters = [p for module in modules for p in module.parameters()]
     tensors = [tensor for p in parameters for tensor in _plain_tensors(p)]
     if any(tensor.is_meta for tensor in tensors):  # sequential offload keeps the weights elsewhere
         return "offloaded"

@@ -14,7 +14,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import ertacache
 from conftest import ROOT
-from ertacache.pipelines.enable import original_scheduler
+from ertacache.pipelines.enable import originals
 from helpers import (
     HALF,
     CallCounter,
@@ -175,7 +175,7 @@ def test_a_callback_sees_the_computed_steps_and_may_end_guidance():
         pipe._guidance_scale = 1.0 if i == 1 else pipe._guidance_scale
         return tensors
 
-    times = original_scheduler(tiny.pipe).timesteps.tolist()
+    times = originals(tiny.pipe)["scheduler"].timesteps.tolist()
     ertacache.enable(tiny.pipe, plan)
     _, calls = counted(tiny, callback_on_step_end=end_guidance)
     assert calls == 2 + 2 + 1 + 1 and seen == [(i, times[step], 4) for i, step in enumerate(HALF)]
@@ -259,7 +259,7 @@ def test_two_transformers_share_the_computed_steps():
     ertacache.disable(tiny.pipe)
     with CallCounter(tiny.pipe.transformer_2) as second:
         tiny.run()
-    assert second.count == 2 * sum(t < 800 for t in original_scheduler(tiny.pipe).timesteps.tolist())
+    assert second.count == 2 * sum(t < 800 for t in originals(tiny.pipe)["scheduler"].timesteps.tolist())
 
 
 @pytest.mark.slow

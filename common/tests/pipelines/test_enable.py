@@ -16,7 +16,7 @@ import ertacache
 from conftest import ROOT
 from ertacache import PlanError, Requirements
 from ertacache.numerics.schedulers import SOLVERS, solver_of
-from ertacache.pipelines.enable import original_scheduler
+from ertacache.pipelines.enable import originals
 from ertacache.utils.provenance import fingerprint
 from helpers import HALF, CallCounter, budget_plan, fast, no_warning, refused, shipped_plan, threshold_plan
 from tiny_pipelines import (
@@ -227,7 +227,7 @@ def test_several_images_of_a_prompt():
 
 
 def test_enabling_again_replaces_the_plan_and_a_refused_plan_does_not(planned):
-    own = original_scheduler(planned.pipe)
+    own = originals(planned.pipe)["scheduler"]
     plan = planned.pipe.scheduler.plan
     wrong = replace(plan, requirements=replace(plan.requirements, model={**plan.requirements.model, "num_layers": 7}))
     other = replace(plan, requirements=replace(plan.requirements, scheduler={"class": "EulerDiscreteScheduler"}))
@@ -306,7 +306,7 @@ def test_what_a_plan_cannot_follow_is_refused():
 
 
 def test_copies_and_saved_pipelines(planned, tmp_path):
-    first, own = planned.run(), original_scheduler(planned.pipe)
+    first, own = planned.run(), originals(planned.pipe)["scheduler"]
     for copied in (copy.copy(planned.pipe), copy.deepcopy(planned.pipe)):
         assert torch.equal(replace(planned, pipe=copied).run(), first)
         ertacache.disable(copied)

@@ -1,0 +1,67 @@
+"""The course of one call of a pipeline: which steps it computes, and where it stands."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from ertacache.pipelines.outputs import Outputs
+
+
+class Course:
+    """Which of T steps one call of a pipeline computes. All schedulers that step in the call share it.
+
+    A call begins at step 0, or later at `strength` < 1. It computes the step at which it begins, every step before the
+    plan's first one, the plan's steps, and the steps that drift adds.
+
+    Args:
+        steps: T.
+        planned: The plan's computed steps, ascending.
+    """
+
+    def __init__(self, steps: int, planned: Sequence[int]):
+        self.steps, self.planned = steps, tuple(planned)
+        self.thread = threading.get_ident()
+        self.runs = []  # of the schedulers that step in this call; the first to step leads
+        self.begin: int | None = None  # the first step
+        self.added: set[int] = set()  # steps that drift has had computed
+        self.monitor = None  # of the drift (plans/drift.py)
+        self.drifting = False  # whether the last planned step was beyond the limit
+        self.clock: list[float] = []  # seconds at each computed step
+        self.outputs = Outputs()
+
+    @property
+    def step(self) -> int | None:
+        """The step whose model calls come next: None before the first one, T after the last."""
+        return min((run.next for run in self.runs if run.next is not None), default=None)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the model calls that come next are skipped."""
+        step = self.step
+        return step is not None and step < self.steps and not self.computes(step)
+
+    @property
+    def computed(self) -> int:
+        """Number of computed steps so far."""
+        return len(self.clock)
+
+    @property
+    def skipped(self) -> int:
+        """Number of skipped steps so far."""
+        return 0 if self.begin is None else self.step - self.begin - self.computed
+
+    def computes(self, i: int) -> bool:
+        """Return whether step i is computed."""
+        return i == self.begin or i < self.planned[0] or i in self.planned or i in self.added
+
+    def after(self, i: int) -> int:
+        """Return the next computed step after step i, T after the last."""
+        return next((k for k in range(i + 1, self.steps) if self.computes(k)), self.steps)
+
+    def leads(self, run) -> bool:
+        """Return whether a run is the first that stepped in this call."""
+        return next(r for r in self.runs if r.next is not None) is run
+
+    def tick(self) -> None:
+        """Note the time of a computed step."""
+        self.clock.append(time.perf_counter())

@@ -1,0 +1,98 @@
+"""What one `enable` sets up: the stand-ins of a pipeline's scheduler and denoisers share it, and so do their copies."""
+
+import threading
+
+import torch
+
+from ertacache.pipelines.course import Course
+from ertacache.pipelines.steps import steps_of
+from ertacache.plans.plan import Plan
+from ertacache.plans.requirements import Requirements
+
+
+class Enabled:
+    """A plan that pipelines follow, and the calls in which they do.
+
+    Every thread has a course of its own: so requests may share a model, as long as each has its own scheduler.
+
+    Args:
+        plan: What to follow; None in a calibration.
+        on_drift, drift_limit: As in `ertacache.enable`.
+    """
+
+    def __init__(self, plan: Plan, on_drift: str = "ignore", drift_limit: float | None = None):
+        self.plan, self.on_drift, self.drift_limit = plan, on_drift, drift_limit
+        self.pipe = lambda: None  # the pipeline, by a weak reference
+        self.warned: set[str] = set()  # kinds of warnings that have been given
+        self.here = threading.local()
+        self.lock = threading.Lock()
+        self.last: Course | None = None  # the last to begin stepping
+        self.running: list[Course] = []  # that have stepped, and have not ended
+        self.calls = self.computed = self.skipped = 0  # of those that have ended
+
+    def __reduce__(self):
+        return Enabled, (self.plan, self.on_drift, self.drift_limit)
+
+    def __deepcopy__(self, memo) -> "Enabled":
+        return self
+
+    def check(self, scheduler) -> None:
+        """Refuse a scheduler that is set to other steps than the plan's, or is another one."""
+        steps = len(scheduler.timesteps)
+        calibrate = f"ertacache.calibrate(pipe, prompts, num_inference_steps={steps})"
+        remedy = f"give num_inference_steps={self.plan.steps}, or make a plan with {calibrate}"
+        self.plan.check(Requirements.of_scheduler(scheduler, steps), remedy)
+
+    def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Return the noise levels of a run [T+1] and its computed steps, for the scheduler's own levels."""
+        return self.plan.on(native)
+
+    def context(self, name: str) -> str:
+        """Return the name under which diffusers' caches keep what belongs to a guidance branch."""
+        return name
+
+    def steps_of(self, run):
+        """Return how a run steps."""
+        return steps_of(run)
+
+    @property
+    def course(self) -> Course | None:
+        """The newest course of this thread."""
+        return getattr(self.here, "course", None)
+
+    def join(self, run, begun: bool = False) -> Course:
+        """Return the course that a run of this thread belongs to: a new one, or that of another scheduler of its call.
+
+        Args:
+            run: The run of one scheduler, over `run.steps` steps.
+            begun: Whether it may join a course that has stepped, as a scheduler does that was copied during a call.
+        """
+        course = self.course
+        fits = course is not None and course.steps == run.steps
+        if not (fits and (course.step is None or (begun and course.step <= 1))):
+            self.end(course)
+            course = self.here.course = Course(run.steps, run.planned)
+        course.runs = [other for other in course.runs if other.scheduler is not run.scheduler] + [run]
+        return course
+
+    def begin(self, course: Course) -> None:
+        """Count a course that makes its first step."""
+        with self.lock:
+            self.last = course
+            self.running.append(course)
+
+    def end(self, course: Course | None) -> None:
+        """Add up a course that has ended, or was left."""
+        with self.lock:
+            if course in self.running:
+                self.running.remove(course)
+                self.calls += 1
+                self.computed += course.computed
+                self.skipped += course.skipped
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return the number of courses that have stepped, and their computed and skipped steps."""
+        with self.lock:
+            computed = self.computed + sum(course.computed for course in self.running)
+            skipped = self.skipped + sum(course.skipped for course in self.running)
+            return self.calls + len(self.running), computed, skipped

@@ -78,6 +78,8 @@ class BudgetSteps(OwnSteps):
         run, plan = self.run, self.plan
         self.row_of = {step: row for row, step in enumerate(run.planned)}
         self.calibrated = plan.calibrated_levels()
+        self.starts = plan.start_weights[self.course.begin] if plan.start_weights else ()
+        self.history_length = max(plan.history_length, len(self.starts))
         self.leads = self.course.leads(run)
         if plan.has_drift and self.leads:
             self.course.monitor = Monitor(plan)
@@ -126,10 +128,6 @@ class BudgetSteps(OwnSteps):
         return self.share(i, x)
 
     @property
-    def history_length(self) -> int:
-        return self.plan.history_length
-
-    @property
     def velocities(self) -> list[torch.Tensor]:
         return [v for _, v in self.history]
 
@@ -156,9 +154,8 @@ class BudgetSteps(OwnSteps):
             if self.fell_back:  # these latents need no correction: take it out of the jump
                 scale = scale / plan.repair_scale[row]
                 weights = [w - scale * r for w, r in zip(weights, plan.repair[row], strict=True)]
-        elif plan.start_weights and any(plan.start_weights[self.course.begin][self.jumps - 1]):
-            scale = plan.start_scale[self.course.begin][self.jumps - 1]
-            weights = plan.start_weights[self.course.begin][self.jumps - 1]
+        elif self.jumps <= len(self.starts) and any(self.starts[self.jumps - 1]):
+            scale, weights = plan.start_scale[self.course.begin][self.jumps - 1], self.starts[self.jumps - 1]
         else:
             steps = [step for step, _ in self.history]
             return adams_bashforth(self.run.solver.first_order, self.run.levels, steps, k)

@@ -164,11 +164,11 @@ class BudgetPlan(Plan):
         if lengths != ({len(computed)} if self.prediction_errors else {0}):
             return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
         if self.start_weights or self.start_scale:
-            length = self.history_length
+            length = np.shape(self.start_scale)[-1]
+            if np.shape(self.start_scale) != (self.steps, length):
+                return f"start_scale must be [{self.steps}, H], or empty as start_weights"
             if np.shape(self.start_weights) != (self.steps, length, length):
                 return f"start_weights must be [{self.steps}, {length}, {length}], or empty"
-            if np.shape(self.start_scale) != (self.steps, length):
-                return f"start_scale must be [{self.steps}, {length}], or empty as start_weights"
         if {len(row) for row in self.prediction_errors} - {len(computed)}:
             return f"prediction_errors must hold {len(computed)} numbers per prompt"
         return None

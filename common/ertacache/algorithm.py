@@ -33,7 +33,12 @@ def reuse(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 def l1_norm(x: torch.Tensor) -> float:
     """‖x‖₁ = Σ|x_j|, summed in float64, so that it adds up over batches and processes."""
-    return x.abs().sum(dtype=torch.float64).item()
+    return total(x.abs())
+
+
+def total(x: torch.Tensor) -> float:
+    """Σ x_j in float64; on the CPU where the device of x has no float64 (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).sum(dtype=torch.float64).item()
 
 
 def relative_l1(distance: np.ndarray | float, norm: np.ndarray | float) -> np.ndarray:

@@ -96,8 +96,8 @@ class BudgetCalibration:
         session: CalibrationSession,
         target: str = "reference",
         *,
-        state_of: Callable[[CalibrationSession, Any, Schedule], BatchState] = lambda session, inputs, schedule: BatchState(
-            session, inputs
+        state_of: Callable[[CalibrationSession, Any, Schedule], BatchState] = lambda session, inputs, schedule: (
+            BatchState(session, inputs)
         ),
         around_pass: Callable[[], AbstractContextManager] = nullcontext,
     ):
@@ -308,6 +308,7 @@ class BudgetCalibration:
         return BudgetPlan(
             requirements=self.session.requirements,
             computed=tuple(self.begin + i for i in best.schedule),
+            begin=self.begin,
             native_sigmas=tuple(self.native_sigmas.tolist()),
             target=self.target.name,
             sigmas=() if self.target.sigmas is None else tuple(self.target.sigmas.tolist()),
@@ -324,9 +325,9 @@ class BudgetCalibration:
 
         On a grid of the target's own a run begins at the native step's nearest level.
         """
-        native, steps = self.native_sigmas.double().cpu().numpy(), len(self.native_sigmas) - 1
+        native, steps = self.native_sigmas.cpu().double().numpy(), len(self.native_sigmas) - 1
         weights, scales = np.zeros((steps, history_length, history_length)), np.ones((steps, history_length))
-        grid = native[self.begin :] if self.target.sigmas is None else self.target.sigmas.double().cpu().numpy()
+        grid = native[self.begin :] if self.target.sigmas is None else self.target.sigmas.cpu().double().numpy()
         for step in range(self.begin + 1, steps):
             begin = int(np.abs(grid[:-1] - native[step]).argmin())
             later = [c for c in schedule if c > begin]

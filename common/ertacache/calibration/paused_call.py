@@ -24,7 +24,7 @@ from ertacache.calibration.planner import Schedule
 from ertacache.pipelines.enable import originals, stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
-from ertacache.pipelines.steps import BudgetSteps, OwnSteps
+from ertacache.pipelines.steps import BudgetSteps, OwnSteps, velocity_of
 from ertacache.utils.errors import UserError
 
 THREAD = "ertacache-call"  # name of the threads
@@ -82,7 +82,9 @@ class PausedCall:
         self.sampler, self.prompts, self.seeds, self.computed = sampler, prompts, seeds, computed
         self.answers, self.messages = SimpleQueue(), SimpleQueue()
         self.state = None  # (run, latents before the step at which it pauses, velocity there)
-        self.moved = self.changed = None  # bool [B, …]: numbers that the solver has moved; that the pipeline has changed
+        self.moved = self.changed = (
+            None  # bool [B, …]: numbers that the solver has moved; that the pipeline has changed
+        )
 
     def restricted_to(self, computed: Schedule) -> "PausedCall":
         """Return the same call, computing these steps only."""
@@ -124,12 +126,12 @@ class PausedCall:
 
     @property
     def free(self) -> torch.Tensor | None:
-        """Whether the latents are the solver's alone, bool [B, …]; None for all. Known at the end of an uncached run."""
+        """The numbers that the solver alone moves, bool [B, …]; None for all. Known at the end of an uncached run."""
         free = self.moved if self.changed is None else self.moved & ~self.changed
         return None if free.all() else free
 
     def go_on(self, row: tuple[float, list[float]] | None) -> None:
-        """Continue to the next computed step, or to the end. row: (a, w) of the jump; None for the solver's own step."""
+        """Continue to the next computed step, or to the end. row: (a, w) of the jump; None: the solver's own step."""
         self._state()
         self.answers.put(row or "own step")
         self._receive()
@@ -220,7 +222,7 @@ class Pausing(Enabled):
         return f"{name} of call {id(self.call)}"
 
     def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Return the pipeline's own noise levels, and all steps: which are computed depends on where the call begins."""
+        """Return the pipeline's own noise levels, and all steps: the schedule counts from where the call begins."""
         return native, tuple(range(len(native) - 1))
 
     def steps_of(self, run: PlannedRun):
@@ -241,7 +243,7 @@ class Watched(OwnSteps):
     def step(self, i, x, v, options):
         if self.made is not None:
             self.call.changed = (self.made != x) | (False if self.call.changed is None else self.call.changed)
-        self.call.pause(self.run, x.clone(), v.clone())
+        self.call.pause(self.run, x.clone(), velocity_of(v, options).clone())
         made = super().step(i, x, v, options)
         self.call.moved = (made != x) | (False if self.call.moved is None else self.call.moved)
         self.made = made.clone()

@@ -114,7 +114,7 @@ class CalibrationSession:
         if not all(finite):
             prompt = self.prompts[self.starts[batch] + finite.index(False)]
             text = f"{source} a non-finite value at step {step} of {prompt!r}"
-            raise UserError(f"{text}: try dtype float32, or other settings of the scheduler")
+            raise UserError(f"{text}: try --dtype float32, or other settings of the scheduler")
 
     def provenance(self, checkpoints: Checkpoints, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
         """Return a plan's provenance: what it was learned from, and which candidates were tried.

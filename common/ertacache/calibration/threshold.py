@@ -108,7 +108,7 @@ class Watcher:
         self.sums.error[i] = algorithm.l1_norm(error)
         self.sums.change[i] = algorithm.l1_norm(v.float() - self.previous.float())
         moments = (wide, error, wide.square(), wide * error)
-        self.sums.moments[i] = [wide.numel(), *(m.sum(dtype=torch.float64).item() for m in moments)]
+        self.sums.moments[i] = [wide.numel(), *map(algorithm.total, moments)]
         return algorithm.rectify(tilde, self.schedule.k[i], self.schedule.b[i]) if self.schedule.k else tilde
 
 

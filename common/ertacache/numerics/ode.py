@@ -84,7 +84,7 @@ def integrate(
         The final latents [B, …], float32.
     """
     fractions = np.linspace(0, 1, substeps, endpoint=False)
-    ends = sigmas.double().cpu().numpy()
+    ends = sigmas.cpu().double().numpy()
     starts = (ends[:-1, None] + np.diff(ends)[:, None] * fractions).reshape(-1)  # [M · substeps]
     lengths = np.diff([*starts, ends[-1]])
     stages = (starts[:, None] + lengths[:, None] * np.array(NODES)).reshape(-1)  # [M · substeps · 3]

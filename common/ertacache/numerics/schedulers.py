@@ -94,7 +94,7 @@ class AngleGrid:
 
         Each step goes from t to t − ⌊1000/T⌋, as diffusers' does; where T does not divide 1000 this is not the next t.
         """
-        table = torch.cat([scheduler.final_alpha_cumprod.double()[None], scheduler.alphas_cumprod.double()])
+        table = torch.cat([a.cpu().double() for a in (scheduler.final_alpha_cumprod[None], scheduler.alphas_cumprod)])
         t = scheduler.timesteps.cpu()
         t_next = (t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=-1)
         angles = np.arccos(np.sqrt(table.numpy())) * 2 / np.pi
@@ -110,7 +110,7 @@ class AngleGrid:
         """Return another grid of angles [M+1]; times between two training timesteps are interpolated in the angle."""
         if torch.equal(sigmas, self.sigmas):
             return self
-        angles = sigmas.double().cpu()
+        angles = sigmas.cpu().double()
         times = np.interp(angles[:-1].numpy(), self.angles, np.arange(-1, len(self.angles) - 1))
         alphas = torch.cos(angles * torch.pi / 2) ** 2
         return replace(

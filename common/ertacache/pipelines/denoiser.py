@@ -1,23 +1,38 @@
 """A denoiser that is not called on skipped steps."""
 
+import functools
+
 from ertacache.pipelines.enabled import Enabled
 
 DENOISERS = ("transformer", "transformer_2", "unet", "controlnet")  # attributes of a pipeline
 DYNAMO = ("_torchdynamo_orig_callable", "_torchdynamo_wrapper_id")
 
 
-class PlannedDenoiser:
+class _EqualToItsDenoisers(type):
+    """Has a stand-in's class equal that of its denoiser, as `from_pipe` asks: it compares by `type()`."""
+
+    def __eq__(cls, other) -> bool:
+        return other is cls or other is vars(cls).get("stands_in_for")
+
+    def __hash__(cls) -> int:
+        return hash(vars(cls).get("stands_in_for", cls.__name__))
+
+
+class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
     """Stands in for a denoiser of a pipeline, to which it delegates whatever is not defined here.
 
     On a skipped step of a call that follows a plan it returns what the last computed step returned for the same call,
     without a computation; the scheduler does not look at it. In all other cases it calls the denoiser. Nothing is
-    hooked into the denoiser, which need not be an `nn.Module`. To `isinstance` its class is the denoiser's; `type()`
-    distinguishes them.
+    hooked into the denoiser, which need not be an `nn.Module`. To `isinstance` its class is the denoiser's;
+    `is_stand_in` distinguishes them.
 
     Args:
         module: The denoiser.
         enabled: Shared with the scheduler's stand-in.
     """
+
+    def __new__(cls, module, enabled: Enabled):
+        return super().__new__(_kind_for(type(module)))
 
     def __init__(self, module, enabled: Enabled):
         vars(self).update(module=module, enabled=enabled, __module__=type(module).__module__)
@@ -30,12 +45,16 @@ class PlannedDenoiser:
         return PlannedDenoiser, (self.module, self.enabled)
 
     def __getattr__(self, name: str):
-        if name.startswith("__") and name.endswith("__") or name == "module":
+        if (name.startswith("__") and name.endswith("__")) or name == "module":
             raise AttributeError(name)
         if name in DYNAMO:  # torch.compile of the stand-in compiles the denoiser
             return self.module if name == DYNAMO[0] else id(self)
         found = getattr(self.module, name)
-        return (lambda context: found(self.enabled.context(context))) if name == "cache_context" else found
+        return (
+            (lambda context, **where: found(self.enabled.context(context), **where))
+            if name == "cache_context"
+            else found
+        )
 
     def __setattr__(self, name: str, value) -> None:
         setattr(self.module, name, value)
@@ -63,5 +82,15 @@ def put_back(enabled: Enabled) -> None:
         return
     for name in DENOISERS:
         part = getattr(pipe, name, None)
-        if part is not None and type(part) is not PlannedDenoiser:
+        if part is not None and not is_stand_in(part):
             setattr(pipe, name, PlannedDenoiser(part, enabled))
+
+
+def is_stand_in(part) -> bool:
+    """Return whether a part of a pipeline is a stand-in for a denoiser."""
+    return issubclass(type(part), PlannedDenoiser)
+
+
+@functools.cache
+def _kind_for(kind: type) -> type:
+    return _EqualToItsDenoisers("PlannedDenoiser", (PlannedDenoiser,), {"stands_in_for": kind})

@@ -1,12 +1,13 @@
 """Plans in stock diffusers pipelines: `enable(pipe, plan)` and `disable(pipe)`."""
 
+import contextlib
 import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 from ertacache.numerics.schedulers import check_scheduler
-from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser
+from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser, is_stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.scheduler import PlannedScheduler
 from ertacache.plans import Plan
@@ -17,6 +18,7 @@ from ertacache.utils.errors import PlanError, UserError
 from ertacache.utils.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
+PER_TOKEN = ("LTXConditionPipeline", "SanaWMPipeline")  # pipelines with a time for each token
 REFUSED = {  # pipelines, and what they do
     "SkyReelsV2DiffusionForcingPipeline": "denoises each frame at a time of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "denoises each frame at a time of its own",
@@ -29,8 +31,8 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
     """Let a diffusers pipeline follow a plan in all of its calls, in place of one that it followed before.
 
     The pipeline runs its T steps as always: same timesteps, step numbers, callbacks and beginning. The denoiser calls
-    of skipped steps are not made. Stand-ins take the place of the pipeline's scheduler and denoisers, which stay as they
-    are. A call with another number of steps than the plan's is a PlanError before its first model call.
+    of skipped steps are not made. Stand-ins take the place of the pipeline's scheduler and denoisers, which stay as
+    they are. A call with another number of steps than the plan's is a PlanError before its first model call.
 
     Args:
         pipe: A pipeline with a `transformer` and a scheduler that plans know (numerics/schedulers.py).
@@ -60,6 +62,9 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
             f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
             "with --site output or --speedup"
         )
+    if type(pipe).__name__ in PER_TOKEN and plan.requirements.settings.get("pipeline") != type(pipe).__name__:
+        text = f"a {type(pipe).__name__} has a time for each token, and the plan was calibrated on another pipeline"
+        raise PlanError(f"{text}: calibrate one with ertacache.calibrate(pipe, prompts)")
     if on_drift == "compute" and not plan.has_drift:
         remedy = "calibrate a budget plan anew, or leave on_drift='compute' out"
         raise PlanError(f"the plan ({plan.title}) has no drift to look at: {remedy}")
@@ -88,17 +93,24 @@ def disable(pipe) -> None:
 
 def stand_in(pipe, enabled: Enabled, own: dict[str, Any]) -> None:
     """Put stand-ins in the place of a pipeline's scheduler and denoisers. own: what they stand in for, by name."""
-    enabled.pipe = weakref.ref(pipe)
+    with contextlib.suppress(TypeError):  # what is no DiffusionPipeline may not have weak references
+        enabled.pipe = weakref.ref(pipe)
     for name, part in own.items():
         setattr(pipe, name, (PlannedScheduler if name == "scheduler" else PlannedDenoiser)(part, enabled))
 
 
 def originals(pipe) -> dict[str, Any]:
-    """Return the scheduler and the denoisers that a pipeline was loaded with, by name, whether or not it follows a plan."""
+    """Return the scheduler and the denoisers that a pipeline was loaded with, by name, also where it follows a plan."""
     parts = {name: getattr(pipe, name, None) for name in ("scheduler", *DENOISERS)}
     parts = {name: part for name, part in parts.items() if part is not None}
-    kept = {PlannedScheduler: "own", PlannedDenoiser: "module"}
-    return {name: vars(part)[kept[type(part)]] if type(part) in kept else part for name, part in parts.items()}
+    return {name: original(part) for name, part in parts.items()}
+
+
+def original(part):
+    """Return the scheduler or denoiser that a stand-in stands in for; any other part itself."""
+    if type(part) is PlannedScheduler:
+        return part.own
+    return part.module if is_stand_in(part) else part
 
 
 def check_pipeline(pipe) -> None:
@@ -123,7 +135,7 @@ def read_plan(source: Plan | str | Path) -> Plan:
 
 
 def _check_hook(scheduler, plan: Plan) -> None:
-    """Refuse a scheduler whose step was replaced by one that a plan cannot call: jumps are made by Euler's step only."""
+    """Refuse a scheduler whose step was replaced, where jumps cannot be made by it: they can by Euler's only."""
     if "step" in vars(scheduler) and plan.kind == "budget" and "Euler" not in type(scheduler).__name__:
         text = f"the pipeline's {type(scheduler).__name__} has a `step` set on it, which jumps would not call"
         raise UserError(f"{text}: del pipe.scheduler.step, and set it again after ertacache.enable")

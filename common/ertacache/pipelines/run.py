@@ -30,6 +30,11 @@ class PlannedRun:
         self.next: int | None = None
         self.course = enabled.join(self, begun=shown)
 
+    @property
+    def grid(self) -> torch.Tensor:
+        """The noise levels that the scheduler shows, [T+1]."""
+        return self.solver.sigmas
+
     def step(self, x: torch.Tensor, v: torch.Tensor, timestep, options: dict) -> torch.Tensor:
         """Make the step at this timestep, from latents and the model's output.
 
@@ -79,7 +84,7 @@ class PlannedRun:
         if self.course.begin is None:
             self.course.begin = i
             self.enabled.begin(self.course)
-        self.levels = self.solver.sigmas.tolist()  # [T+1]
+        self.levels = self.grid.tolist()  # [T+1]
         self.way = self.enabled.steps_of(self)
 
     def end(self, x: torch.Tensor) -> None:

@@ -53,7 +53,7 @@ class PlannedScheduler:
         return PlannedScheduler, (self.own, self.enabled, self.run is not None or self.in_use)
 
     def __getattr__(self, name: str):
-        if name.startswith("__") and name.endswith("__") or name == "own":
+        if (name.startswith("__") and name.endswith("__")) or name == "own":
             raise AttributeError(name)
         return getattr(self.own, name)
 
@@ -91,8 +91,10 @@ class PlannedScheduler:
             self.begin(shown=self.in_use)
         x = self.run.step(sample, model_output, timestep, options)
         if self.run.missed:
-            text = "the pipeline called its model on a step that the plan skips: a denoiser was put in after"
-            self.warn("missed", f"{text} ertacache.enable, call it again")
+            text = (
+                f"no model call was skipped at step {self.run.next - 1}, as the plan has it: was the model put in after"
+            )
+            self.warn("missed", f"{text} ertacache.enable? Call it again")
         if self.run.next == self.run.steps:
             self.warn_at_the_end(x)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -120,7 +122,9 @@ class PlannedScheduler:
         if self.enabled.on_drift == "warn" and monitor is not None and "drift" not in self.enabled.warned:
             drift = max((reading.drift for reading in monitor.readings()), default=0.0)
             if drift > monitor.limit(self.enabled.drift_limit):
-                text = f"drift {drift:.2g}, the calibration prompts reach {monitor.calibrated.max():.2g}: the plan was not"
+                text = (
+                    f"drift {drift:.2g}, the calibration prompts reach {monitor.calibrated.max():.2g}: the plan was not"
+                )
                 remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
                 self.warn("drift", f"{text} made for a run like this one, quality may be lower; {remedy}")
         if not x.isfinite().all():

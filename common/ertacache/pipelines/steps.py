@@ -36,7 +36,7 @@ class OwnSteps:
 
 
 class ThresholdSteps(OwnSteps):
-    """All steps by the pipeline's own solver, cached ones with the velocity that the plan makes of the last residual."""
+    """All steps by the pipeline's own solver, cached ones with the velocity that the last residual gives."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -61,14 +61,16 @@ class ThresholdSteps(OwnSteps):
 class BudgetSteps(OwnSteps):
     """Jumps from each computed step to the next, handed out in shares over the steps in between.
 
-    At a computed step c the jump gives the latents of the next computed step k. Step i of c … k − 1 hands out its share,
-    (s_{i+1} − s_i) / (s_k − s_c) of x_k − x_c. Whatever the pipeline changes in the latents in between stays.
+    At a computed step c the jump gives the latents of the next computed step k. Each step i of c … k − 1 hands out its
+    share of x_k − x_c, (s_{i+1} − s_i) / (s_k − s_c). Whatever the pipeline changes in the latents in between stays.
     """
 
     def __init__(self, run):
         super().__init__(run)
         self.plan, self.course = run.enabled.plan, run.course
-        self.history: list[tuple[int, torch.Tensor]] = []  # the newest computed steps and their velocities, newest first
+        self.history: list[
+            tuple[int, torch.Tensor]
+        ] = []  # the newest computed steps and their velocities, newest first
         self.jumps = 0  # made so far
         self.jump = None  # in progress: (c, k, x_c, x_k)
         self.prepare()
@@ -93,12 +95,11 @@ class BudgetSteps(OwnSteps):
         if i < self.run.planned[0]:
             return super().step(i, x, v, options)
         refuse_options(self.run, options, PER_TOKEN)
-        sign = -1.0 if options.get(PER_TOKEN) is not None else 1.0
         if self.course.computes(i):
-            new = self.compute(i, x, sign * v if sign < 0 else v.clone())  # models may overwrite their outputs
+            new = self.compute(i, x, velocity_of(v, options).clone())  # models may overwrite their outputs
         else:
             new = self.share(i, x)
-        return self.by_own_step(i, x, new, v, sign, options) if self.goes_through_own_step(options) else new
+        return self.by_own_step(i, x, new, v, options) if self.goes_through_own_step(options) else new
 
     # --- computed steps ----------------------------------------------------------------------------------------------
 
@@ -167,13 +168,15 @@ class BudgetSteps(OwnSteps):
         here = self.run.levels[k] - self.run.levels[i]
         there = self.calibrated[k] - self.calibrated[i]
         if there == 0 and here != 0:
-            raise PlanError(f"the plan has no length for the step {i} of this run: calibrate one for these noise levels")
+            raise PlanError(
+                f"the plan has no length for the step {i} of this run: calibrate one for these noise levels"
+            )
         return here / there if there else 0.0
 
     # --- shares ------------------------------------------------------------------------------------------------------
 
     def share(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the latents before step i + 1 of a jump, with all changes that the pipeline has made since it began."""
+        """Return the latents before step i + 1 of a jump, with what the pipeline has changed since it began."""
         point = self.point(i + 1) + (x - self.point(i))  # the second term is 0 where nothing was changed
         if i + 1 == self.jump[1]:
             self.jump = None
@@ -195,14 +198,19 @@ class BudgetSteps(OwnSteps):
         """Whether the latents are to be handed out by the scheduler's own step: one that was replaced, or per token."""
         return "step" in vars(self.run.scheduler) or options.get(PER_TOKEN) is not None
 
-    def by_own_step(self, i: int, x, new, v, sign: float, options: dict) -> torch.Tensor:
+    def by_own_step(self, i: int, x, new, v, options: dict) -> torch.Tensor:
         """Return what the scheduler's Euler step makes of the velocity that leads from x to the new latents."""
         length = self.run.levels[i + 1] - self.run.levels[i]
-        rate = (new.float() - x.float()) * (sign / length if length else 0.0)
-        return self.run.solver.step(i, x, rate.to(v.dtype), **options)
+        rate = (new.float() - x.float()) / length if length else torch.zeros_like(x)
+        return self.run.solver.step(i, x, velocity_of(rate, options).to(v.dtype), **options)
 
     def end(self, x: torch.Tensor) -> None:
         self.history, self.jump, self.shadow = [], None, None
+
+
+def velocity_of(output: torch.Tensor, options: dict) -> torch.Tensor:
+    """Return the velocity that a model output means to the scheduler, and the reverse."""
+    return output if options.get(PER_TOKEN) is None else -output
 
 
 def refuse_options(run, options: dict, *known: str) -> None:

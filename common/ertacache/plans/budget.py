@@ -19,12 +19,13 @@ class BudgetPlan(Plan):
 
     Attributes:
         requirements: What the plan requires of a run.
-        computed: c_1 < … < c_N < T. c_1 is 0, or the step at which the calibrated call began (`strength` < 1).
+        computed: begin = c_1 < … < c_N < T.
         weights: w, [N, H], for the newest velocities, newest first; 0 where there are fewer.
         native_sigmas: The scheduler's own grid at calibration, [T+1].
         target: What the plan imitates: "reference", the uncached run, or "exact", the solution that it approximates.
         sigmas: A grid of the plan's own that `computed` counts on, falling; () for the run's native grid.
         scale: a, [N]: 1 but for solvers with x' = a x + b v, a ≠ 1.
+        begin: The step at which the calibrated call began; above 0 with `strength` < 1.
         predicted_error: Mean squared error of the final latents on the fitted calibration prompts.
         held_out_error: The same on calibration prompts left out of the fit.
         predictor: Weights of the velocities before a computed one that predict it, newest first, [N, H−1] (drift.py).
@@ -43,6 +44,7 @@ class BudgetPlan(Plan):
     kind = method = "budget"
     FIELDS = ("target", "computed", "predicted_error", "held_out_error")
     ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
+    OPTIONAL_FIELDS = ("begin",)
     OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale", "start_weights", "start_scale")
     DERIVED = {"nfe": "nfe", "anchors": "history_length"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
 
@@ -52,6 +54,7 @@ class BudgetPlan(Plan):
     native_sigmas: tuple[float, ...]
     target: str = "reference"
     sigmas: tuple[float, ...] = ()
+    begin: int = 0
     scale: tuple[float, ...] = ()
     predicted_error: float | None = None
     held_out_error: float | None = None
@@ -78,7 +81,7 @@ class BudgetPlan(Plan):
     @property
     def speedup(self) -> float:
         """The speed-up in model calls of a run that begins where the calibration did; T/N if that was step 0."""
-        return (self.steps - self.on_native[0]) / self.nfe
+        return (self.steps - self.begin) / self.nfe
 
     @property
     def nfe(self) -> int:
@@ -92,7 +95,7 @@ class BudgetPlan(Plan):
 
     @property
     def version(self) -> int:
-        return 2 if self.start_weights or self.computed[0] else 1
+        return 2 if self.start_weights or self.begin else 1
 
     @property
     def has_drift(self) -> bool:
@@ -151,8 +154,8 @@ class BudgetPlan(Plan):
         if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
             return "sigmas must be empty, or fall"
         computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
-        if not computed or computed[0] < 0 or computed != sorted(set(computed)) or computed[-1] >= end:
-            return f"computed steps {computed}, must ascend within 0 … {end - 1}"
+        if computed[:1] != [self.begin] or computed != sorted(set(computed)) or computed[-1] >= end:
+            return f"computed steps {computed}, must ascend from {self.begin} within 0 … {end - 1}"
         lengths = {len(row) for row in self.weights}
         if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
             return f"weights and scale must hold a row for each of the {len(computed)} computed steps"

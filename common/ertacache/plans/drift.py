@@ -78,7 +78,7 @@ class Monitor:
 
     def readings(self) -> tuple[Reading, ...]:
         """Return one reading per sample, over the steps so far; () before the second one. Waits for the device."""
-        drifts = self.drifts({k: e.double().cpu().numpy() * self.mean_weight**0.5 for k, e in self.norms.items()})
+        drifts = self.drifts({k: e.cpu().double().numpy() * self.mean_weight**0.5 for k, e in self.norms.items()})
         return tuple(Reading(float(d), float(100 * np.mean(self.calibrated < d))) for d in drifts)
 
     def limit(self, factor: float | None = None) -> float:

@@ -38,6 +38,7 @@ class Plan(HubMixin):
     method: ClassVar[str]
     FIELDS: ClassVar[tuple[str, ...]]
     ARRAYS: ClassVar[tuple[str, ...]]
+    OPTIONAL_FIELDS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL_ARRAYS: ClassVar[tuple[str, ...]] = ()  # which a file may lack
     DERIVED: ClassVar[Mapping[str, str]] = {}  # fields for readers of the file, by name: the attribute they show
 
@@ -105,7 +106,8 @@ class Plan(HubMixin):
         tensors = save({name: np.array(getattr(self, name), np.float64) for name in (*self.ARRAYS, *present)})
         fields = {"format": FORMAT, "version": self.version, "kind": self.kind, "steps": self.steps}
         fields |= {name: getattr(self, attribute) for name, attribute in self.DERIVED.items()}
-        fields |= {name: getattr(self, name) for name in self.FIELDS}
+        optional = [name for name in self.OPTIONAL_FIELDS if getattr(self, name)]
+        fields |= {name: getattr(self, name) for name in (*self.FIELDS, *optional)}
         fields |= {name: getattr(self.requirements, name) for name in ("model", "scheduler", "settings")}
         fields = json.loads(json.dumps({**fields, "provenance": self.provenance}))
         fields["checksum"] = _checksum(fields, tensors)
@@ -126,7 +128,8 @@ class Plan(HubMixin):
         if not issubclass(kind, cls):
             raise PlanError(f"{path} is a {fields['kind']} plan, a {cls.kind} plan is needed")
         requirements = Requirements(fields["steps"], fields["model"], fields["scheduler"], fields["settings"])
-        values = {name: as_tuples(fields[name]) for name in kind.FIELDS}
+        optional = [name for name in kind.OPTIONAL_FIELDS if name in fields]
+        values = {name: as_tuples(fields[name]) for name in (*kind.FIELDS, *optional)}
         present = [name for name in kind.OPTIONAL_ARRAYS if name in arrays]
         values |= {name: as_tuples(arrays[name].tolist()) for name in (*kind.ARRAYS, *present)}
         return kind(requirements, provenance=fields["provenance"], **values)

@@ -125,7 +125,7 @@ class ThresholdPlan(Plan):
                 return f"{name} must hold {length} finite numbers"
         if any(not 0 <= p <= 1 or (p != 1 and i not in self.cached) for i, p in enumerate(self.phi)):
             return "phi must be in [0, 1], and 1 on computed steps"
-        intervals = np.diff(self.native_sigmas)
-        if np.any(intervals > 0) and np.any(intervals < 0):
-            return "native_sigmas must fall from noise to data, or rise where the scheduler inverts them"
+        rises = bool(self.requirements.scheduler.get("invert_sigmas"))
+        if np.any(np.diff(self.native_sigmas) * (-1 if rises else 1) >= 0):
+            return f"native_sigmas must {'rise' if rises else 'fall'} from noise to data"
         return None

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from ertacache.algorithm import l1_norm, relative_l1, residual
-from ertacache.caches.block_stack import blocks_of, cached_ranges
+from ertacache.caches.block_stack import cached_ranges
 from ertacache.caches.teacache import INDICATORS, relative_change
+from ertacache.numerics.blocks import blocks_of
 
 
 class Expected:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ertacache.caches.block_stack import BranchState, blocks_of, cached_ranges
+from ertacache.caches.block_stack import BranchState, cached_ranges
+from ertacache.numerics.blocks import blocks_of
 
 
 @dataclass(frozen=True)

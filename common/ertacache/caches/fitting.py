@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ertacache.caches.block_stack import blocks_of
 from ertacache.caches.profilingdit import Profile
 from ertacache.caches.teacache import COEFFICIENTS, Fitting
 from ertacache.caches.third_party import diffusers_cache
+from ertacache.numerics.blocks import blocks_of
 from ertacache.pipelines.uncached import uncached_latents
 
 

@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 
-from ertacache.caches.block_stack import BranchState, Clock, blocks_of, hooked
+from ertacache.caches.block_stack import BranchState, Clock
+from ertacache.numerics.blocks import blocks_of, hooked
 
 MODULES = {  # attribute of a block → the field of `Broadcast` that governs its reuse
     "FluxTransformerBlock": {"attn": "spatial", "ff": "mlp", "ff_context": "mlp"},

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ertacache.caches.block_stack import BranchState, blocks_of, cached_ranges, streams_of
+from ertacache.caches.block_stack import BranchState, cached_ranges
+from ertacache.numerics.blocks import blocks_of, streams_of
 
 FOREGROUND = 1 / 3  # the share of tokens that counts as foreground
 

@@ -13,7 +13,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from ertacache.caches.block_stack import blocks_of
 from ertacache.caches.delta_dit import delta_dit
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.pab import Broadcast, pab
@@ -29,6 +28,7 @@ from ertacache.caches.third_party import (
     taylorseer,
 )
 from ertacache.caches.tuning import midpoint
+from ertacache.numerics.blocks import blocks_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ertacache.caches.block_stack import BranchState, blocks_of, cached_ranges
+from ertacache.caches.block_stack import BranchState, cached_ranges
+from ertacache.numerics.blocks import blocks_of
 
 DEGREE = 4
 

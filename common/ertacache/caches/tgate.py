@@ -13,7 +13,8 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 
-from ertacache.caches.block_stack import BranchState, Clock, blocks_of, hooked
+from ertacache.caches.block_stack import BranchState, Clock
+from ertacache.numerics.blocks import blocks_of, hooked
 
 ATTENTIONS = {"WanTransformerBlock": ("attn1", "attn2"), "STDiT3Block": ("attn", "cross_attn")}  # (self, cross)
 

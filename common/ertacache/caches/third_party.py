@@ -6,7 +6,7 @@
 import os
 from contextlib import contextmanager
 
-from ertacache.caches.block_stack import blocks_of
+from ertacache.numerics.blocks import blocks_of
 
 
 @contextmanager

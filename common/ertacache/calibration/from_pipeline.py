@@ -2,15 +2,16 @@
 
 import contextlib
 import hashlib
-import inspect
 import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ertacache.calibration.budget import BudgetCalibration
-from ertacache.calibration.paused_call import CallState, PausedCalls
+from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call
 from ertacache.calibration.session import LEAST_STEPS, CalibrationSession
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals
@@ -116,19 +117,44 @@ def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: M
         raise UserError(f"batch_size = {batch_size}: give a number of at least 1")
     check_pipeline(pipe)
     check_scheduler(originals(pipe)["scheduler"])
+    if batch_size < len(prompts):
+        _check_state(pipe, len(prompts))
     return _steps_of(pipe, call_kwargs)
+
+
+def _check_state(pipe, count: int) -> None:
+    """Refuse models that keep something from step to step which is not kept apart by cache context.
+
+    In a rollout the calls of all prompts take turns at each step, on one model.
+    """
+    for name, part in originals(pipe).items():
+        stateful = [hook for hook in _hooks_of(part) if hook._is_stateful and not hasattr(hook, "state_manager")]
+        kinds = sorted({type(hook).__name__ for hook in stateful})
+        if getattr(part, "_is_cached", False):
+            kinds.append("cache-dit")
+        if kinds:
+            text = (
+                f"the pipeline's {name} keeps state from step to step ({', '.join(kinds)}), which prompts would share"
+            )
+            raise UserError(f"{text}: disable that cache first, or give batch_size={count}")
+
+
+def _hooks_of(part) -> list:
+    """Return diffusers' hooks on a model and its modules."""
+    modules = part.modules() if isinstance(part, torch.nn.Module) else ()
+    registries = [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
+    return [hook for registry in registries for hook in registry.hooks.values()]
 
 
 def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
     """Return T, given or the call's default. Refuses arguments that the call does not take."""
-    known = inspect.signature(type(pipe).__call__).parameters
+    known, complete = arguments_of_call(pipe)
     for name in call_kwargs:
-        if name not in known or name in SET_BY_CALIBRATE:
+        if name in SET_BY_CALIBRATE or (complete and name not in known):
             problem = f"is no argument of {type(pipe).__name__}'s call"
             problem = "is set by calibrate" if name in SET_BY_CALIBRATE else problem
             raise UserError(f"{name} {problem}: leave it out")
-    default = known["num_inference_steps"].default if "num_inference_steps" in known else None
-    steps = call_kwargs.get("num_inference_steps", default)
+    steps = call_kwargs.get("num_inference_steps", known.get("num_inference_steps"))
     if not isinstance(steps, int) or steps < LEAST_STEPS:
         raise UserError(f"num_inference_steps = {steps}: give the number of steps of the uncached run, at least 3")
     return steps

@@ -13,6 +13,7 @@ the newest velocities.
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Mapping
 from queue import SimpleQueue
 from threading import Thread
@@ -162,8 +163,11 @@ class PausedCall:
 
     def _work(self, pipe, state: contextlib.AbstractContextManager) -> None:
         try:
-            arguments = {**self.sampler.arguments, "prompt": self.prompts, "output_type": "latent"}
+            arguments = {**self.sampler.arguments, "prompt": self.prompts}
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            known, complete = arguments_of_call(pipe)
+            if "output_type" in known or not complete:
+                arguments["output_type"] = "latent"
             with state:
                 pipe(**arguments)
             self.messages.put(UserError("the pipeline's call ended before its last step: leave callbacks out"))
@@ -285,10 +289,31 @@ def _copy_of(pipe):
     pipe, own = copy.copy(pipe), originals(pipe)
     for name, part in own.items():
         setattr(pipe, name, copy.deepcopy(part) if name == "scheduler" else part)
+    if hasattr(pipe, "_blocks"):  # a modular pipeline's, with their progress bars
+        pipe._blocks = copy.deepcopy(pipe._blocks)
     if getattr(pipe, "guider", None) is not None:  # it may keep a momentum
         pipe.guider = copy.deepcopy(pipe.guider)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def arguments_of_call(pipe) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of a pipeline's call with their defaults, and whether there can be no others.
+
+    A call that takes any (*args, **kwargs) hides those of the classes that it derives from.
+    """
+    if hasattr(pipe, "_blocks"):
+        return {p.name: p.default for p in pipe._blocks.inputs if p.name is not None}, True
+    known, complete = {}, False
+    for kind in type(pipe).__mro__:
+        if "__call__" not in vars(kind):
+            continue
+        parameters = inspect.signature(vars(kind)["__call__"]).parameters.values()
+        known = {p.name: p.default for p in parameters} | known
+        complete = not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        if complete:
+            break
+    return known, complete
 
 
 def _thread_state() -> contextlib.AbstractContextManager:

@@ -125,7 +125,7 @@ def threshold_facts(plan: ThresholdPlan) -> dict[str, str]:
     error = calibration.get("errors", {}).get(calibration.get("chosen"))
     return {
         "threshold": f"λ = {plan.threshold:g}",
-        "site": f"{plan.site}" + ("" if plan.can_follow_pipeline() else " (for the model folders, not for pipelines)"),
+        "site": plan.site,
         "parts": f"time adjustment φ: {plan.phi_definition}, rectified: {'yes' if plan.rectified else 'no'}",
         "error": "–" if error is None else f"calibration {error:.2e} (mean squared error of the final latents)",
     }

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from ertacache.pipelines.block_residuals import BlockResiduals
 from ertacache.pipelines.outputs import Outputs
 
 
@@ -16,9 +17,10 @@ class Course:
     Args:
         steps: T.
         planned: The plan's computed steps, ascending.
+        outputs: What it keeps of its model calls.
     """
 
-    def __init__(self, steps: int, planned: Sequence[int]):
+    def __init__(self, steps: int, planned: Sequence[int], outputs: Outputs | BlockResiduals):
         self.steps, self.planned = steps, tuple(planned)
         self.thread = threading.get_ident()
         self.runs = []  # of the schedulers that step in this call; the first to step leads
@@ -27,7 +29,7 @@ class Course:
         self.monitor = None  # of the drift (plans/drift.py)
         self.drifting = False  # whether the last planned step was beyond the limit
         self.clock: list[float] = []  # seconds at each computed step
-        self.outputs = Outputs()
+        self.outputs = outputs
 
     @property
     def step(self) -> int | None:

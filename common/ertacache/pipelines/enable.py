@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ertacache.numerics.schedulers import check_scheduler
+from ertacache.pipelines.block_residuals import check_blocks, hook_blocks, unhook_blocks
 from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser, is_stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.scheduler import PlannedScheduler
@@ -18,6 +19,7 @@ from ertacache.utils.errors import PlanError, UserError
 from ertacache.utils.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
+MODELS = ("transformer", "transformer_2")  # whose blocks a plan may cache around
 PER_TOKEN = ("LTXConditionPipeline", "SanaWMPipeline")  # pipelines with a time for each token
 REFUSED = {  # pipelines, and what they do
     "SkyReelsV2DiffusionForcingPipeline": "denoises each frame at a time of its own",
@@ -57,11 +59,6 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
         raise UserError(f"drift_limit = {drift_limit}: give a number above 0")
     check_pipeline(pipe)
     plan = read_plan(plan)
-    if not plan.can_follow_pipeline():
-        raise PlanError(
-            f"the plan ({plan.title}) caches around the blocks, a pipeline's scheduler sees outputs only: calibrate "
-            "with --site output or --speedup"
-        )
     if type(pipe).__name__ in PER_TOKEN and plan.requirements.settings.get("pipeline") != type(pipe).__name__:
         text = f"a {type(pipe).__name__} has a time for each token, and the plan was calibrated on another pipeline"
         raise PlanError(f"{text}: calibrate one with ertacache.calibrate(pipe, prompts)")
@@ -73,8 +70,17 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
     _check_hook(own["scheduler"], plan)
     dtype = str(transformer_of(pipe).dtype).removeprefix("torch.")
     plan.check(Requirements.of(pipe, plan.steps, {"dtype": dtype}), "calibrate one: ertacache.calibrate(pipe, prompts)")
+    enabled = Enabled(plan, on_drift, drift_limit)
+    models = [own[name] for name in MODELS if name in own]
+    if enabled.around_blocks:
+        for model in models:
+            check_blocks(model)
     _warn_of_other_weights(plan, pipe)
-    stand_in(pipe, Enabled(plan, on_drift, drift_limit), own)
+    disable(pipe)
+    if enabled.around_blocks:
+        for model in models:
+            hook_blocks(model, enabled)
+    stand_in(pipe, enabled, own)
 
 
 def disable(pipe) -> None:
@@ -89,6 +95,8 @@ def disable(pipe) -> None:
     for name, part in originals(pipe).items():
         if getattr(pipe, name) is not part:
             setattr(pipe, name, part)
+            if name in MODELS:
+                unhook_blocks(part)
 
 
 def stand_in(pipe, enabled: Enabled, own: dict[str, Any]) -> None:

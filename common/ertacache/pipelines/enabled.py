@@ -4,7 +4,9 @@ import threading
 
 import torch
 
+from ertacache.pipelines.block_residuals import BlockResiduals
 from ertacache.pipelines.course import Course
+from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
 from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
@@ -47,6 +49,11 @@ class Enabled:
         """Return the noise levels of a run [T+1] and its computed steps, for the scheduler's own levels."""
         return self.plan.on(native)
 
+    @property
+    def around_blocks(self) -> bool:
+        """Whether models are called on skipped steps too, without their blocks."""
+        return getattr(self.plan, "site", None) == "blocks"
+
     def context(self, name: str) -> str:
         """Return the name under which diffusers' caches keep what belongs to a guidance branch."""
         return name
@@ -71,7 +78,8 @@ class Enabled:
         fits = course is not None and course.steps == run.steps
         if not (fits and (course.step is None or (begun and course.step <= 1))):
             self.end(course)
-            course = self.here.course = Course(run.steps, run.planned)
+            outputs = BlockResiduals() if self.around_blocks else Outputs()
+            course = self.here.course = Course(run.steps, run.planned, outputs)
         course.runs = [other for other in course.runs if other.scheduler is not run.scheduler] + [run]
         return course
 

@@ -95,10 +95,8 @@ class BudgetSteps(OwnSteps):
         if i < self.run.planned[0]:
             return super().step(i, x, v, options)
         refuse_options(self.run, options, PER_TOKEN)
-        if self.course.computes(i):
-            new = self.compute(i, x, velocity_of(v, options).clone())  # models may overwrite their outputs
-        else:
-            new = self.share(i, x)
+        computes = self.course.computes(i)
+        new = self.compute(i, x, velocity_of(v, options)) if computes else self.share(i, x)
         return self.by_own_step(i, x, new, v, options) if self.goes_through_own_step(options) else new
 
     # --- computed steps ----------------------------------------------------------------------------------------------
@@ -110,7 +108,8 @@ class BudgetSteps(OwnSteps):
             raise UserError(f"the latents change their shape during the call, from {shapes}: disable the plan")
         if i in self.row_of or i == self.course.begin:
             self.see(i, v)
-            self.history = [(i, v), *self.history][: self.history_length]
+            # a copy, since models may overwrite their outputs
+            self.history = [(i, v.clone()), *self.history][: self.history_length]
             self.jumps += 1
         k = self.course.after(i)
         if self.shadow:

@@ -113,12 +113,6 @@ def _usage(plan, source: str) -> str:
     """Return how to follow the plan, with a snippet that runs as it is."""
     model = plan.provenance.get("model")
     model = "path/to/the/model" if model in (None, plan.requirements.settings.get("pipeline")) else model
-    if not plan.can_follow_pipeline():
-        text = "Plans at site `blocks` are followed by `generate.py` in the model's folder of ERTACache, called there:"
-        on_hub = HUB_ID.fullmatch(source)
-        download, folder = (f"hf download {source} --local-dir plan\n", "plan") if on_hub else ("", source)
-        command = f"{download}python generate.py --model {model} --steps {plan.steps} --plan {folder}/plan.json"
-        return f"{text}\n\n```sh\n{command}\n```"
     code = "\n".join(_snippet(plan, source, model))
     checks = "Another transformer, scheduler or number of steps is refused before the first model call"
     text = f"With ERTACache and diffusers installed:\n\n```python\n{code}\n```"

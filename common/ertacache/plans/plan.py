@@ -64,10 +64,6 @@ class Plan(HubMixin):
         """Whether the plan can tell how unlike its calibration a run is (drift.py)."""
         return False
 
-    def can_follow_pipeline(self) -> bool:
-        """Return whether a stock pipeline can follow the plan; its scheduler sees outputs only, no blocks."""
-        return True
-
     def check(self, run: Requirements, remedy: str) -> None:
         """Refuse a run that the plan was not made for; warn once when only settings differ.
 

@@ -89,9 +89,6 @@ class ThresholdPlan(Plan):
         """The adjusted grid under the conditions of the calibration, [T+1]."""
         return tuple(adjusted_sigmas(np.array(self.native_sigmas), self.phi).tolist())
 
-    def can_follow_pipeline(self) -> bool:
-        return self.site != "blocks"
-
     def file_name(self, model: str) -> str:
         """Return the name of the plan's file in a model folder's cache/."""
         return threshold_name(model, self.steps, self.threshold, self.site)

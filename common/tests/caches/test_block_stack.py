@@ -8,11 +8,12 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 
 from ertacache.caches import pab as pyramid
 from ertacache.caches import teacache as tea
-from ertacache.caches.block_stack import blocks_of, cached_ranges
+from ertacache.caches.block_stack import cached_ranges
 from ertacache.caches.delta_dit import delta_dit
 from ertacache.caches.pab import Broadcast, pab
 from ertacache.caches.profilingdit import Cadence, Profile, profilingdit
 from ertacache.caches.teacache import Fitting, TeaCachePolicy, teacache
+from ertacache.numerics.blocks import blocks_of
 
 
 class Block(torch.nn.Module):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ertacache.caches.block_stack import blocks_of
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.registry import CACHES
 from ertacache.caches.third_party import diffusers_cache
 from ertacache.caches.tuning import midpoint, nearest_settings
+from ertacache.numerics.blocks import blocks_of
 from ertacache.pipelines.uncached import uncached_latents
 from helpers import fast
 

@@ -8,9 +8,10 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import CacheContext, StateManager
 
-from ertacache.caches.block_stack import BranchState, Clock, hooked
+from ertacache.caches.block_stack import BranchState, Clock
 from ertacache.caches.teacache import COEFFICIENTS, TeaCachePolicy, teacache
 from ertacache.caches.tgate import Gate, _Attention, first_half, tgate
+from ertacache.numerics.blocks import hooked
 from helpers import CallCounter
 from opensora import case_a, far, golden, transformer, vae
 from opensora12 import OpenSoraPipeline, RFlowScheduler

@@ -96,7 +96,7 @@ def test_ddim_of_diffusers():
 # --- plans of the model folders --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["output", "reference", "exact"])
+@pytest.mark.parametrize("kind", ["output", "blocks", "reference", "exact"])
 def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_folders_loop(model_folder, kind):
     """Bit for bit in float32: the jumps and steps are the same arithmetic."""
     sampler, pipe, prompts, seeds = model_folder.sampler, model_folder.pipe, model_folder.prompts[:1], [3]

@@ -14,10 +14,10 @@ import torch
 import latency as bench_latency
 from conftest import FOLDERS, ROOT
 from ertacache.caches import third_party
-from ertacache.caches.block_stack import blocks_of
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import latency
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, bisect_threshold, computed_steps, observed
+from ertacache.numerics.blocks import blocks_of
 from random_models import MODELS, random_module
 
 STEPS = 12

@@ -150,17 +150,16 @@ class BudgetSteps(OwnSteps):
         row, plan = self.row_of.get(i), self.plan
         planned = sum(step in self.row_of for step, _ in self.history)
         if row is not None and not any(plan.weights[row][planned:]):
-            scale, weights = plan.scale[row], plan.weights[row]
+            ratio, scale = self.stretch(i, k), plan.scale[row]
+            weights = [ratio * w for w in plan.weights[row]]
             if self.fell_back:  # these latents need no correction: take it out of the jump
                 scale = scale / plan.repair_scale[row]
                 weights = [w - scale * r for w, r in zip(weights, plan.repair[row], strict=True)]
-        elif self.jumps <= len(self.starts) and any(self.starts[self.jumps - 1]):
-            scale, weights = plan.start_scale[self.course.begin][self.jumps - 1], self.starts[self.jumps - 1]
-        else:
-            steps = [step for step, _ in self.history]
-            return adams_bashforth(self.run.solver.first_order, self.run.levels, steps, k)
-        ratio = self.stretch(i, k)
-        return scale, [ratio * w for w in weights]
+            return scale, weights
+        if self.jumps <= len(self.starts) and any(self.starts[self.jumps - 1]):
+            ratio, scale = self.stretch(i, k), plan.start_scale[self.course.begin][self.jumps - 1]
+            return scale, [ratio * w for w in self.starts[self.jumps - 1]]
+        return adams_bashforth(self.run.solver.first_order, self.run.levels, [step for step, _ in self.history], k)
 
     def stretch(self, i: int, k: int) -> float:
         """Return the length of a jump on this run's grid, relative to the calibration's: its weights grow with it."""

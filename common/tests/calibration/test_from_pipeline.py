@@ -18,7 +18,7 @@ from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import first_order
 from ertacache.pipelines.scheduler import PlannedScheduler
 from helpers import PROMPTS, CallCounter, calibrate, fast, refused, with_prompts
-from tiny_pipelines import STEPS, flux, flux_img2img, flux_inpaint, flux_kontext, ltx, sana, sd3, wan_i2v
+from tiny_pipelines import STEPS, flux, flux_kontext, ltx, sana, sd3, wan_i2v
 
 
 @pytest.fixture(autouse=True)
@@ -224,16 +224,6 @@ def test_bad_input_is_one_line(changes, words, empty_folder):
     with refused(*words):
         calibrate(with_prompts(flux()), **changes)
     assert not list(empty_folder.iterdir())
-
-
-def test_a_call_that_begins_in_the_middle_is_refused():
-    with refused("steps at 2", "step 0", "strength=1"):
-        calibrate(with_prompts(flux_img2img()))
-
-
-def test_a_call_that_changes_the_latents_between_steps_is_refused():
-    with refused("FluxInpaintPipeline", "calibrate one with the same parts"):
-        calibrate(with_prompts(flux_inpaint()), strength=1.0)
 
 
 def test_a_scheduler_that_no_plan_can_follow_is_refused():

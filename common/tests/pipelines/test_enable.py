@@ -23,14 +23,9 @@ from tiny_pipelines import (
     BUILDERS,
     STEPS,
     cogvideox,
-    cogvideox_v2v,
     flux,
-    flux_img2img,
-    flux_inpaint,
-    sd3_img2img,
     wan,
     wan_two_models,
-    wan_v2v,
 )
 
 
@@ -39,29 +34,14 @@ def tiny(request):
     return BUILDERS[request.param]()
 
 
-def to_first_order(pipe):
-    """A multistep solver without its history: what first-order weights mean exactly."""
-    changes = {"solver_order": 1}
-    if "disable_corrector" in pipe.scheduler.config:
-        changes["disable_corrector"] = list(range(STEPS))
-    if "solver_order" in pipe.scheduler.config:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
-
-
 # --- every pipeline ----------------------------------------------------------------------------------------------
 
 
-def test_all_steps_computed_is_the_plain_run(tiny):
-    """A threshold plan without cached steps bit for bit; a budget plan of first-order jumps to float tolerance, against
-    the scheduler switched to first order."""
+@pytest.mark.parametrize("kind", ["budget", "threshold"])
+def test_all_steps_computed_is_the_plain_run(tiny, kind):
     plain = tiny.run()
-    ertacache.enable(tiny.pipe, threshold_plan(tiny, ()))
+    ertacache.enable(tiny.pipe, budget_plan(tiny, range(STEPS)) if kind == "budget" else threshold_plan(tiny, ()))
     assert torch.equal(tiny.run(), plain)
-    ertacache.disable(tiny.pipe)
-    to_first_order(tiny.pipe)
-    plain = tiny.run()
-    ertacache.enable(tiny.pipe, budget_plan(tiny, range(STEPS)))
-    assert torch.allclose(tiny.run(), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["budget", "threshold"])
@@ -69,14 +49,14 @@ def test_at_half_the_steps_it_makes_half_the_calls(tiny, kind):
     plan = budget_plan(tiny, HALF) if kind == "budget" else threshold_plan(tiny, (2, 4, 5, 6))
     plain, own = tiny.run(), tiny.pipe.scheduler
     ertacache.enable(tiny.pipe, plan)
-    begin = 1 if "strength" in tiny.arguments else 0  # 0.75 of 4 computed steps
+    begin = 2 if "strength" in tiny.arguments else 0  # 0.75 of 8 steps
+    computed = {begin, *(step for step in plan.computed if step > begin)}
     with CallCounter(tiny.pipe.transformer) as calls:
         planned = tiny.run()
-    assert calls.count == (plan.nfe - begin) * tiny.branches
+    assert calls.count == len(computed) * tiny.branches
     assert planned.isfinite().all() and not torch.equal(planned, plain)
     summary = ertacache.summary(tiny.pipe)
-    first = plan.computed[begin] if kind == "budget" else (0, 1, 3, 7)[begin]
-    assert (summary.computed, summary.computed + summary.skipped) == (plan.nfe - begin, STEPS - first)
+    assert (summary.computed, summary.computed + summary.skipped) == (len(computed), STEPS - begin)
     ertacache.disable(tiny.pipe)
     assert tiny.pipe.scheduler is own and torch.equal(tiny.run(), plain)
 
@@ -89,7 +69,7 @@ def test_ddim_of_diffusers():
     plain = tiny.run()
     for plan in (budget_plan(tiny, range(STEPS)), threshold_plan(tiny, ())):
         ertacache.enable(tiny.pipe, plan)
-        assert torch.allclose(tiny.run(), plain, atol=1e-4)
+        assert torch.equal(tiny.run(), plain)
         ertacache.disable(tiny.pipe)
 
 
@@ -109,60 +89,6 @@ def test_the_shipped_plans_run_in_the_stock_pipeline_as_in_the_folders_loop(mode
         ertacache.disable(pipe)
     assert torch.equal(enabled, in_loop)
     assert (summary.computed, summary.skipped) == (plan.nfe, plan.steps - plan.nfe)
-
-
-# --- image to image ----------------------------------------------------------------------------------------------
-
-
-def test_a_jump_that_lacks_outputs_is_of_first_order():
-    tiny = flux_img2img()
-    plain = budget_plan(tiny, HALF, history_length=2)
-    rows = list(plain.weights)
-    fitted = replace(plain, weights=(rows[0], (9.0, 9.0), *rows[2:]))  # the second jump needs two outputs
-    for strength, same in ((0.75, True), (1.0, False)):  # from the second computed step on, or from the first
-        results = []
-        for plan in (plain, fitted):
-            ertacache.enable(tiny.pipe, plan)
-            results.append(tiny.run(strength=strength))
-        assert torch.equal(*results) == same
-
-
-def test_inpainting_keeps_the_noise_level_of_the_computed_steps():
-    """Outside the mask the model sees (1 − s) image + s noise, with s of the time that it is given."""
-    tiny = flux_inpaint()
-    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
-    seen = []
-    tiny.pipe.transformer.register_forward_pre_hook(
-        lambda m, a, kw: seen.append((kw["hidden_states"].clone(), kw["timestep"].item())), with_kwargs=True
-    )
-    final = tiny.run()
-    (x0, s0), (x1, s1), (x2, s2) = ((x[0, :16], s) for x, s in seen)  # the first 2 of 8 rows of tokens: above the mask
-    image = final[0, :16]
-    noise = (x0 - (1 - s0) * image) / s0
-    assert len({s0, s1, s2}) == 3
-    for x, s in ((x1, s1), (x2, s2)):
-        assert torch.allclose(x, (1 - s) * image + s * noise, atol=1e-4)
-
-
-@pytest.mark.parametrize("build", [sd3_img2img, cogvideox_v2v, wan_v2v])
-def test_a_pipeline_that_counts_its_start_in_uncached_steps_is_refused_before_a_call_unless_it_makes_all(build):
-    tiny = build()
-    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
-    with CallCounter(tiny.pipe.transformer) as calls:
-        for strength in (0.75, 0.3):
-            with refused("8 steps", "computes 4", "strength=1", error=PlanError):
-                tiny.run(strength=strength)
-        assert calls.count == 0
-        tiny.run(strength=1.0)
-        assert calls.count == 4 * tiny.branches
-
-
-def test_with_sigmas_it_counts_its_start_in_computed_steps():
-    tiny = sd3_img2img()
-    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
-    with CallCounter(tiny.pipe.transformer) as calls:
-        tiny.run(sigmas=np.linspace(1, 1 / STEPS, STEPS))
-    assert calls.count == 3 and ertacache.summary(tiny.pipe).skipped == 4
 
 
 # --- what cannot confuse it --------------------------------------------------------------------------------------
@@ -284,8 +210,6 @@ def test_what_a_plan_cannot_follow_is_refused():
         ertacache.summary(tiny.pipe)
     with refused("SimpleNamespace", "transformer"):
         ertacache.enable(SimpleNamespace(unet=object(), scheduler=tiny.pipe.scheduler), plan)
-    with refused(plan.title, "--site output", "--speedup", error=PlanError):
-        ertacache.enable(tiny.pipe, replace(plan, site="blocks"))
     tiny.pipe.scheduler = CogVideoXDPMScheduler.from_config(tiny.pipe.scheduler.config)
     with refused("CogVideoXDPMScheduler", *SOLVERS):
         ertacache.enable(tiny.pipe, plan)
@@ -294,11 +218,11 @@ def test_what_a_plan_cannot_follow_is_refused():
         solver_of(random)
     tiny = flux()
     ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
-    tiny.run()
+    tiny.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.0)
     x, t = torch.zeros(1, 4, 16), tiny.pipe.scheduler.timesteps[0]
-    with refused("per_token_timesteps", "disable the plan"):
-        tiny.pipe.scheduler.step(x, t, x, per_token_timesteps=torch.ones(1, 4))
-    with refused("time 123", "4", "disable the plan"):
+    with refused("s_churn = 0.5", "leave it out"):
+        tiny.pipe.scheduler.step(x, t, x, s_churn=0.5)
+    with refused("time 123", "8", "disable the plan"):
         tiny.pipe.scheduler.step(x, torch.tensor(123.0), x)
 
 

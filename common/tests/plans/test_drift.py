@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from ertacache import BudgetPlan, PlanError
 from ertacache.calibration.gram import products
 from ertacache.calibration.planner import fit_predictor
 from ertacache.numerics.jump import jump
-from ertacache.pipelines.scheduler import GrowingTimes, PlannedScheduler
 from ertacache.plans.drift import LIMITS, Monitor
 from helpers import (
     HALF,
@@ -97,15 +97,21 @@ def test_a_correction_and_the_rest_of_a_jump_are_the_jump():
     tiny = flux()
     repair = tuple((0.3 * k, -0.2) for k in range(4))
     plan = replace(drifting(tiny, [1.0]), repair=repair, repair_scale=(1.0, 1.1, 0.9, 1.2), scale=(1.0, 0.8, 1.3, 1.0))
-    scheduler = PlannedScheduler(tiny.pipe.scheduler, plan)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.0)
-    run, (x, v, earlier) = scheduler.run, torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0))
-    for row in range(1, 4):
-        run.history, run.was_in_fallback = [earlier], False
-        straight = run.jump(row, x, v)
+    ertacache.enable(tiny.pipe, plan)
+    tiny.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.0)
+    run, (x, v, earlier) = tiny.pipe.scheduler.run, torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0))
+    run.begin(0)
+    for row, (step, end) in enumerate(pairwise([*HALF, STEPS])):
+        if row == 0:
+            continue
+        run.way.history = [(step, v), (HALF[row - 1], earlier)]
+        run.way.fell_back = False
+        scale, weights = run.way.weights(step, end, x)
+        straight = jump(x, [v, earlier], weights, scale)
         corrected = jump(x, [v, earlier], plan.repair[row], plan.repair_scale[row])
-        run.history, run.was_in_fallback = [earlier], True
-        assert torch.allclose(run.jump(row, corrected, v), straight, atol=1e-5)
+        run.way.fell_back = True
+        scale, weights = run.way.weights(step, end, x)
+        assert torch.allclose(jump(corrected, [v, earlier], weights, scale), straight, atol=1e-5)
 
 
 # --- pipelines ---------------------------------------------------------------------------------------------------
@@ -141,36 +147,18 @@ def replace_prompts(tiny, seeds):
     return replace(tiny, arguments={**tiny.arguments, **arguments})
 
 
-CONTROLNET = [name for name in BUILDERS if "controlnet" in name]
-LOOP_OVER_A_PART = [name for name in BUILDERS if any(part in name for part in ("img2img", "inpaint", "v2v"))]
-LOOP_OVER_ALL = [name for name in BUILDERS if name not in CONTROLNET + LOOP_OVER_A_PART]
-
-
-@pytest.mark.parametrize("name", fast(LOOP_OVER_ALL, "flux", "wan", "cogvideox"))
+@pytest.mark.parametrize("name", fast(BUILDERS, "flux", "flux_img2img", "flux_controlnet", "wan", "cogvideox"))
 def test_beyond_the_limit_every_step_is_computed(name):
-    """Fallback from the second computed step on, and so every one of the T steps. With the solver at first order, as
-    the jumps are, this is the uncached run."""
+    """Fallback from the second computed step on. With the solver at first order, as the jumps are, this is the uncached
+    run."""
     tiny = BUILDERS[name]()
+    begun_late = "strength" in tiny.arguments  # at step 2; the first step with a prediction is the second after it, 5
     latents, calls, summary = enabled(tiny, drifting(tiny, [EVERY]), on_drift="compute")
-    assert calls == summary.computed == STEPS and summary.skipped == 0
+    assert calls == summary.computed == (5 if begun_late else STEPS) and summary.skipped == (1 if begun_late else 0)
     ertacache.disable(tiny.pipe)
     same = torch.allclose(latents, tiny.run(), atol=1e-4)
-    assert same or type(tiny.pipe.scheduler) is not FlowMatchEulerDiscreteScheduler  # others are multistep solvers
-    assert enabled(tiny, drifting(tiny, [NEVER]), on_drift="compute")[1] == len(HALF)
-
-
-@pytest.mark.parametrize("name", LOOP_OVER_A_PART)
-def test_pipelines_that_loop_over_a_part_of_the_timesteps_keep_the_plan(name):
-    tiny = BUILDERS[name]()
-    _, calls, summary = enabled(tiny, drifting(tiny, [EVERY]), on_drift="compute")
-    assert calls == summary.computed == len(HALF) - (1 if "strength" in tiny.arguments else 0)
-
-
-@pytest.mark.parametrize("name", CONTROLNET)
-def test_a_pipeline_that_lists_an_entry_per_step_is_refused(name):
-    tiny = BUILDERS[name]()
-    with refused(type(tiny.pipe).__name__, "on_drift='compute'", error=PlanError):
-        enabled(tiny, drifting(tiny, [EVERY]), on_drift="compute")
+    assert same or begun_late or type(tiny.pipe.scheduler) is not FlowMatchEulerDiscreteScheduler  # others are multistep solvers
+    assert enabled(tiny, drifting(tiny, [NEVER]), on_drift="compute")[1] == (3 if begun_late else len(HALF))
 
 
 def test_a_run_returns_to_the_plan_when_the_signal_falls():
@@ -181,16 +169,6 @@ def test_a_run_returns_to_the_plan_when_the_signal_falls():
     assert calls == 5 and summary.skipped == STEPS - 5
     ertacache.disable(tiny.pipe)
     assert torch.allclose(latents, enabled(tiny, budget_plan(tiny, (0, 1, 2, 3, 5)))[0], atol=1e-5)
-
-
-def test_times_that_grow_are_plain_tensors_to_all_but_a_loop():
-    tiny = flux()
-    ertacache.enable(tiny.pipe, drifting(tiny, [EVERY]), on_drift="compute")
-    tiny.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.0)
-    times = tiny.pipe.scheduler.timesteps
-    assert type(times) is GrowingTimes and len(times) == len(HALF)
-    assert type(times[1:]) is torch.Tensor and type(times[0]) is torch.Tensor
-    assert torch.equal(torch.stack(list(times)), times[:])
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -215,10 +193,6 @@ def test_bad_arguments_are_one_line():
     for plan in (budget_plan(tiny, HALF), threshold_plan(tiny, (2,))):
         with refused(plan.title, "no drift", "calibrate a budget plan anew", error=PlanError):
             ertacache.enable(tiny.pipe, plan, on_drift="compute")
-    own_grid = tuple(np.linspace(1, 0, 2 * STEPS + 1).tolist())
-    exact = replace(drifting(tiny, [1.0]), sigmas=own_grid, target="exact")
-    with refused(exact.title, "grid of its own", "on_drift='compute'", error=PlanError):
-        ertacache.enable(tiny.pipe, exact, on_drift="compute")
     for options, words in (({"on_drift": "stop"}, ("'stop'", "'warn'")), ({"drift_limit": 0}, ("= 0", "above 0"))):
         with refused(*options, *words):
             ertacache.enable(tiny.pipe, drifting(tiny, [1.0]), **options)

@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-import shlex
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,7 +16,6 @@ from huggingface_hub import ModelCard, ModelHubMixin, errors
 import ertacache
 from conftest import ROOT
 from ertacache import BudgetPlan, Plan, PlanError, ThresholdPlan
-from ertacache.cli.folder_command import parse_arguments
 from ertacache.evaluation.report import card_table
 from ertacache.evaluation.rows import REMEDY
 from ertacache.plans import card
@@ -285,13 +283,9 @@ def test_the_snippet_of_the_card_runs(kind, computed, tmp_path, monkeypatch, cap
 def test_the_snippet_of_a_plan_around_the_blocks(flux, tmp_path):
     plan = shipped("blocks")
     plan.save_pretrained(tmp_path / "plan")
-    command = snippet((tmp_path / "plan" / "README.md").read_text())
-    python, sampler, *arguments = shlex.split(command)
-    args = parse_arguments(flux, arguments)
-    assert (python, sampler, args.model, args.steps) == ("python", "generate.py", "demo", 30)
-    assert Plan.load(tmp_path / args.plan) == plan
-    fetch = snippet(str(plan.generate_model_card(repo_id="a/b"))).splitlines()[0]
-    assert fetch == "hf download a/b --local-dir plan"
+    code = snippet((tmp_path / "plan" / "README.md").read_text())
+    compile(code, "snippet", "exec")
+    assert "ertacache.enable(pipe, " in code and "num_inference_steps=30" in code
 
 
 def test_the_snippet_of_a_pipelines_own_call():

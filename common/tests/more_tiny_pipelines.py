@@ -266,8 +266,8 @@ def modular(guider=None, **arguments) -> Tiny:
     """Wan's modular pipeline: diffusers' own blocks up to the denoised latents, after a block for the text states.
 
     Called as `pipe(prompt="a red star", num_inference_steps=8, height=16, width=16, num_frames=5, generator=…,
-    output="latents")`. A prompt is a text or a list of them. It has a `transformer`, a `scheduler` and a `guider`, any of
-    diffusers'; SkipLayerGuidance takes `skip_layer_config=LayerSkipConfig(indices=[0], fqn="blocks")`.
+    output="latents")`. A prompt is a text or a list of them. It has `transformer`, `scheduler` and `guider`, any of
+    diffusers': SkipLayerGuidance with `skip_layer_config=LayerSkipConfig(indices=[0], fqn="blocks")`.
     """
     parts = wan().pipe.components
     blocks = {"text": TextStates(), **WanCoreDenoiseStep().sub_blocks}

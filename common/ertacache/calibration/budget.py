@@ -159,7 +159,7 @@ class BudgetCalibration:
         latents.append(final.float().cpu())
         named = {str(i): x.contiguous() for i, x in enumerate(latents)}
         if free is not None:
-            named["free"] = free = free.cpu()
+            named["free"] = free = free.cpu().contiguous()
             if not free.any():
                 text = "the pipeline changes all of the latents between its steps, which no weights can follow"
                 raise UserError(f"{text}: leave callbacks out")

@@ -232,7 +232,7 @@ class Pausing(Enabled):
     def steps_of(self, run: PlannedRun):
         call, course = self.call, run.course
         if call.computed is None:
-            return Watched(run, call) if course.leads(run) else OwnSteps(run)
+            return Watched(run, call) if run.leads else OwnSteps(run)
         course.planned = run.planned = tuple(course.begin + i for i in call.computed)
         return Rollout(run, call)
 
@@ -268,19 +268,19 @@ class Rollout(BudgetSteps):
 
     def prepare(self) -> None:
         self.row_of = {step: row for row, step in enumerate(self.run.planned)}
-        self.leads, self.shadow = self.course.leads(self.run), None
+        self.shadow = None
 
     def see(self, i, v):
         pass
 
     def weights(self, i, k, x):
-        if self.leads:
+        if self.run.leads:
             self.course.row = self.call.pause(self.run, x, self.velocities[0])
         return self.course.row
 
     def end(self, x):
         super().end(x)
-        if self.leads:
+        if self.run.leads:
             self.call.pause(self.run, x, None)
 
 

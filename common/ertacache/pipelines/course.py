@@ -23,7 +23,8 @@ class Course:
     def __init__(self, steps: int, planned: Sequence[int], outputs: Outputs | BlockResiduals):
         self.steps, self.planned = steps, tuple(planned)
         self.thread = threading.get_ident()
-        self.runs = []  # of the schedulers that step in this call; the first to step leads
+        self.runs = []  # of the schedulers that step in this call
+        self.leader = None  # the first of them to step
         self.begin: int | None = None  # the first step
         self.added: set[int] = set()  # steps that drift has had computed
         self.monitor = None  # of the drift (plans/drift.py)
@@ -59,10 +60,6 @@ class Course:
     def after(self, i: int) -> int:
         """Return the next computed step after step i, T after the last."""
         return next((k for k in range(i + 1, self.steps) if self.computes(k)), self.steps)
-
-    def leads(self, run) -> bool:
-        """Return whether a run is the first that stepped in this call."""
-        return next(r for r in self.runs if r.next is not None) is run
 
     def tick(self) -> None:
         """Note the time of a computed step."""

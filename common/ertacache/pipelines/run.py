@@ -31,6 +31,11 @@ class PlannedRun:
         self.course = enabled.join(self, begun=shown)
 
     @property
+    def leads(self) -> bool:
+        """Whether it was the first to step in its call: it decides, others follow."""
+        return self.course.leader is self
+
+    @property
     def grid(self) -> torch.Tensor:
         """The noise levels that the scheduler shows, [T+1]."""
         return self.solver.sigmas
@@ -55,7 +60,7 @@ class PlannedRun:
             self.begin(i)
         elif i != self.next:
             raise UserError(f"the pipeline makes step {i} where step {self.next} is due: disable the plan")
-        if self.course.leads(self) and self.course.computes(i):
+        if self.leads and self.course.computes(i):
             self.course.tick()
         self.missed = not self.course.computes(i) and self.course.outputs.step != i
         x = self.way.step(i, x, v, options)
@@ -81,8 +86,8 @@ class PlannedRun:
     def begin(self, i: int) -> None:
         """Begin at step i, on the noise levels that the scheduler shows now."""
         self.next = i
-        if self.course.begin is None:
-            self.course.begin = i
+        if self.course.leader is None:
+            self.course.leader, self.course.begin = self, i
             self.enabled.begin(self.course)
         self.levels = self.grid.tolist()  # [T+1]
         self.way = self.enabled.steps_of(self)

@@ -82,8 +82,7 @@ class BudgetSteps(OwnSteps):
         self.calibrated = plan.calibrated_levels()
         self.starts = plan.start_weights[self.course.begin] if plan.start_weights else ()
         self.history_length = max(plan.history_length, len(self.starts))
-        self.leads = self.course.leads(run)
-        if plan.has_drift and self.leads:
+        if plan.has_drift and run.leads:
             self.course.monitor = Monitor(plan)
         compute = run.enabled.on_drift == "compute" and plan.has_drift
         self.shadow, self.done = run.solver.shadow() if compute else None, []
@@ -137,7 +136,7 @@ class BudgetSteps(OwnSteps):
         if row is None:
             return
         monitor = self.course.monitor
-        if self.leads and monitor:
+        if self.run.leads and monitor:
             monitor.see(row, v, [v for step, v in self.history if step in self.row_of])
             if self.shadow:
                 self.course.drifting = monitor.beyond(self.limit)

@@ -157,7 +157,9 @@ def test_beyond_the_limit_every_step_is_computed(name):
     assert calls == summary.computed == (5 if begun_late else STEPS) and summary.skipped == (1 if begun_late else 0)
     ertacache.disable(tiny.pipe)
     same = torch.allclose(latents, tiny.run(), atol=1e-4)
-    assert same or begun_late or type(tiny.pipe.scheduler) is not FlowMatchEulerDiscreteScheduler  # others are multistep solvers
+    assert (
+        same or begun_late or type(tiny.pipe.scheduler) is not FlowMatchEulerDiscreteScheduler
+    )  # others are multistep solvers
     assert enabled(tiny, drifting(tiny, [NEVER]), on_drift="compute")[1] == (3 if begun_late else len(HALF))
 
 

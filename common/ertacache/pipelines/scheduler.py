@@ -73,13 +73,13 @@ class PlannedScheduler:
         """Set the original scheduler's T steps, and begin a run on them."""
         self.own.set_timesteps(*args, **kwargs)
         self.begin(shown=False)
+        self.warn_of_other_levels()
 
     def begin(self, shown: bool) -> None:
         """Begin a run, unless the plan is for other steps or another scheduler."""
         self.enabled.check(self.own)
         put_back(self.enabled)
         self.run = PlannedRun(self.own, self.enabled, shown)
-        self.warn_of_other_levels()
 
     def _step(self, model_output, timestep, sample, *args, **kwargs):
         """Make one step. Same arguments as the original scheduler's."""

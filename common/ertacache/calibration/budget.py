@@ -31,7 +31,6 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
 
 HISTORY_LENGTHS = (3, 5)  # values of H that calibration tries
-START_HISTORY = 2  # velocities in the jumps of a run that begins late: its first ones may change as never at calibration
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
@@ -332,11 +331,11 @@ class BudgetCalibration:
         for step in range(self.begin + 1, steps):
             begin = int(np.abs(grid[:-1] - native[step]).argmin())
             later = [c for c in schedule if c > begin]
-            fitted, scale = planner.offline_weights(gram, (begin, *later), START_HISTORY, self.scaled)
-            count = min(history_length, len(later) + 1)
-            weights[step, :count, :START_HISTORY], scales[step, :count] = fitted[:count], scale[:count]
-            first = grid[begin] - grid[([*later, len(grid) - 1])[0]]
-            weights[step, 0] *= (native[step] - grid[([*later, len(grid) - 1])[0]]) / first if first else 1.0
+            fitted = planner.late_start_weights(gram, (begin, *later), history_length, self.scaled)
+            weights[step], scales[step] = fitted
+            end = grid[later[0] if later else -1]
+            if grid[begin] != end:
+                weights[step, 0] *= (native[step] - end) / (grid[begin] - end)
         return weights, scales
 
     def search(self, best: Rollout, rollouts: int) -> Rollout:

@@ -19,6 +19,7 @@ import numpy as np
 from ertacache.calibration.gram import Gram
 
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
+START_NOISE = 10.0  # of the first velocity of a run that begins late; see `late_start_weights`
 LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
 
 Schedule = tuple[int, ...]  # computed steps, ascending from 0
@@ -166,6 +167,40 @@ def fit_predictor(grams: np.ndarray, history_length: int, fitted: int) -> tuple[
     weights[:count] = solve_weights(total[1:, 1:], total[1:, 0], prior)
     error = np.concatenate([[1.0], -weights[:count]])
     return weights, np.maximum(np.einsum("i,pij,j->p", error, grams, error), 0.0)
+
+
+def late_start_weights(
+    gram: Gram, schedule: Schedule, history_length: int, scaled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit the first H jumps of a run that begins at a later step, as image-to-image does.
+
+    Such a run begins with an image and noise, off the trajectories of the calibration, and its first velocities change
+    as those never do. So the first one counts less in later jumps: with an error of its own, whose mean square is
+    `START_NOISE` times that of its change over one step.
+
+    Args:
+        gram: Of the target's trajectories.
+        schedule: The step at which the run begins, and the computed steps after it.
+        history_length: H.
+        scaled: As in `jump_costs`.
+
+    Returns:
+        Weights [H, H] and scales [H]; 0 and 1 where there is no jump.
+    """
+    weights, scale = np.zeros((history_length, history_length)), np.ones(history_length)
+    begin, ends = schedule[0], [*schedule[1:], gram.steps]
+    for j, (i, target) in enumerate(zip(schedule[:history_length], ends, strict=False)):
+        rows = [gram.v(c) for c in schedule[: j + 1][::-1]]
+        count, rows = len(rows), rows + ([i] if scaled else [])
+        normal = gram.matrix[np.ix_(rows, rows)].copy()
+        if j > 0:
+            first, second = gram.v(begin), gram.v(begin + 1)
+            change = gram.matrix[[first, second], [first, second]].sum() - 2 * gram.matrix[first, second]
+            normal[j, j] += START_NOISE * change
+        moment = gram.matrix[rows, target] - gram.matrix[rows, i]
+        solution = np.linalg.solve(_with_ridge(normal), moment)
+        weights[j, :count], scale[j] = solution[:count], 1 + solution[count] if scaled else 1.0
+    return weights, scale
 
 
 def euler_weights(sigmas: np.ndarray, schedule: Schedule, history_length: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Plans from a pipeline's own call: the same as from the model folder's loop, and nothing left behind."""
 
 import _thread
+import json
 import signal
 import threading
 from dataclasses import replace
@@ -9,6 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import AdaptiveProjectedGuidance, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from PIL import Image
 
 import ertacache
 from conftest import open_model_folder
@@ -18,7 +21,33 @@ from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import first_order
 from ertacache.pipelines.scheduler import PlannedScheduler
 from helpers import PROMPTS, CallCounter, calibrate, fast, refused, with_prompts
-from tiny_pipelines import STEPS, flux, flux_kontext, ltx, sana, sd3, wan_i2v
+from more_tiny_pipelines import (
+    chronoedit,
+    cosmos2,
+    hunyuan15,
+    ltx2,
+    ltx_condition,
+    ltx_condition_image,
+    mochi,
+    modular,
+    skyreels,
+    zimage,
+)
+from more_tiny_pipelines import with_prompts as more_with_prompts
+from tiny_pipelines import (
+    STEPS,
+    flux,
+    flux_img2img,
+    flux_inpaint,
+    flux_kontext,
+    ltx,
+    sana,
+    sd3,
+    sd3_img2img,
+    wan,
+    wan_i2v,
+    wan_v2v,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +253,171 @@ def test_bad_input_is_one_line(changes, words, empty_folder):
     with refused(*words):
         calibrate(with_prompts(flux()), **changes)
     assert not list(empty_folder.iterdir())
+
+
+# --- calls that begin late, or change the latents ----------------------------------------------------------------
+
+
+def finals(tiny, prompts=PROMPTS[:4], **changes):
+    return torch.cat([tiny.run(prompt=[prompt], seed=seed, **changes) for seed, prompt in enumerate(prompts)])
+
+
+@pytest.mark.parametrize("build", fast([flux_img2img, sd3_img2img, wan_v2v], "flux_img2img"))
+@pytest.mark.parametrize("strength", [0.75, 0.5])
+def test_a_call_that_begins_late_is_calibrated_from_there(build, strength):
+    """Its plan begins at the same step, predicts its error, and is nearer to the uncached run than Euler steps."""
+    tiny = with_prompts(build())
+    plan = calibrate(tiny, strength=strength)[2]
+    begin = round(STEPS * (1 - strength))
+    left = STEPS - begin
+    assert (plan.begin, plan.computed[0], plan.nfe, plan.speedup) == (begin, begin, left // 2, 2)
+    assert len(plan.native_sigmas) == STEPS + 1 and plan.steps == STEPS
+    found = error(replace(tiny, arguments={**tiny.arguments, "strength": strength}), plan)
+    assert found == pytest.approx(plan.predicted_error, rel=1e-3)
+    jumps = [first_order(tiny.pipe.scheduler, i, k) for i, k in pairwise([*plan.computed, STEPS])]
+    plain = replace(plan, weights=tuple((w,) for _, w in jumps), scale=tuple(a for a, _ in jumps))
+    assert found < error(replace(tiny, arguments={**tiny.arguments, "strength": strength}), plain)
+
+
+def test_a_late_begin_is_kept_in_the_file(tmp_path):
+    plan = calibrate(with_prompts(flux_img2img()), strength=0.5)[2]
+    path = plan.save(tmp_path / "plan.json")
+    fields = json.loads(path.read_text())
+    assert (fields["version"], fields["begin"], fields["computed"][0]) == (2, 4, 4)
+    assert ertacache.Plan.load(path) == plan
+
+
+def test_inpainting_is_calibrated_on_what_it_leaves_to_the_solver():
+    """The predicted error is that of the run: the region outside of the mask has none."""
+    tiny = with_prompts(flux_inpaint())
+    tiny.arguments["mask_image"] = Image.new("L", (32, 32))
+    tiny.arguments["mask_image"].paste(255, (16, 0, 32, 32))  # the right half
+    plan = calibrate(tiny)[2]
+    found = error(tiny, plan)
+    assert plan.begin == 2 and found == pytest.approx(plan.predicted_error, rel=1e-2)
+    jumps = [first_order(tiny.pipe.scheduler, i, k) for i, k in pairwise([*plan.computed, STEPS])]
+    assert found < error(tiny, replace(plan, weights=tuple((w,) for _, w in jumps), scale=(1.0,) * plan.nfe))
+
+
+def test_a_call_that_changes_all_latents_between_its_steps_is_refused():
+    def noise(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] + 0.1}
+
+    with refused("changes all of the latents", "callbacks"):
+        calibrate(with_prompts(flux()), callback_on_step_end=noise)
+
+
+def test_too_few_steps_left_are_refused():
+    with refused("2 of 8 steps", "larger strength"):
+        calibrate(with_prompts(flux_img2img()), strength=0.25)
+
+
+@pytest.mark.parametrize(
+    ("build", "late"), [(flux, flux_img2img), pytest.param(wan_v2v, wan_v2v, marks=pytest.mark.slow)]
+)
+def test_a_plan_serves_runs_that_begin_later(build, late):
+    """Its weights for a short history are nearer to the uncached run than Adams-Bashforth, and than plain steps."""
+    settings = {"strength": 1.0} if build is late else {}
+    plan = calibrate(with_prompts(build()), **settings)[2]
+    assert np.shape(plan.start_weights) == (STEPS, plan.history_length, plan.history_length)
+    tiny = with_prompts(late())
+    fitted, without = error(tiny, plan), error(tiny, replace(plan, start_weights=(), start_scale=()))
+    count = 1 + sum(step > 2 for step in plan.computed)  # it begins at step 2 of 8
+    fewer = next(steps for steps in range(count, STEPS + 1) if int(steps * 0.75) == count)
+    plain = (finals(tiny, steps=fewer) - finals(tiny)).square().mean().item()
+    assert fitted < without and fitted < 0.5 * plain
+
+
+# --- what pipelines keep from step to step -------------------------------------------------------------------------
+
+
+def state_error(tiny, **options):
+    """How far the found error is from the predicted one, relative to it, at all steps computed and at half of them."""
+    plans = calibrate(tiny, PROMPTS[:4], [1, 2], **options)
+    return [(plan.predicted_error, error_of(tiny, plan)) for plan in plans.values()]
+
+
+def error_of(tiny, plan):
+    return error(tiny, plan, PROMPTS[:3])  # of four the last one is held out
+
+
+def test_diffusers_caches_keep_the_prompts_apart():
+    tiny = with_prompts(wan())
+    config = {**tiny.pipe.transformer.config, "num_layers": 3}
+    torch.manual_seed(0)
+    tiny.pipe.transformer = type(tiny.pipe.transformer)(**config).eval()
+    tiny.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
+    (_, exact), (predicted, found) = state_error(tiny)
+    assert exact == 0 and found == pytest.approx(predicted, rel=1e-2)
+
+
+def test_a_cache_that_knows_no_contexts_is_refused_but_for_a_single_batch():
+    tiny = with_prompts(wan())
+    options = {"spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500}
+    tiny.pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(**options))
+    with CallCounter(tiny.pipe.transformer) as calls, refused("PyramidAttentionBroadcast", "batch_size=5"):
+        calibrate(tiny)
+    assert calls.count == 0
+    calibrate(tiny, batch_size=5)
+    tiny.pipe.transformer.disable_cache()
+    calibrate(tiny)
+
+
+@pytest.mark.parametrize("build", fast([hunyuan15, modular], "hunyuan15"))
+def test_a_guider_with_momentum_keeps_the_prompts_apart(build):
+    tiny = more_with_prompts(build(guider=AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.75)))
+    (_, exact), (predicted, found) = state_error(tiny)
+    assert exact == 0 and found == pytest.approx(predicted, rel=1e-2)
+
+
+# --- calls of other shapes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build", fast([modular, ltx2, ltx_condition, ltx_condition_image, zimage, mochi, cosmos2], "modular")
+)
+def test_calls_of_other_shapes_are_calibrated(build):
+    tiny = more_with_prompts(build())
+    plan = calibrate(tiny, PROMPTS[:4])[2]
+    assert plan.nfe == STEPS // 2
+    assert error_of(tiny, plan) == pytest.approx(plan.predicted_error, rel=2e-2)
+
+
+def test_a_call_that_hides_its_arguments():
+    tiny = with_prompts(flux())
+
+    class Wrapped(type(tiny.pipe)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    wanted = calibrate(tiny)[2]
+    Wrapped.__module__ = type(tiny.pipe).__module__
+    tiny.pipe.__class__ = Wrapped
+    assert calibrate(tiny)[2].weights == wanted.weights
+    assert calibrate(tiny, num_inference_steps=6)[2].steps == 6
+    with refused("guidance", "Wrapped", "leave it out"):
+        calibrate(tiny, guidance=3.5)
+
+
+@pytest.mark.parametrize("build", [skyreels, chronoedit])
+def test_what_no_plan_can_follow_is_refused_before_a_model_call(build):
+    tiny = more_with_prompts(build())
+    with CallCounter(tiny.pipe.transformer) as calls, refused(type(tiny.pipe).__name__):
+        calibrate(tiny)
+    assert calls.count == 0
+
+
+@pytest.mark.parametrize("changes", [{"solver_type": "bh1"}, {"lower_order_final": False}])
+def test_an_uncached_run_that_is_not_finite_is_named(changes):
+    tiny = with_prompts(wan())
+    tiny.pipe.scheduler = type(tiny.pipe.scheduler).from_config(tiny.pipe.scheduler.config, **changes)
+    with refused("the uncached run comes to a non-finite value at step 8", repr(PROMPTS[0]), "scheduler"):
+        calibrate(tiny)
+
+
+def test_an_error_before_the_call_ends_the_calibration():
+    with pytest.raises((ValueError, RuntimeError, OverflowError)):
+        calibrate(with_prompts(flux()), seed=2**64)
 
 
 def test_a_scheduler_that_no_plan_can_follow_is_refused():

@@ -4,8 +4,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+import torch
+
 from ertacache.pipelines.block_residuals import BlockResiduals
 from ertacache.pipelines.outputs import Outputs
+from ertacache.utils.errors import UserError
 
 
 class Course:
@@ -30,6 +33,9 @@ class Course:
         self.monitor = None  # of the drift (plans/drift.py)
         self.drifting = False  # whether the last planned step was beyond the limit
         self.clock: list[float] = []  # seconds at each computed step
+        self.seen: tuple[int | None, float] = (None, 0.0)  # a step, and the time that the models were given there
+        self.way = 0.0  # above 0 where the times of models and scheduler fall together
+        self.left = False  # whether the call was broken off, and the models are called by others
         self.outputs = outputs
 
     @property
@@ -53,6 +59,30 @@ class Course:
         """Number of skipped steps so far."""
         return 0 if self.begin is None else self.step - self.begin - self.computed
 
+    def takes(self, args: tuple, kwargs: dict) -> bool:
+        """Return whether a model call belongs to this course, as its time says.
+
+        It need not where a call was broken off on a skipped step, and another without a plan uses the same models.
+
+        Raises:
+            UserError: A call at another time than the one before it on the same skipped step.
+        """
+        if self.left or self.step == self.steps:
+            return False
+        time = _time_of(args, kwargs)
+        if time is None or (not self.skips and self.step is not None and self.after(self.step) == self.step + 1):
+            return True
+        step, known = self.seen
+        if self.skips and step == self.step and time != known:
+            text = "a model was called twice on a step that the plan skips: a request that was broken off is in the way"
+            raise UserError(f"{text}, call ertacache.enable again")
+        if None not in (step, self.step) and step != self.step:
+            way = (self.leader.times[self.step] - self.leader.times[step]) * (time - known)
+            self.left = self.skips and way * self.way < 0
+            self.way = self.way or way  # models count their times up or down
+        self.seen = (0 if self.step is None else self.step, time)
+        return not self.left
+
     def computes(self, i: int) -> bool:
         """Return whether step i is computed."""
         return i == self.begin or i < self.planned[0] or i in self.planned or i in self.added
@@ -64,3 +94,10 @@ class Course:
     def tick(self) -> None:
         """Note the time of a computed step."""
         self.clock.append(time.perf_counter())
+
+
+def _time_of(args: tuple, kwargs: dict) -> float | None:
+    """Return the largest time that a model call is given, in the model's unit; None where it is not found."""
+    time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+    is_time = isinstance(time, torch.Tensor) and time.ndim <= 2 and time.numel() > 0
+    return time.max().item() if is_time else None

@@ -151,3 +151,39 @@ def test_pipelines_can_be_pickled():
     with CallCounter(tiny.pipe.transformer) as calls:
         assert torch.equal(tiny.run(), wanted)
     assert calls.count == len(HALF)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_models_that_a_broken_request_left_behind_serve_others_without_a_plan(step):
+    """A pipeline of the same components with a scheduler of its own, after a request was broken off at this step."""
+    tiny = sd3()
+    plain = tiny.run(seed=1)
+    scheduler = copy.deepcopy(tiny.pipe.scheduler)
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+
+    def break_off(pipe, i, t, tensors):
+        if i == step:
+            raise RuntimeError("out of memory")
+        return tensors
+
+    with pytest.raises(RuntimeError):
+        tiny.run(callback_on_step_end=break_off)
+    other = replace(tiny, pipe=type(tiny.pipe)(**{**tiny.pipe.components, "scheduler": scheduler}))
+    other.pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(other.run(seed=1), plain)
+
+
+def test_a_model_that_a_broken_request_left_behind_never_answers_with_what_it_kept():
+    """Broken off on the first skipped step, whose time another run from the beginning may have too: an error."""
+    tiny = sd3()
+    scheduler = copy.deepcopy(tiny.pipe.scheduler)
+    ertacache.enable(tiny.pipe, budget_plan(tiny, (0, 4)))
+
+    def break_off(pipe, i, t, tensors):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        tiny.run(callback_on_step_end=break_off)
+    other = replace(tiny, pipe=type(tiny.pipe)(**{**tiny.pipe.components, "scheduler": scheduler}))
+    with pytest.raises(UserError, match="broken off"):
+        other.run(seed=1)

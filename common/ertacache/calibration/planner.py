@@ -17,6 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from ertacache.calibration.gram import Gram
+from ertacache.numerics.jump import adams_bashforth
 
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
 START_NOISE = 10.0  # of the first velocity of a run that begins late; see `late_start_weights`
@@ -308,8 +309,8 @@ def adams_bashforth_weights(sigmas: np.ndarray) -> np.ndarray:
     Returns:
         Weights for the newest two velocities, [N, 2].
     """
-    h = np.diff(np.asarray(sigmas, np.float64))
-    weights = np.zeros((len(h), 2))
-    weights[0, 0] = h[0]
-    weights[1:, 0], weights[1:, 1] = h[1:] * (1 + h[1:] / (2 * h[:-1])), -(h[1:] ** 2) / (2 * h[:-1])
+    weights, levels = np.zeros((len(sigmas) - 1, 2)), np.asarray(sigmas, np.float64)
+    for k in range(len(weights)):
+        row = adams_bashforth(lambda s, s_next: (1.0, s_next - s), levels, [k, k - 1][: k + 1], k + 1)[1]
+        weights[k, : len(row)] = row
     return weights

@@ -8,11 +8,13 @@ import torch
 
 from ertacache.calibration.gram import Gram
 from ertacache.calibration.planner import (
+    START_NOISE,
     adams_bashforth_weights,
     best_schedules,
     candidate_schedules,
     euler_weights,
     jump_costs,
+    late_start_weights,
     neighbours,
     offline_weights,
     predictor_weights,
@@ -180,6 +182,34 @@ def test_weights_without_a_rollout_are_least_squares_on_the_uncached_run():
     sigmas = np.linspace(1, 0, 9)
     every, _ = predictor_weights(gram, [(1.0, -1 / 8)] * 8, tuple(range(8)), 2)
     assert np.allclose(every, euler_weights(sigmas, tuple(range(8)), 2), atol=1e-4)  # but for the ridge
+
+
+def test_late_starts_trust_their_first_velocity_less():
+    """The first jump is plain least squares; in later ones the first velocity has an error of its own."""
+    latents, velocities = trajectory(8)
+    gram, schedule = Gram.of(latents, velocities), (2, 4, 5, 7)
+    weights, scale = late_start_weights(gram, schedule, 3)
+    assert weights.shape == (3, 3) and np.array_equal(scale, np.ones(3))
+    first = latents[4] - latents[2] - weights[0, 0] * velocities[2]
+    assert first.square().sum().item() == pytest.approx(residual(latents, velocities, (2,), 4), rel=1e-3)
+    noise = START_NOISE * (velocities[3] - velocities[2]).square().sum().item()
+    history, target = (5, 4, 2), 7
+    basis = np.stack([velocities[c].flatten().numpy() for c in history], 1)
+    y = (latents[target] - latents[5]).flatten().numpy()
+    extended = np.concatenate([basis, [[0, 0, noise**0.5]]])  # as a row of data that says that the weight is 0
+    wanted = np.linalg.lstsq(extended, np.append(y, 0.0), rcond=None)[0]
+    assert np.allclose(weights[2], wanted, rtol=1e-3)
+    plain, _ = offline_weights(gram, schedule, 3)
+    assert abs(weights[2, 2]) < abs(plain[2, 2])
+
+
+def test_late_starts_of_solvers_with_a_coefficient_on_the_latents():
+    latents, velocities = trajectory(6)
+    weights, scale = late_start_weights(Gram.of(latents, velocities), (4,), 2, scaled=True)
+    jump = scale[0] * latents[4] + weights[0, 0] * velocities[4]
+    alone, _ = late_start_weights(Gram.of(latents, velocities), (4,), 2)
+    assert (jump - latents[6]).norm() <= (latents[4] + alone[0, 0] * velocities[4] - latents[6]).norm()
+    assert not weights[1].any() and scale[1] == 1
 
 
 def test_prediction_follows_the_solvers_own_steps():

@@ -1,4 +1,4 @@
-"""Prints the measured tables of common/docs/works-with.md: the FLUX demo with shipped plans against itself uncached.
+"""Prints the measured tables of common/docs/results/flux.md: the FLUX demo with shipped plans against itself uncached.
 
 python common/tests/pipelines/composition_psnr.py [--captions 8]
 What needs torchao, bitsandbytes or peft is left out without it.
@@ -10,17 +10,14 @@ import warnings
 
 import numpy as np
 import torch
-from diffusers import FluxImg2ImgPipeline
-from PIL import Image
 
 import ertacache
 from conftest import ROOT, ModelFolder
 from ertacache import Plan
 from ertacache.demos.scenes import sample_scenes
 from ertacache.evaluation.metrics import psnr
-from ertacache.utils.media import to_uint8
 
-STEPS, BUDGETS, STRENGTHS = 30, (15, 10), (1.0, 0.9, 0.7, 0.5)
+STEPS, BUDGETS = 30, (15, 10)
 
 
 def torchao(config: str):
@@ -83,8 +80,8 @@ def plan_of(budget: int) -> Plan:
     return Plan.load(ROOT / f"ERTACache4FLUX/cache/demo-30-budget-{budget}.json")
 
 
-def variants(captions: list[str], open_demo) -> np.ndarray:
-    """Prints a row each. Returns the uncached images of the float32 demo."""
+def variants(captions: list[str], open_demo) -> None:
+    """Prints a row each."""
     print("| variant | uncached, to float32 | 15 of 30 | 10 of 30 |\n|---|---|---|---|")
     truth = None
     for name, (package, apply) in VARIANTS.items():
@@ -102,32 +99,6 @@ def variants(captions: list[str], open_demo) -> np.ndarray:
         distance = "–" if truth is None else mean_psnr(truth, uncached)
         truth = uncached if truth is None else truth
         print(f"| {name} | {distance} | {' | '.join(found)} |", flush=True)
-    return truth
-
-
-def image_to_image(captions: list[str], model_folder: ModelFolder, images: np.ndarray) -> None:
-    """A row a strength: PSNR to the uncached run, of as many plain steps, and to an uncached run from that begin."""
-    titles = ("strength", "computed", "begins at, uncached", "with the plan", "PSNR", "plain steps", "same begin")
-    print("|", " | ".join(titles), "|\n|" + "---|" * len(titles))
-    images = [Image.fromarray(image) for image in to_uint8(images[::-1])]
-    pipe = FluxImg2ImgPipeline.from_pipe(model_folder.pipe)
-    pipe.set_progress_bar_config(disable=True)
-
-    def call(strength, steps=STEPS):
-        return model_folder.stock(pipe, captions, range(len(captions)), steps, "np", image=images, strength=strength)
-
-    for strength in STRENGTHS:
-        for plan in map(plan_of, BUDGETS):
-            begin = plan.computed[int(plan.nfe - plan.nfe * strength)]
-            same = (STEPS - begin) / STEPS - 1e-9  # the pipeline rounds its first step down
-            ertacache.enable(pipe, plan)
-            found = call(strength)
-            ertacache.disable(pipe)
-            uncached = call(strength)
-            pairs = (uncached, found), (uncached, call(strength, plan.nfe)), (call(same), found)
-            numbers = [mean_psnr(*pair) for pair in pairs]
-            row = (strength, f"{plan.nfe} of {STEPS}", int(STEPS - STEPS * strength), begin, *numbers)
-            print("|", " | ".join(map(str, row)), "|", flush=True)
 
 
 def main():
@@ -140,7 +111,7 @@ def main():
     def open_demo() -> ModelFolder:
         return ModelFolder("ERTACache4FLUX", captions, 3.5, height=64, width=64)
 
-    image_to_image(captions, open_demo(), variants(captions, open_demo))
+    variants(captions, open_demo)
 
 
 if __name__ == "__main__":

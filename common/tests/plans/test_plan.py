@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from conftest import FOLDERS, ROOT
-from ertacache import Plan, PlanError, Requirements, ThresholdPlan
+from ertacache import BudgetPlan, Plan, PlanError, Requirements, ThresholdPlan
 from helpers import no_warning, refused
 
 REQUIREMENTS = Requirements(
@@ -175,3 +176,22 @@ def test_an_interrupted_save_leaves_the_old_plan_or_none(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert path.read_bytes() == before and ThresholdPlan.load(path) == PLAN
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_grid_of_its_own_moves_the_noise_levels_of_computed_steps_only(seed):
+    """On any native grid: they fall, the computed ones are the plan's own, and there are as many as before."""
+    rng = np.random.default_rng(seed)
+    steps, own = 12, 24
+    native = np.append(np.sort(rng.uniform(0.01, 1, steps))[::-1], 0.0)
+    grid = np.linspace(native[0], 0.0, own + 1)
+    computed = (0, *sorted(rng.choice(np.arange(1, own), rng.integers(1, steps), replace=False).tolist()))
+    rows = ((0.1,),) * len(computed)
+    requirements = Requirements(steps, {}, {})
+    plan = BudgetPlan(requirements, computed, rows, tuple(native.tolist()), "exact", tuple(grid.tolist()))
+    levels, places = plan.on(torch.tensor(native))
+    assert len(levels) == steps + 1 and torch.all(levels.diff() < 0) and places[0] == 0
+    assert np.allclose(levels[list(places)], grid[list(computed)])
+    others = [i for i in range(steps) if i not in places]
+    assert np.array_equal(levels[others], native[others])
+    assert plan.calibrated_levels() == levels.tolist()

@@ -20,7 +20,7 @@ from ertacache.calibration.gram import Gram
 from ertacache.numerics.jump import adams_bashforth
 
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
-START_NOISE = 10.0  # of the first velocity of a run that begins late; see `late_start_weights`
+START_HISTORY, START_NOISE = 2, 3.0  # of runs that begin late; see `late_start_weights`
 LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
 
 Schedule = tuple[int, ...]  # computed steps, ascending from 0
@@ -171,36 +171,37 @@ def fit_predictor(grams: np.ndarray, history_length: int, fitted: int) -> tuple[
 
 
 def late_start_weights(
-    gram: Gram, schedule: Schedule, history_length: int, scaled: bool = False
+    gram: Gram, schedule: Schedule, count: int, scaled: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fit the first H jumps of a run that begins at a later step, as image-to-image does.
+    """Fit the first jumps of a run that begins at a later step, as image-to-image does.
 
-    Such a run begins with an image and noise, off the trajectories of the calibration, and its first velocities change
-    as those never do. So the first one counts less in later jumps: with an error of its own, whose mean square is
-    `START_NOISE` times that of its change over one step.
+    Such a run begins with an image and noise, off the trajectories of the calibration, and its first velocities may
+    change as those never do. So its jumps combine the newest two velocities only, and the very first one counts less
+    in the second jump: with an error of its own, whose mean square is `START_NOISE` times that of its change over one
+    step.
 
     Args:
         gram: Of the target's trajectories.
         schedule: The step at which the run begins, and the computed steps after it.
-        history_length: H.
+        count: Number of jumps, H.
         scaled: As in `jump_costs`.
 
     Returns:
         Weights [H, H] and scales [H]; 0 and 1 where there is no jump.
     """
-    weights, scale = np.zeros((history_length, history_length)), np.ones(history_length)
-    begin, ends = schedule[0], [*schedule[1:], gram.steps]
-    for j, (i, target) in enumerate(zip(schedule[:history_length], ends, strict=False)):
-        rows = [gram.v(c) for c in schedule[: j + 1][::-1]]
-        count, rows = len(rows), rows + ([i] if scaled else [])
+    weights, scale = np.zeros((count, count)), np.ones(count)
+    ends = [*schedule[1:], gram.steps]
+    for j, (i, target) in enumerate(zip(schedule[:count], ends, strict=False)):
+        rows = [gram.v(c) for c in schedule[max(0, j + 1 - START_HISTORY) : j + 1][::-1]]
+        velocities, rows = len(rows), rows + ([i] if scaled else [])
         normal = gram.matrix[np.ix_(rows, rows)].copy()
-        if j > 0:
-            first, second = gram.v(begin), gram.v(begin + 1)
+        if j == 1:
+            first, second = gram.v(schedule[0]), gram.v(schedule[0] + 1)
             change = gram.matrix[[first, second], [first, second]].sum() - 2 * gram.matrix[first, second]
-            normal[j, j] += START_NOISE * change
+            normal[1, 1] += START_NOISE * change
         moment = gram.matrix[rows, target] - gram.matrix[rows, i]
         solution = np.linalg.solve(_with_ridge(normal), moment)
-        weights[j, :count], scale[j] = solution[:count], 1 + solution[count] if scaled else 1.0
+        weights[j, :velocities], scale[j] = solution[:velocities], 1 + solution[velocities] if scaled else 1.0
     return weights, scale
 
 

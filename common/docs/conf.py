@@ -26,6 +26,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
     ],
     "Results": [
         "results/overview",
+        "results/strength",
         "results/flux",
         "results/wan",
         "results/cogvideox",

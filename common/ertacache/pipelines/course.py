@@ -31,11 +31,9 @@ class Course:
         self.begin: int | None = None  # the first step
         self.added: set[int] = set()  # steps that drift has had computed
         self.monitor = None  # of the drift (plans/drift.py)
-        self.drifting = False  # whether the last planned step was beyond the limit
+        self.drifting = self.drifted = False  # whether the last planned step was beyond the limit, and the one before
         self.clock: list[float] = []  # seconds at each computed step
-        self.seen: tuple[int | None, float] = (None, 0.0)  # a step, and the time that the models were given there
-        self.way = 0.0  # above 0 where the times of models and scheduler fall together
-        self.left = False  # whether the call was broken off, and the models are called by others
+        self.times = CallTimes()
         self.outputs = outputs
 
     @property
@@ -60,28 +58,14 @@ class Course:
         return 0 if self.begin is None else self.step - self.begin - self.computed
 
     def takes(self, args: tuple, kwargs: dict) -> bool:
-        """Return whether a model call belongs to this course, as its time says.
+        """Return whether a model call belongs to this course."""
+        return self.step != self.steps and self.times.belong(self, args, kwargs)
 
-        It need not where a call was broken off on a skipped step, and another without a plan uses the same models.
-
-        Raises:
-            UserError: A call at another time than the one before it on the same skipped step.
-        """
-        if self.left or self.step == self.steps:
-            return False
-        time = _time_of(args, kwargs)
-        if time is None or (not self.skips and self.step is not None and self.after(self.step) == self.step + 1):
-            return True
-        step, known = self.seen
-        if self.skips and step == self.step and time != known:
-            text = "a model was called twice on a step that the plan skips: a request that was broken off is in the way"
-            raise UserError(f"{text}, call ertacache.enable again")
-        if None not in (step, self.step) and step != self.step:
-            way = (self.leader.times[self.step] - self.leader.times[step]) * (time - known)
-            self.left = self.skips and way * self.way < 0
-            self.way = self.way or way  # models count their times up or down
-        self.seen = (0 if self.step is None else self.step, time)
-        return not self.left
+    def note_drift(self, i: int, beyond: bool) -> None:
+        """Note at planned step i whether the run is beyond its limit; if so, the steps up to the next are computed."""
+        self.drifted, self.drifting = self.drifting, beyond
+        if beyond:
+            self.added.update(range(i + 1, self.after(i)))
 
     def computes(self, i: int) -> bool:
         """Return whether step i is computed."""
@@ -96,7 +80,40 @@ class Course:
         self.clock.append(time.perf_counter())
 
 
-def _time_of(args: tuple, kwargs: dict) -> float | None:
+class CallTimes:
+    """Tells by their times the model calls of a course from others.
+
+    There are others where a call of the pipeline was broken off on a skipped step, and another pipeline without a plan
+    uses its models.
+    """
+
+    def __init__(self):
+        self.step, self.time = None, 0.0  # of the last call
+        self.way = 0.0  # above 0 where the times of models and scheduler fall together
+        self.left = False  # whether the course is over, since others call the models
+
+    def belong(self, course: Course, args: tuple, kwargs: dict) -> bool:
+        """Return whether a call belongs to its course: on skipped steps times must not go back.
+
+        Raises:
+            UserError: A call at another time than the one before it on the same skipped step.
+        """
+        step, skips, time = course.step, course.skips, time_of(args, kwargs)
+        if self.left or time is None or (step is not None and not skips and course.after(step) == step + 1):
+            return not self.left
+        if skips and step == self.step and time != self.time:
+            text = "a model was called twice on a step that the plan skips: a request that was broken off is in the way"
+            raise UserError(f"{text}, call ertacache.enable again")
+        if None not in (step, self.step) and step != self.step:
+            times = course.leader.times
+            way = (times[step] - times[self.step]) * (time - self.time)
+            self.left = skips and way * self.way < 0
+            self.way = self.way or way
+        self.step, self.time = 0 if step is None else step, time
+        return not self.left
+
+
+def time_of(args: tuple, kwargs: dict) -> float | None:
     """Return the largest time that a model call is given, in the model's unit; None where it is not found."""
     time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     is_time = isinstance(time, torch.Tensor) and time.ndim <= 2 and time.numel() > 0

@@ -76,7 +76,7 @@ class Enabled:
         """
         course = self.course
         fits = course is not None and course.steps == run.steps
-        if not (fits and (course.step is None or (begun and course.step <= 1))):
+        if not (fits and (course.step is None or (begun and course.step <= course.begin + 1))):
             self.end(course)
             outputs = BlockResiduals() if self.around_blocks else Outputs()
             course = self.here.course = Course(run.steps, run.planned, outputs)

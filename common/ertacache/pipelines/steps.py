@@ -68,9 +68,7 @@ class BudgetSteps(OwnSteps):
     def __init__(self, run):
         super().__init__(run)
         self.plan, self.course = run.enabled.plan, run.course
-        self.history: list[
-            tuple[int, torch.Tensor]
-        ] = []  # the newest computed steps and their velocities, newest first
+        self.history: list[tuple[int, torch.Tensor]] = []  # the newest computed steps and velocities, newest first
         self.jumps = 0  # made so far
         self.jump = None  # in progress: (c, k, x_c, x_k)
         self.prepare()
@@ -88,7 +86,6 @@ class BudgetSteps(OwnSteps):
         self.shadow, self.done = run.solver.shadow() if compute else None, []
         factor = run.enabled.drift_limit
         self.limit = LIMITS["compute"] if factor is None else factor
-        self.falls_back = self.fell_back = False  # to computing every step: since the last planned step, and before it
 
     def step(self, i: int, x: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
         if i < self.run.planned[0]:
@@ -112,12 +109,12 @@ class BudgetSteps(OwnSteps):
             self.jumps += 1
         k = self.course.after(i)
         if self.shadow:
-            if self.falls_back and not self.fell_back and i in self.row_of:
+            if self.course.drifting and not self.course.drifted and i in self.row_of:
                 row = self.row_of[i]
                 x = jump(x, self.velocities, self.plan.repair[row], self.plan.repair_scale[row])
             stepped = self.shadow(self.done, i, k, x, v)
             self.done = [*self.done, i]
-            if self.falls_back:
+            if self.course.drifting:
                 return stepped
         scale, weights = self.weights(i, k, x)
         target = jump(x, self.velocities, weights, scale)
@@ -139,10 +136,7 @@ class BudgetSteps(OwnSteps):
         if self.run.leads and monitor:
             monitor.see(row, v, [v for step, v in self.history if step in self.row_of])
             if self.shadow:
-                self.course.drifting = monitor.beyond(self.limit)
-                if self.course.drifting:
-                    self.course.added.update(range(i + 1, self.course.after(i)))
-        self.falls_back, self.fell_back = self.course.drifting, self.falls_back
+                self.course.note_drift(i, monitor.beyond(self.limit))
 
     def weights(self, i: int, k: int, x: torch.Tensor) -> tuple[float, list[float]]:
         """Return (a, w) of the jump from step i to step k: the plan's, or where the history is short those for it."""
@@ -151,7 +145,7 @@ class BudgetSteps(OwnSteps):
         if row is not None and not any(plan.weights[row][planned:]):
             ratio, scale = self.stretch(i, k), plan.scale[row]
             weights = [ratio * w for w in plan.weights[row]]
-            if self.fell_back:  # these latents need no correction: take it out of the jump
+            if self.course.drifted:  # these latents need no correction: take it out of the jump
                 scale = scale / plan.repair_scale[row]
                 weights = [w - scale * r for w, r in zip(weights, plan.repair[row], strict=True)]
             return scale, weights

@@ -105,11 +105,11 @@ def test_a_correction_and_the_rest_of_a_jump_are_the_jump():
         if row == 0:
             continue
         run.way.history = [(step, v), (HALF[row - 1], earlier)]
-        run.way.fell_back = False
+        run.course.drifted = False
         scale, weights = run.way.weights(step, end, x)
         straight = jump(x, [v, earlier], weights, scale)
         corrected = jump(x, [v, earlier], plan.repair[row], plan.repair_scale[row])
-        run.way.fell_back = True
+        run.course.drifted = True
         scale, weights = run.way.weights(step, end, x)
         assert torch.allclose(jump(corrected, [v, earlier], weights, scale), straight, atol=1e-5)
 

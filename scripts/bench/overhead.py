@@ -5,10 +5,10 @@
 Medians of alternating runs (A B C A B C …) of the denoising loop on one batch: the bare loop of the model folder's
 generate.py with the plan; the stock pipeline that follows it; and the stock pipeline without a plan, at as many steps.
 
-"in the plan" is the part of the second that is spent in the plan's own code at a computed step, drift included. "skipped
-step" is a whole iteration of the pipeline on a step that the plan skips, with callbacks and guidance but without a model
-call; "in the plan, skipped" is the plan's part of it. "kept" are the tensors that the plan keeps in the middle of a
-jump, in bytes, and in sizes of the latents.
+"in the plan" is the part of the second that is spent in the plan's own code at a computed step, drift included.
+"skipped step" is a whole iteration of the pipeline on a step that the plan skips, with callbacks and guidance but
+without a model call; "in the plan, skipped" is the plan's part of it. "kept" are the tensors that the plan keeps in the
+middle of a jump, in bytes, and in sizes of the latents.
 """
 
 import statistics

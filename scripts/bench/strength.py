@@ -8,6 +8,7 @@
 | inpaint | FluxInpaintPipeline, a rectangle over a third of the image | the same |
 | inpaint-own | the same, at strength 0.7 | of that call, with the picture of one calibration prompt |
 | wan | WanVideoToVideoPipeline of the trained Wan2.1 demo | of its text-to-video pipeline |
+| wan-own | the same, at strength 0.9 | of that call, with the videos of calibration prompts |
 | sd3, qwenimage | image-to-image pipelines of common/tests | of that call at strength 1 |
 
 The weights of sd3 and qwenimage are random, at tiny size, with random text states: there is no trained demo of these
@@ -24,7 +25,7 @@ weights of latents, with the largest minus the least value of the uncached ones 
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,7 @@ def inpaint_own() -> Case:
     demo, strength = Demo("ERTACache4FLUX", 8), 0.7
     case = _inpaint(demo)
     own = {**case.call, "image": demo.pictures(case.calibration[:1]), "strength": strength}
-    return Case(
-        case.pipe, case.call, case.prompts, "inpaint-own", case.pipe, own, case.calibration, strengths=(strength,)
-    )
+    return replace(case, plans="inpaint-own", source=case.pipe, source_call=own, strengths=(strength,))
 
 
 def _inpaint(demo: Demo) -> Case:
@@ -149,6 +148,15 @@ def wan() -> Case:
     from diffusers import WanVideoToVideoPipeline
 
     return Demo("ERTACache4Wan2.1", 4).case(WanVideoToVideoPipeline, "wan", "video")
+
+
+def wan_own() -> Case:
+    from diffusers import WanVideoToVideoPipeline
+
+    demo, strength = Demo("ERTACache4Wan2.1", 4), 0.9
+    case = demo.case(WanVideoToVideoPipeline, "wan", "video")
+    own = {**case.call, "video": demo.pictures(case.calibration[:BATCH]), "strength": strength}
+    return replace(case, plans="wan-own", source=case.pipe, source_call=own, strengths=(strength,))
 
 
 def sd3() -> Case:
@@ -177,7 +185,15 @@ def _tiny(name: str, **changes) -> Case:
     return Case(tiny.pipe, call, prompts, name, tiny.pipe, {**call, "strength": 1.0}, calibration, pixels=False)
 
 
-CASES = {"flux": flux, "inpaint": inpaint, "inpaint-own": inpaint_own, "wan": wan, "sd3": sd3, "qwenimage": qwenimage}
+CASES = {
+    "flux": flux,
+    "inpaint": inpaint,
+    "inpaint-own": inpaint_own,
+    "wan": wan,
+    "wan-own": wan_own,
+    "sd3": sd3,
+    "qwenimage": qwenimage,
+}
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------

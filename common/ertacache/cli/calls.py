@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ertacache.cli.request import Request
-from ertacache.pipelines.enable import disable, enable
+from ertacache.pipelines.enable import disable, enable, parts_of
 from ertacache.plans import Plan
 from ertacache.utils.errors import UserError
 
@@ -20,13 +20,13 @@ class Call:
 
     Attributes:
         name: For files and tables.
-        scheduler: The pipeline's own, or one that follows the plan.
+        parts: The pipeline's own scheduler and denoisers, or the stand-ins that follow the plan, by name.
         arguments: Of the call.
-        plan: That the scheduler follows.
+        plan: That the stand-ins follow.
     """
 
     name: str
-    scheduler: Any
+    parts: Mapping[str, Any]
     arguments: Mapping[str, Any]
     plan: Plan | None = None
 
@@ -51,7 +51,7 @@ class Calls:
         disable(self.pipe)
         if plan is not None:
             enable(self.pipe, plan, on_drift=self.on_drift)
-        return Call(name, self.pipe.scheduler, {**self.request.arguments, **changes}, plan)
+        return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan)
 
     def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:
         """Make a call for some prompts.
@@ -59,7 +59,8 @@ class Calls:
         Returns:
             Images [B, H, W, 3] or videos [B, F, H, W, 3] in [0, 1], and the seconds of the call end to end.
         """
-        self.pipe.scheduler = call.scheduler
+        for part_name, its_part in call.parts.items():
+            setattr(self.pipe, part_name, its_part)
         text = f"{call.name}, prompt {part.stop} of {len(self.prompts)}"
         self.pipe.set_progress_bar_config(disable=None, leave=False, desc=text)
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]

@@ -76,14 +76,16 @@ class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
 
 
 def put_back(enabled: Enabled) -> None:
-    """Put stand-ins before denoisers that the pipeline was given since, as `torch.compile` does."""
+    """Put stand-ins before denoisers that the pipeline was given since, as `torch.compile` does; or another plan's."""
     pipe = enabled.pipe()
     if pipe is None or getattr(pipe.scheduler, "enabled", None) is not enabled:
         return
     for name in DENOISERS:
         part = getattr(pipe, name, None)
-        if part is not None and not is_stand_in(part):
-            setattr(pipe, name, PlannedDenoiser(part, enabled))
+        stands_in = is_stand_in(part)
+        if part is None or (stands_in and part.enabled is enabled):
+            continue
+        setattr(pipe, name, PlannedDenoiser(part.module if stands_in else part, enabled))
 
 
 def is_stand_in(part) -> bool:

@@ -109,9 +109,13 @@ def stand_in(pipe, enabled: Enabled, own: dict[str, Any]) -> None:
 
 def originals(pipe) -> dict[str, Any]:
     """Return the scheduler and the denoisers that a pipeline was loaded with, by name, also where it follows a plan."""
+    return {name: original(part) for name, part in parts_of(pipe).items()}
+
+
+def parts_of(pipe) -> dict[str, Any]:
+    """Return a pipeline's scheduler and denoisers as they are, with or without stand-ins, by name."""
     parts = {name: getattr(pipe, name, None) for name in ("scheduler", *DENOISERS)}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    return {name: original(part) for name, part in parts.items()}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def original(part):

@@ -281,7 +281,8 @@ def test_evaluate_measures_what_a_script_measures(run, pipe, plans, files, tmp_p
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: order.append(len(pipe.scheduler.timesteps)))
     lines = run(*command, "--repeats", 3, "--json", "rows.json")
     hook.remove()
-    turn = [n for n in (6, 2, 3, 3, 2) for _ in range(n)]  # uncached, fewer steps, the plans
+    steps_and_calls = ((6, 6), (2, 2), (3, 3), (6, 3), (6, 2))  # uncached, fewer steps, the plans
+    turn = [steps for steps, count in steps_and_calls for _ in range(count)]
     assert order == turn * (2 + 3)
     rows, reference = json.loads((tmp_path / "rows.json").read_text()), images(pipe, prompts=PROMPTS[:2])
     by_hand = [(2, images(pipe, prompts=PROMPTS[:2], num_inference_steps=2))]

@@ -340,3 +340,17 @@ def test_a_plan_that_begins_late_computes_all_steps_before(tmp_path):
         from ertacache.numerics.jump import follow
 
         follow(None, None, plan)
+
+
+def test_schedulers_of_two_plans_may_be_exchanged():
+    """The model's stand-in goes with them."""
+    tiny, parts = sd3(), {}
+    for computed in (HALF, (0, 4)):
+        ertacache.disable(tiny.pipe)
+        ertacache.enable(tiny.pipe, budget_plan(sd3(), computed))
+        parts[computed] = tiny.pipe.scheduler, tiny.run()
+    for computed in (HALF, (0, 4), HALF):
+        tiny.pipe.scheduler, wanted = parts[computed]
+        with CallCounter(tiny.pipe.transformer) as calls, no_warning():
+            assert torch.equal(tiny.run(), wanted)
+        assert calls.count == len(computed)

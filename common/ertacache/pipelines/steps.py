@@ -121,7 +121,7 @@ class BudgetSteps(OwnSteps):
         if k == i + 1:
             return target
         self.jump = (i, k, x.clone(), target)
-        return self.share(i, x)
+        return self.point(i + 1)
 
     @property
     def velocities(self) -> list[torch.Tensor]:

@@ -18,7 +18,8 @@ class Stopwatch:
     """Seconds of the denoising loop of a pipeline's call: from the first call of the transformer to the last step."""
 
     def __init__(self, pipe):
-        self.pipe, self.start, self.seconds = pipe, None, None
+        self.start, self.seconds = None, None
+        self.on_gpu = pipe._execution_device.type == "cuda"  # once: it goes through all modules
         self.handle = pipe.transformer.register_forward_pre_hook(self.begin)
 
     def begin(self, *_):
@@ -30,7 +31,7 @@ class Stopwatch:
         return tensors
 
     def now(self) -> float:
-        if self.pipe._execution_device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,13 @@ class Course:
         steps: T.
         planned: The plan's computed steps, ascending.
         outputs: What it keeps of its model calls.
+        within: The course of this thread that was under way, where the call is made by a callback of another.
     """
 
-    def __init__(self, steps: int, planned: Sequence[int], outputs: Outputs | BlockResiduals):
+    def __init__(
+        self, steps: int, planned: Sequence[int], outputs: Outputs | BlockResiduals, within: "Course | None" = None
+    ):
+        self.within = (lambda: None) if within is None else weakref.ref(within)  # its run keeps it
         self.steps, self.planned = steps, tuple(planned)
         self.thread = threading.get_ident()
         self.runs = []  # of the schedulers that step in this call

@@ -27,52 +27,52 @@ class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
     `is_stand_in` distinguishes them.
 
     Args:
-        module: The denoiser.
+        denoiser: What it stands in for.
         enabled: Shared with the scheduler's stand-in.
     """
 
-    def __new__(cls, module, enabled: Enabled):
-        return super().__new__(_kind_for(type(module)))
+    def __new__(cls, denoiser, enabled: Enabled):
+        return super().__new__(_kind_for(type(denoiser)))
 
-    def __init__(self, module, enabled: Enabled):
-        vars(self).update(module=module, enabled=enabled, __module__=type(module).__module__)
+    def __init__(self, denoiser, enabled: Enabled):
+        vars(self).update(_denoiser=denoiser, _enabled=enabled, __module__=type(denoiser).__module__)
 
     @property
     def __class__(self):
-        return type(self.module)
+        return type(self._denoiser)
 
     def __reduce__(self):
-        return PlannedDenoiser, (self.module, self.enabled)
+        return PlannedDenoiser, (self._denoiser, self._enabled)
 
     def __getattr__(self, name: str):
-        if (name.startswith("__") and name.endswith("__")) or name == "module":
+        if (name.startswith("__") and name.endswith("__")) or name == "_denoiser":
             raise AttributeError(name)
         if name in DYNAMO:  # torch.compile of the stand-in compiles the denoiser
-            return self.module if name == DYNAMO[0] else id(self)
-        found = getattr(self.module, name)
-        return (
-            (lambda context, **where: found(self.enabled.context(context), **where))
-            if name == "cache_context"
-            else found
-        )
+            return self._denoiser if name == DYNAMO[0] else id(self)
+        if name == "cache_context" and hasattr(self._denoiser, name):
+            return self._cache_context
+        return getattr(self._denoiser, name)
 
     def __setattr__(self, name: str, value) -> None:
-        setattr(self.module, name, value)
+        setattr(self._denoiser, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self.module, name)
+        delattr(self._denoiser, name)
 
     def __dir__(self):
-        return dir(self.module)
+        return dir(self._denoiser)
 
     def __repr__(self) -> str:
-        return repr(self.module)
+        return repr(self._denoiser)
 
     def __call__(self, *args, **kwargs):
-        course = self.enabled.course
+        course = self._enabled.course
         if course is None or not course.takes(args, kwargs):
-            return self.module(*args, **kwargs)
-        return course.outputs.of(course, self.module, args, kwargs)
+            return self._denoiser(*args, **kwargs)
+        return course.outputs.of(course, self._denoiser, args, kwargs)
+
+    def _cache_context(self, name: str, **where):
+        return self._denoiser.cache_context(self._enabled.context(name), **where)
 
 
 def put_back(enabled: Enabled) -> None:
@@ -83,9 +83,9 @@ def put_back(enabled: Enabled) -> None:
     for name in DENOISERS:
         part = getattr(pipe, name, None)
         stands_in = is_stand_in(part)
-        if part is None or (stands_in and part.enabled is enabled):
+        if part is None or (stands_in and part._enabled is enabled):
             continue
-        setattr(pipe, name, PlannedDenoiser(part.module if stands_in else part, enabled))
+        setattr(pipe, name, PlannedDenoiser(part._denoiser if stands_in else part, enabled))
 
 
 def is_stand_in(part) -> bool:

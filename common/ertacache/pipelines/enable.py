@@ -122,7 +122,7 @@ def original(part):
     """Return the scheduler or denoiser that a stand-in stands in for; any other part itself."""
     if type(part) is PlannedScheduler:
         return part.own
-    return part.module if is_stand_in(part) else part
+    return part._denoiser if is_stand_in(part) else part
 
 
 def check_pipeline(pipe) -> None:

@@ -22,7 +22,7 @@ class Enabled:
         on_drift, drift_limit: As in `ertacache.enable`.
     """
 
-    def __init__(self, plan: Plan, on_drift: str = "ignore", drift_limit: float | None = None):
+    def __init__(self, plan: Plan | None, on_drift: str = "ignore", drift_limit: float | None = None):
         self.plan, self.on_drift, self.drift_limit = plan, on_drift, drift_limit
         self.pipe = lambda: None  # the pipeline, by a weak reference
         self.warned: set[str] = set()  # kinds of warnings that have been given
@@ -79,7 +79,7 @@ class Enabled:
         if not (fits and (course.step is None or (begun and course.step <= course.begin + 1))):
             self.end(course)
             outputs = BlockResiduals() if self.around_blocks else Outputs()
-            course = self.here.course = Course(run.steps, run.planned, outputs)
+            course = self.here.course = Course(run.steps, run.planned, outputs, within=course)
         course.runs = [other for other in course.runs if other.scheduler is not run.scheduler] + [run]
         return course
 
@@ -90,7 +90,9 @@ class Enabled:
             self.running.append(course)
 
     def end(self, course: Course | None) -> None:
-        """Add up a course that has ended, or was left."""
+        """Add up a course that has ended, or was left; a call that it was made within goes on."""
+        if course is not None and course is self.course and course.step == course.steps:
+            self.here.course = course.within()
         with self.lock:
             if course in self.running:
                 self.running.remove(course)

@@ -10,6 +10,7 @@ import torch
 
 import ertacache
 from ertacache import UserError
+from ertacache.pipelines.enable import originals
 from helpers import HALF, CallCounter, budget_plan, flux_plan
 from tiny_pipelines import STEPS, flux, sd3, wan
 
@@ -117,7 +118,9 @@ def test_a_request_inside_another_on_a_copy_of_the_pipeline():
         within.append(other.run(seed=1))
         return tensors
 
-    assert torch.equal(tiny.run(callback_on_step_end=preview), alone)
+    with CallCounter(originals(tiny.pipe)["transformer"]) as calls:
+        assert torch.equal(tiny.run(callback_on_step_end=preview), alone)
+    assert calls.count == len(HALF)  # the copy has a model of its own
     assert len(within) == STEPS and all(torch.equal(x, within[0]) for x in within)
     assert torch.equal(within[0], tiny.run(seed=1))
 

@@ -84,6 +84,27 @@ def test_compiled_it_adds_no_graph_to_those_of_the_plain_run(build, how):
     assert graphs[0] == graphs[1] and graphs[0]["unique_graphs"] >= 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_after_enable_it_is_the_model_that_is_compiled(how):
+    """`torch.compile` is given the stand-in, and its result takes the stand-in's place."""
+    from torch._dynamo import config, reset
+    from torch._dynamo.utils import counters
+
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    ertacache.enable(tiny.pipe, plan)
+    eager = tiny.run()
+    reset()
+    counters.clear()
+    COMPILED[how](tiny.pipe, fullgraph=True, backend="eager")
+    with config.patch(error_on_recompile=True), no_warning():
+        for _ in range(2):
+            assert torch.allclose(tiny.run(), eager, atol=1e-5)
+    assert ertacache.summary(tiny.pipe).computed == plan.nfe
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+
+
 # --- offload -----------------------------------------------------------------------------------------------------
 
 

@@ -165,10 +165,10 @@ def test_a_run_that_ends_in_no_numbers_is_one_warning():
     ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
     with torch.no_grad():
         tiny.pipe.transformer.proj_out.bias.fill_(torch.nan)
-    with pytest.warns(UserWarning, match="not finite.*ertacache.disable") as told:
+    with pytest.warns(UserWarning, match="not finite.*ertacache.disable") as caught:
         tiny.run()
         tiny.run()
-    assert len([w for w in told if "not finite" in str(w.message)]) == 1
+    assert len([w for w in caught if "not finite" in str(w.message)]) == 1
 
 
 # --- models and devices with habits --------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_warnings_name_the_line_that_called_the_pipeline():
     plan = budget_plan(tiny, HALF)
     plan = replace(plan, native_sigmas=tuple(0.5 * s for s in plan.native_sigmas))
     ertacache.enable(tiny.pipe, plan)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tiny.run()
-    (warning,) = [w for w in told if "noise levels" in str(w.message)]
+    (warning,) = [w for w in caught if "noise levels" in str(w.message)]
     assert "ertacache" not in warning.filename

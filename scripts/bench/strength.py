@@ -1,4 +1,4 @@
-"""Image-to-image, inpainting and video-to-video with a plan, at several strengths, beside as many plain steps.
+"""Image-to-image, inpainting and video-to-video with a plan, at several strengths, against as many plain steps.
 
     .venv/bin/python scripts/bench/strength.py --cases flux inpaint --work runs/strength --out strength.json
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ertacache.calibration.budget import HISTORY_LENGTHS
 from ertacache.calibration.planner import Schedule
 from ertacache.pipelines.enable import originals, stand_in
 from ertacache.pipelines.enabled import Enabled
@@ -260,7 +261,7 @@ class Watched(OwnSteps):
 class Rollout(BudgetSteps):
     """Jumps whose weights come from outside. Schedulers that follow the leading one make the same."""
 
-    history_length = 5
+    history_length = max(HISTORY_LENGTHS)
 
     def __init__(self, run: PlannedRun, call: PausedCall):
         self.call = call

@@ -91,10 +91,8 @@ class PlannedScheduler:
             self.begin(shown=self.in_use)
         x = self.run.step(sample, model_output, timestep, options)
         if self.run.missed:
-            text = (
-                f"no model call was skipped at step {self.run.next - 1}, as the plan has it: was the model put in after"
-            )
-            self.warn("missed", f"{text} ertacache.enable? Call it again")
+            text = f"no model call was skipped at step {self.run.next - 1}, as the plan has it"
+            self.warn("missed", f"{text}: was the model put in after ertacache.enable? Call it again")
         if self.run.next == self.run.steps:
             self.warn_at_the_end(x)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

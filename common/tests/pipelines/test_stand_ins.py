@@ -199,7 +199,7 @@ def test_outputs_that_the_model_overwrites_at_its_next_call_are_copied(build, tm
 
 
 class WithoutFloat64(TorchFunctionMode):
-    """As on Apple's GPUs: what has not been brought to the CPU has no float64."""
+    """As on Apple's GPUs: only tensors on the CPU can be converted to float64."""
 
     class OnCPU(torch.Tensor):
         pass

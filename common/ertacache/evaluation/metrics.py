@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-METRICS = ("psnr", "ssim", "lpips", "temporal_psnr")
+METRICS = ("psnr", "psnr_p10", "ssim", "lpips", "temporal_psnr")
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
@@ -125,17 +125,27 @@ def frames_of(results: np.ndarray) -> np.ndarray:
     return results.reshape(-1, *results.shape[-3:])
 
 
+def each(metric, references: np.ndarray, results: np.ndarray) -> np.ndarray:
+    """Return a metric of each image, or of each video as the mean over its frames, [N]."""
+    pairs = zip(frames_of(references), frames_of(results), strict=True)
+    return np.array([metric(*pair) for pair in pairs]).reshape(len(references), -1).mean(1)
+
+
 def mean(metric, references: np.ndarray, results: np.ndarray) -> float | None:
-    """Return the mean of a metric over images, or over the frames of all videos; None when a value is not finite.
+    """Return the mean of a metric over images or videos; None when a value is not finite.
 
     The PSNR of an equal pair has none.
     """
-    values = [metric(*pair) for pair in zip(frames_of(references), frames_of(results), strict=True)]
-    return float(np.mean(values)) if np.all(np.isfinite(values)) else None
+    return finite(np.mean(each(metric, references, results)))
+
+
+def finite(value) -> float | None:
+    """Return a number as a float, or None where it is not finite."""
+    return float(value) if np.isfinite(value) else None
 
 
 def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = None) -> dict[str, float | None]:
-    """Measure the METRICS, as means over images or over the frames of videos.
+    """Measure the METRICS: means over images or videos, and the 10th percentile of their PSNR.
 
     Args:
         references: Images [N, H, W, 3], or videos [N, F, H, W, 3], in [0, 1].
@@ -145,7 +155,9 @@ def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = N
     Returns:
         A value for each name in METRICS. temporal_psnr, a mean over videos, is None for images.
     """
-    values = {name: mean(metric, references, results) for name, metric in (("psnr", psnr), ("ssim", ssim))}
+    every = each(psnr, references, results)
+    tail = np.quantile(every, 0.1) if np.isfinite(every).all() else np.inf
+    values = {"psnr": finite(np.mean(every)), "psnr_p10": finite(tail), "ssim": mean(ssim, references, results)}
     values["lpips"] = mean(lpips, references, results) if lpips and lpips.network is not None else None
     videos = references.ndim == 5
     temporal = [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else []

@@ -23,6 +23,7 @@ TITLES = {
     "speedup_latency": "latency speed-up",
     "speedup_end_to_end": "end-to-end speed-up",
     "psnr": "PSNR, dB",
+    "psnr_p10": "10th percentile, dB",
     "ssim": "SSIM",
     "exact_psnr": "exact PSNR, dB",
     "prompt_accuracy": "prompt accuracy",

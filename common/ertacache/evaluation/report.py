@@ -28,8 +28,8 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.tables import MISSING
 
 OWN_SETTINGS = ("steps", "threshold", "site", "shift", "value")  # what a method chooses; the rest is common to all
-TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "ssim", "exact_psnr")
-TABLE += ("prompt_accuracy", "place")
+TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "psnr_p10", "ssim")
+TABLE += ("exact_psnr", "prompt_accuracy", "place")
 MORE = (
     "lpips",
     "temporal_psnr",
@@ -90,7 +90,8 @@ def sections(sources: list[Source]) -> list[Section]:
 def comparable(row: Row) -> dict[str, Any]:
     """Return what rows must share to be compared: prompts, first seed, and the settings that no method chooses."""
     common = {name: value for name, value in row["settings"].items() if name not in OWN_SETTINGS}
-    return {"prompts": row["prompts"], "seed": row["seed"], "T": round(row["nfe"] * row["speedup_nfe"]), **common}
+    asked = {name: row.get(name) for name in ("captions", "prompts", "seed")}
+    return {**asked, "T": round(row["nfe"] * row["speedup_nfe"]), **common}
 
 
 def check_comparable(section: Section) -> None:

@@ -35,6 +35,7 @@ class Row(TypedDict, total=False):
     steps: int
     nfe: float
     prompts: int
+    captions: str | None  # "full" or "open", of the demo's grammar
     seed: int
     batch_size: int
     flops: float | None
@@ -45,6 +46,7 @@ class Row(TypedDict, total=False):
     end_to_end_s: float | None
     speedup_end_to_end: float | None
     psnr: float | None
+    psnr_p10: float | None
     ssim: float | None
     lpips: float | None
     temporal_psnr: float | None

@@ -55,6 +55,7 @@ TABLE = [
     "speedup_latency",
     "speedup_end_to_end",
     "psnr",
+    "psnr_p10",
     "latent_psnr",
     "ssim",
 ]
@@ -107,6 +108,8 @@ def parse_arguments():
     add("--thresholds", metavar="λ,λ,…", default="", help="threshold plans for these λ, in place of --speedups")
     add("--sites", default="", help="where threshold plans cache: output, blocks or output,blocks (default: --site)")
     add("--count", type=int, default=64, help="held-out captions, when --prompts is not given")
+    text = "captions that name all they can, or that leave something open"
+    add("--captions", choices=("full", "open"), default="full", help=text)
     add("--json", type=Path, help="where to write the rows")
     add("--csv", type=Path, help="where to write the rows as a table")
     add("--latency-repeats", type=int, default=5, help="alternating runs; 0 leaves the latency out")
@@ -153,12 +156,16 @@ def open_folder(args, sampler, options) -> MethodRows:
     options.device = parallel.device(options.device)
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
-    held_out = [s.caption() for s in grammar_of(sampler).sample_scenes(args.count, seed=100, held_out=True)]
-    prompts = prompts_of(None, options.prompts) if options.prompts else held_out
+    if options.prompts:
+        prompts, captions = prompts_of(None, options.prompts), None
+    else:
+        sample, captions = grammar_of(sampler).sample_captions, args.captions
+        prompts = sample(args.count, seed=100, held_out=True, leave_open=captions == "open")
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}
     measured |= {"samples": args.samples, "clip": args.clip, "work": ensure_writable(args.work)}
-    measured |= {"model": options.model, "batch_size": options.batch_size, "fps": getattr(options, "fps", None)}
+    measured |= {"model": options.model, "captions": captions, "batch_size": options.batch_size}
+    measured |= {"fps": getattr(options, "fps", None)}
     evaluation = Evaluation(sampler, pipe, prompts, seeds, settings, **measured)
     calibration = folder_command.calibration_options(options)
     return MethodRows(

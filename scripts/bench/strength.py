@@ -102,8 +102,8 @@ class Demo:
     def captions(self, file: str, count: int, held_out: bool) -> list[str]:
         """Return `count` prompts of a file, and further captions of the grammar where it has fewer."""
         prompts = read_prompts(self.sampler.FOLDER / "prompts" / file)
-        scenes = grammar_of(self.sampler).sample_scenes(count, seed=0, held_out=held_out)
-        return list(dict.fromkeys([*prompts, *(scene.caption() for scene in scenes)]))[:count]
+        further = grammar_of(self.sampler).sample_captions(count, seed=0, held_out=held_out)
+        return list(dict.fromkeys([*prompts, *further]))[:count]
 
     def pictures(self, prompts: list[str]) -> np.ndarray:
         """Return uncached images or videos, float32 [B, …, H, W, 3] in [0, 1]."""

@@ -60,7 +60,7 @@ class Study:
         self.calls += 1
 
     def captions(self, count, seed, held_out):
-        return [scene.caption() for scene in self.grammar.sample_scenes(count, seed=seed, held_out=held_out)]
+        return self.grammar.sample_captions(count, seed, held_out)
 
     def plans(self, prompts, settings):
         """Return a plan for each budget, fitted on these prompts at these settings."""

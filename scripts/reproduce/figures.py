@@ -164,8 +164,7 @@ def open_folder(args):
 
 def captions(sampler, count: int, held_out: bool) -> list[str]:
     """Return captions of the demo's grammar, held-out ones (as evaluate.py takes them) or those of training."""
-    scenes = grammar_of(sampler).sample_scenes(count, seed=100 if held_out else 7, held_out=held_out)
-    return [scene.caption() for scene in scenes]
+    return grammar_of(sampler).sample_captions(count, seed=100 if held_out else 7, held_out=held_out)
 
 
 # --- figure 3 --------------------------------------------------------------------------------------------------------

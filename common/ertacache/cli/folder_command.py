@@ -129,7 +129,7 @@ def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
     runs = run_interleaved(sampler, pipe, prompts, args, settings, methods)
     for method, run in runs.items():
         media.save_results(out, run.images, method, getattr(args, "fps", None))
-    report(sampler, args, prompts, runs, plan, path)
+    report(sampler, pipe, args, prompts, runs, plan, path)
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
@@ -188,6 +188,7 @@ def run_interleaved(
 
 def report(
     sampler: Sampler,
+    pipe,
     args: argparse.Namespace,
     prompts: Sequence[str],
     runs: Mapping[str, TimedRun],
@@ -201,7 +202,7 @@ def report(
     if both:
         comparison = compare(prompts, *(run.images for run in runs.values()), plan, Lpips())
         quality = dict(comparison.quality)
-    quality["prompt_accuracy"] = _prompt_accuracy(sampler, args.model, prompts, runs)
+    quality["prompt_accuracy"] = _prompt_accuracy(sampler, pipe, args.model, prompts, runs)
     metrics = {
         "schema": 1,
         "model": args.model,
@@ -230,14 +231,14 @@ def report(
 
 
 def _prompt_accuracy(
-    sampler: Sampler, model: str, prompts: Sequence[str], runs: Mapping[str, TimedRun]
+    sampler: Sampler, pipe, model: str, prompts: Sequence[str], runs: Mapping[str, TimedRun]
 ) -> dict[str, float | None]:
     accuracy: dict[str, float | None] = {"baseline": None, "cached": None}
     if model != "demo":
         return accuracy
     for name, run in runs.items():
         images = [media.to_uint8(image) for image in run.images]
-        accuracy[_role(name)] = grammar_of(sampler).prompt_accuracy(list(prompts), images)
+        accuracy[_role(name)] = grammar_of(sampler).prompt_accuracy(list(prompts), images, pipe)
     if all(value is None for value in accuracy.values()):
         print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
     return accuracy

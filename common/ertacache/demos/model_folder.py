@@ -143,7 +143,7 @@ def makes_videos(sampler: Sampler) -> bool:
 
 
 def grammar_of(sampler: Sampler) -> ModuleType:
-    """Return the captions' grammar and oracle of the folder's demo: moving scenes for a video model, else scenes."""
+    """Return what the folder's demo draws: `sample_captions` and `prompt_accuracy` of moving scenes or of scenes."""
     return moving_scenes if makes_videos(sampler) else scenes
 
 

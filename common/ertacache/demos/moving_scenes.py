@@ -64,6 +64,15 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[MovingS
     return [pool[i] for i in order[:count]]
 
 
+def sample_captions(count: int, seed: int, held_out: bool = False, leave_open: bool = False) -> list[str]:
+    """Return captions of `sample_scenes`. leave_open: each leaves a random part of the optional attributes open."""
+    rng, captions = np.random.default_rng(seed), []
+    for scene in sample_scenes(count, seed, held_out):
+        left = [name for name in OPTIONAL if rng.random() < 0.5] or [str(rng.choice(OPTIONAL))] if leave_open else []
+        captions.append(replace(scene, **dict.fromkeys(left)).caption())
+    return captions
+
+
 def loosen(scene: MovingScene, rng: np.random.Generator, probability: float = 0.1) -> MovingScene:
     """Return a scene whose optional attributes are each left open with a probability."""
     return replace(scene, **{name: None for name in OPTIONAL if rng.random() < probability})
@@ -193,12 +202,13 @@ def agreement(scene: MovingScene, video: np.ndarray) -> dict[str, bool]:
     return {name: shown is not None and getattr(shown, name) == value for name, value in named.items()}
 
 
-def prompt_accuracy(captions: list[str], videos: list[np.ndarray]) -> float | None:
+def prompt_accuracy(captions: list[str], videos: list[np.ndarray], pipe=None) -> float | None:
     """Return the share of videos that show every attribute that their caption names.
 
     Args:
         captions: N captions.
         videos: N videos, uint8 [F, H, W, 3].
+        pipe: Not needed: the oracle reads the videos themselves.
 
     Returns:
         In [0, 1]; None when a caption is not of the grammar, because its video cannot be judged.

@@ -39,6 +39,7 @@ class Evaluation:
         seeds: Of the prompts.
         settings: Keyword arguments of `sampler.prepare`.
         model: "demo", a directory or a Hub id, for the rows.
+        captions: What the prompts are, for the rows: "full" or "open" captions of the demo.
         batch_size: Prompts per call.
         work: Folder for finished rows.
         repeats: Timed runs; 0 for none.
@@ -58,6 +59,7 @@ class Evaluation:
         settings: dict[str, Any],
         *,
         model: str,
+        captions: str | None = None,
         batch_size: int,
         work: str | Path,
         repeats: int = 0,
@@ -68,6 +70,7 @@ class Evaluation:
         fps: int | None = None,
     ):
         self.sampler, self.pipe, self.settings, self.model = sampler, pipe, settings, model
+        self.captions = captions
         self.prompts, self.seeds, self.batch_size = list(prompts), list(seeds), batch_size
         self.work, self.repeats, self.exact, self.samples, self.fps = Path(work), repeats, exact, samples, fps
         self.timed = min(timed or batch_size, len(self.prompts))
@@ -75,7 +78,7 @@ class Evaluation:
         self.uncached_trajectory: dict[int, torch.Tensor] = {}  # latents of the first prompt, by step
         measured = [model, fingerprint(pipe), settings, self.prompts, self.seeds, batch_size, exact, samples, clip]
         machines = [str(pipe.transformer.dtype), machine(), library_versions()]
-        self.checkpoints = Checkpoints(self.work, ["rows, 2", sampler.FOLDER.name, *measured, *machines])
+        self.checkpoints = Checkpoints(self.work, ["rows, 3", sampler.FOLDER.name, *measured, *machines])
 
     # --- ways to run -------------------------------------------------------------------------------------------------
 
@@ -229,6 +232,7 @@ class Evaluation:
             "settings": {**method.settings, **method.extra},
             "steps": self.settings["steps"],
             "nfe": nfe,
+            "captions": self.captions,
             "prompts": len(self.prompts),
             "seed": self.seeds[0],
             "batch_size": self.batch_size,
@@ -291,7 +295,7 @@ class Evaluation:
         if self.model != "demo":
             return None
         images = [media.to_uint8(image) for image in outcome.images]
-        return grammar_of(self.sampler).prompt_accuracy(self.prompts, images)
+        return grammar_of(self.sampler).prompt_accuracy(self.prompts, images, self.pipe)
 
     def timeline(self, plan: Plan, trajectory: dict[int, torch.Tensor]) -> Timeline:
         """Return which steps of which grid are computed, and the first prompt's distance to the uncached run there."""

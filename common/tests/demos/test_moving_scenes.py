@@ -75,3 +75,12 @@ def test_prompt_accuracy_is_a_share_or_nothing():
     assert moving_scenes.prompt_accuracy(captions, videos) == 1.0
     assert moving_scenes.prompt_accuracy(captions, videos[::-1]) < 1.0
     assert moving_scenes.prompt_accuracy(["a cat", *captions[1:]], videos) is None
+
+
+def test_open_captions_leave_something_open_and_nothing_else():
+    full, loose = (moving_scenes.sample_captions(64, 5, True, leave_open) for leave_open in (False, True))
+    for caption, same in zip(full, loose, strict=True):
+        scene, left = moving_scenes.parse(caption), vars(moving_scenes.parse(same))
+        assert moving_scenes.is_held_out(scene) and None in left.values() and None not in vars(scene).values()
+        assert all(value in (None, getattr(scene, name)) for name, value in left.items())
+        assert left["colour"] and left["shape"]

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from ertacache.algorithm import uniform_cached
-from ertacache.demos.scenes import sample_scenes
+from ertacache.demos.scenes import sample_captions
 from helpers import shipped_plan
 
 PROMPTS = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
@@ -30,7 +30,7 @@ def test_a_checkpoint_directory_loads_and_runs_like_the_demo(flux, random_direct
 @pytest.mark.parametrize("site", ["output", "blocks"])
 def test_the_shipped_plan_beats_the_uniform_schedule(flux, demo, site):
     plan = shipped_plan(flux, site)
-    inputs = flux.prepare(demo, [s.caption() for s in sample_scenes(16, seed=5, held_out=True)], range(16), steps=30)
+    inputs = flux.prepare(demo, sample_captions(16, seed=5, held_out=True), range(16), steps=30)
     exact = flux.denoise(demo, inputs)
     bare = {"k": (), "b": (), "rectified": False, "phi": (), "phi_definition": "none"}
     uniform = replace(plan, cached=uniform_cached(30, plan.nfe), **bare)

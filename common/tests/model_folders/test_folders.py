@@ -205,7 +205,7 @@ def test_the_shipped_plan_beats_fewer_steps(model_folder, kind):
     """On held-out prompts, at about 2×, against the uncached run."""
     sampler, pipe, count = model_folder.sampler, model_folder.pipe, 8
     plan = shipped_plan(sampler, kind)
-    prompts = [s.caption() for s in grammar_of(sampler).sample_scenes(count, seed=5, held_out=True)]
+    prompts = grammar_of(sampler).sample_captions(count, seed=5, held_out=True)
     inputs = sampler.prepare(pipe, prompts, range(count), steps=plan.steps)
     uncached, planned = (sampler.denoise(pipe, inputs, p) for p in (None, plan))
     fewer = sampler.denoise(pipe, sampler.prepare(pipe, prompts, range(count), steps=plan.nfe))
@@ -229,10 +229,10 @@ def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_u
 @pytest.mark.slow
 def test_the_demo_shows_what_the_prompt_says(model_folder):
     sampler, pipe, grammar = model_folder.sampler, model_folder.pipe, grammar_of(model_folder.sampler)
-    prompts = [s.caption() for s in grammar.sample_scenes(20, seed=6, held_out=True)]
+    prompts = grammar.sample_captions(20, seed=6, held_out=True)
     inputs = sampler.prepare(pipe, prompts, range(20), steps=30)
     results = sampler.decode(pipe, sampler.denoise(pipe, inputs), inputs)
-    assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results]) >= 0.85
+    assert grammar.prompt_accuracy(prompts, [to_uint8(r) for r in results], pipe) >= 0.85
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 import ertacache
 from conftest import ROOT, ModelFolder
 from ertacache import Plan
-from ertacache.demos.scenes import sample_scenes
+from ertacache.demos.scenes import sample_captions
 from ertacache.evaluation.metrics import psnr
 
 STEPS, BUDGETS = 30, (15, 10)
@@ -104,7 +104,7 @@ def variants(captions: list[str], open_demo) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=8, help="held-out captions (seeds 0, 1, …)")
-    captions = [scene.caption() for scene in sample_scenes(parser.parse_args().captions, seed=0, held_out=True)]
+    captions = sample_captions(parser.parse_args().captions, seed=0, held_out=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 

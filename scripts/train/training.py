@@ -1,4 +1,4 @@
-"""Training stages of the demos: resumable, with a learning-rate schedule and a moving average of the weights."""
+"""Training stages of the demos: resumable, with a learning-rate schedule and averaged weights; how VAEs start."""
 
 import os
 import time
@@ -107,3 +107,52 @@ class Ema:
     def load_state_dict(self, state):
         """Replace the averaged weights."""
         self.shadow = {k: v.clone() for k, v in state.items()}
+
+
+@torch.no_grad()
+def start_straight(vae, *log_variance_biases):
+    """Initialise a VAE so that it passes colours through before any training, because training is short here.
+
+    Convolutions on the direct path copy channels at their centre (and newest frame). Where the number of channels
+    grows, they carry both signs and a constant, so that normalisation and SiLU lose nothing. Residual branches start
+    at zero, and posteriors start narrow.
+
+    Args:
+        vae: The VAE.
+        log_variance_biases: Biases whose second half is a posterior's log-variance.
+    """
+    for name, conv in vae.named_modules():
+        path = name.split(".")
+        if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(path):
+            continue
+        if "conv2" in path:
+            for parameter in conv.parameters():
+                torch.nn.init.zeros_(parameter)
+            continue
+        outputs, inputs, *kernel = conv.weight.shape
+        if conv.bias is not None:
+            constant = 1.0 if "conv_y" in path else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
+            torch.nn.init.constant_(conv.bias, constant)
+        conv.weight.mul_(0.2)
+        if "conv_y" in path:
+            continue
+        centre = [size // 2 for size in kernel]
+        if len(kernel) == 3:
+            centre[0] = kernel[0] - 1
+        tap = conv.weight[(slice(None), slice(None), *centre)]
+        if outputs == 2 * inputs and "upsamplers" in path:  # Open-Sora: two frames from neighbouring channels
+            tap[range(outputs), [k // 2 for k in range(outputs)]] += 1.0
+        elif outputs >= 2 * inputs and "time_conv" not in path:
+            for k in range(outputs):
+                channel = k % (2 * inputs + 1)
+                if channel == 2 * inputs:
+                    if conv.bias is not None:
+                        conv.bias[k] = 1.0
+                else:
+                    tap[k, channel % inputs] += 1.0 if channel < inputs else -1.0
+        elif outputs >= inputs:
+            tap[range(outputs), [k % inputs for k in range(outputs)]] += 1.0
+        else:
+            tap += torch.nn.init.orthogonal_(torch.empty(outputs, inputs))
+    for bias in log_variance_biases:
+        bias[len(bias) // 2 :] = -6.0

@@ -13,6 +13,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel
 
 from recipes import text, video
+from training import start_straight
 
 
 @dataclass
@@ -41,7 +42,7 @@ def build(tokenizer):
         sample_height=video.SIZE,
         sample_width=video.SIZE,
     )
-    video.start_straight(vae, vae.encoder.conv_out.conv.bias)
+    start_straight(vae, vae.encoder.conv_out.conv.bias)
     transformer = CogVideoXTransformer3DModel(
         patch_size=4,
         num_attention_heads=4,

@@ -8,7 +8,7 @@ from transformers import T5Config, T5EncoderModel
 
 from opensora12 import AutoencoderOpenSora, OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel
 from recipes import text, video
-from training import noise_levels
+from training import noise_levels, start_straight
 
 FRAME_CHANNELS = 7  # channels between the two stages of the VAE: two per colour, and a constant
 WIDTH = 16  # channels of the VAE's layers
@@ -44,7 +44,7 @@ def build(tokenizer):
         latents_scale=(1.0,) * video.CHANNELS,
         micro_batch_size=17,
     )
-    start_straight(vae)
+    start_stages_straight(vae)
     transformer = STDiT3Transformer3DModel(
         in_channels=video.CHANNELS,
         # All five latent frames in one token: positions in time are only relative, and at this size a model with one
@@ -61,14 +61,14 @@ def build(tokenizer):
 
 
 @torch.no_grad()
-def start_straight(vae):
-    """Apply `video.start_straight`, and initialise the second stage as the identity in time.
+def start_stages_straight(vae):
+    """Apply `start_straight`, and initialise the second stage as the identity in time.
 
     The second stage normalises over a whole chunk and its first convolution has no bias, so amplitudes would be lost.
     Therefore the first stage also outputs a constant, so large that the norms divide by nearly the same number for
     every video.
     """
-    video.start_straight(vae, vae.spatial.quant_conv.bias, vae.temporal.quant_conv.bias)
+    start_straight(vae, vae.spatial.quant_conv.bias, vae.temporal.quant_conv.bias)
     constant = FRAME_CHANNELS - 1
     vae.spatial.quant_conv.weight[constant] = 0.0
     vae.spatial.quant_conv.bias[constant] = 4.0

@@ -20,12 +20,13 @@ def caption_lines(captions: list[str]) -> list[str]:
     return captions + [" ".join(LETTERS), LETTERS] * 10
 
 
-def train_sentencepiece(folder: Path, captions: list[str]) -> T5TokenizerFast:
+def train_sentencepiece(folder: Path, captions: list[str], pieces: int = 160) -> T5TokenizerFast:
     """Train a sentencepiece unigram model on captions, unless the folder has one.
 
     Args:
         folder: Of the model's files.
         captions: Of the grammar.
+        pieces: Size of the vocabulary, at most.
 
     Returns:
         The model as a T5 tokenizer.
@@ -41,7 +42,7 @@ def train_sentencepiece(folder: Path, captions: list[str]) -> T5TokenizerFast:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_prefix=str(folder / "spiece"),
-            vocab_size=160,
+            vocab_size=pieces,
             seed_sentencepieces_file=str(folder / "seeds.tsv"),
             character_coverage=1.0,
             hard_vocab_limit=False,
@@ -76,36 +77,50 @@ def token_ids(tokenizer, captions) -> torch.Tensor:
     return tokenizer(captions, **options).input_ids
 
 
-def train_text(work, encoders, attributes, sample, steps, device):
+def train_text(work, encoders, sizes, sample, steps, device):
     """Train text encoders to represent captions, in place of the real encoders' pretraining.
 
-    A linear head on each encoder's vector classifies every attribute of the caption, with one more class for an
-    attribute that the caption leaves open.
+    A linear head on each encoder's vector answers questions about the caption, each by a distribution over its
+    possible answers.
 
     Args:
         work: Folder of the checkpoints.
         encoders: (module, function from captions to vectors [B, WIDTH]) by name.
-        attributes: The values of each attribute, by name.
-        sample: sample(rng, count) returns scenes; an open attribute is None.
+        sizes: Number of possible answers to each question.
+        sample: sample(rng, count) returns captions and their answers: probabilities [B, sum of sizes].
         steps: Training steps.
         device: Of the encoders.
     """
-    sizes = [len(values) + 1 for values in attributes.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, sum(sizes)) for _ in encoders).to(device)
     modules = {name: module for name, (module, _) in encoders.items()} | {"heads": heads}
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
 
     def loss_of(step):
-        batch = sample(np.random.default_rng([1, step]), 128)
-        captions = [s.caption() for s in batch]
+        captions, answers = sample(np.random.default_rng([1, step]), 128)
+        targets = answers.to(device).split(list(sizes), dim=1)
         loss = 0.0
         for head, (_, vectors_of) in zip(heads, encoders.values(), strict=True):
-            logits = head(vectors_of(captions)).split(sizes, dim=1)  # [B, values + 1] of each attribute
-            for (name, options), scores in zip(attributes.items(), logits, strict=True):
-                values = [getattr(s, name) for s in batch]
-                target = [len(options) if v is None else options.index(v) for v in values]
-                loss = loss + F.cross_entropy(scores, torch.tensor(target, device=device))
+            logits = head(vectors_of(captions)).split(list(sizes), dim=1)
+            loss = loss + sum(F.cross_entropy(*pair) for pair in zip(logits, targets, strict=True))
         return loss
 
     run_stage("text", work, steps, modules, optimizer, loss_of, learning_rate=2e-3)
+
+
+def attribute_answers(scenes, attributes) -> torch.Tensor:
+    """Return the answers to "which value?" for each attribute of scenes, one of them "left open".
+
+    Args:
+        scenes: B scenes; an open attribute is None.
+        attributes: The values of each attribute, by name.
+
+    Returns:
+        Probabilities of 0 and 1, [B, sum over attributes of values + 1].
+    """
+    columns = []
+    for name, options in attributes.items():
+        values = [getattr(scene, name) for scene in scenes]
+        indices = [len(options) if value is None else options.index(value) for value in values]
+        columns.append(F.one_hot(torch.tensor(indices), len(options) + 1).float())
+    return torch.cat(columns, dim=1)

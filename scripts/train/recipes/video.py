@@ -26,10 +26,11 @@ def training_captions() -> list[str]:
     return [moving_scenes.loosen(s, rng).caption() for s in training_scenes()]
 
 
-def sample_captioned(rng, count) -> list[moving_scenes.MovingScene]:
-    """Draw random training scenes, a fifth of the optional attributes left open."""
+def sample_captioned(rng, count) -> tuple[list[str], torch.Tensor]:
+    """Draw captions of training scenes, a fifth of the optional attributes left open, and their `answers`."""
     pool = training_scenes()
-    return [moving_scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=count)]
+    scenes = [moving_scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=count)]
+    return [scene.caption() for scene in scenes], text.attribute_answers(scenes, ATTRIBUTES)
 
 
 def render_clips(pool, rng, count, frames) -> torch.Tensor:
@@ -75,55 +76,6 @@ def train_vae(work, vae, steps, clips, device, decode=None, groups=None):
         return F.mse_loss(decoded, videos) + 0.1 * F.l1_loss(decoded, videos) + 3e-5 * divergence
 
     run_stage("vae", work, steps, {"vae": vae}, optimizer, loss_of, learning_rate=2e-3, cooldown=0.5)
-
-
-@torch.no_grad()
-def start_straight(vae, *log_variance_biases):
-    """Initialise a VAE so that it passes colours through before any training, because training is short here.
-
-    Convolutions on the direct path copy channels at their centre (and newest frame). Where the number of channels
-    grows, they carry both signs and a constant, so that normalisation and SiLU lose nothing. Residual branches start
-    at zero, and posteriors start narrow.
-
-    Args:
-        vae: The VAE.
-        log_variance_biases: Biases whose second half is a posterior's log-variance.
-    """
-    for name, conv in vae.named_modules():
-        path = name.split(".")
-        if not isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d) or {"to_qkv", "proj", "conv1"} & set(path):
-            continue
-        if "conv2" in path:
-            for parameter in conv.parameters():
-                torch.nn.init.zeros_(parameter)
-            continue
-        outputs, inputs, *kernel = conv.weight.shape
-        if conv.bias is not None:
-            constant = 1.0 if "conv_y" in path else 0.0  # CogVideoX's norms: x conv_y(z) + conv_b(z)
-            torch.nn.init.constant_(conv.bias, constant)
-        conv.weight.mul_(0.2)
-        if "conv_y" in path:
-            continue
-        centre = [size // 2 for size in kernel]
-        if len(kernel) == 3:
-            centre[0] = kernel[0] - 1
-        tap = conv.weight[(slice(None), slice(None), *centre)]
-        if outputs == 2 * inputs and "upsamplers" in path:  # Open-Sora: two frames from neighbouring channels
-            tap[range(outputs), [k // 2 for k in range(outputs)]] += 1.0
-        elif outputs >= 2 * inputs and "time_conv" not in path:
-            for k in range(outputs):
-                channel = k % (2 * inputs + 1)
-                if channel == 2 * inputs:
-                    if conv.bias is not None:
-                        conv.bias[k] = 1.0
-                else:
-                    tap[k, channel % inputs] += 1.0 if channel < inputs else -1.0
-        elif outputs >= inputs:
-            tap[range(outputs), [k % inputs for k in range(outputs)]] += 1.0
-        else:
-            tap += torch.nn.init.orthogonal_(torch.empty(outputs, inputs))
-    for bias in log_variance_biases:
-        bias[len(bias) // 2 :] = -6.0
 
 
 @torch.no_grad()
@@ -215,7 +167,7 @@ def train_stages(work, recipe, pipe, encode, clips, normalise, example, predict_
     """
     train_vae(work, pipe.vae, recipe.vae, clips, device, **vae_options)
     encoders = {"t5": (pipe.text_encoder, lambda captions: encode(captions).mean(1))}
-    text.train_text(work, encoders, ATTRIBUTES, sample_captioned, recipe.text, device)
+    text.train_text(work, encoders, [len(v) + 1 for v in ATTRIBUTES.values()], sample_captioned, recipe.text, device)
     captions, latents = build_latents(work, pipe.vae.eval(), recipe.latents, device)
     latents = normalise(latents)
     pipe.text_encoder.eval()

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5Config, UMT5EncoderModel
 
 from recipes import text, video
-from training import noise_levels
+from training import noise_levels, start_straight
 
 
 @dataclass
@@ -36,7 +36,7 @@ def build(tokenizer):
         latents_mean=[0.0] * video.CHANNELS,
         latents_std=[1.0] * video.CHANNELS,
     )
-    video.start_straight(vae, vae.quant_conv.bias)
+    start_straight(vae, vae.quant_conv.bias)
     transformer = WanTransformer3DModel(
         patch_size=(1, 4, 4),
         num_attention_heads=4,

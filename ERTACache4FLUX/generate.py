@@ -155,7 +155,10 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
 
     from ertacache.pipelines.load import load_pipeline
 
-    return load_pipeline(FluxPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
+    pipe = load_pipeline(FluxPipeline, FOLDER / "demo" if model == "demo" else model, device, dtype, offload)
+    # FluxPipeline's own default is 128 latents a side for every model, 1024 × 1024 even for the demo.
+    pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
+    return pipe
 
 
 def main():

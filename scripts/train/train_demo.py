@@ -1,4 +1,4 @@
-"""Train the small pipeline in the demo/ of a model folder, from scratch, on procedural scenes.
+"""Train the small pipeline in the demo/ of a model folder, from scratch, on emoji (FLUX) or moving scenes (videos).
 
     .venv/bin/python scripts/train/train_demo.py ERTACache4Wan2.1
     .venv/bin/python scripts/train/train_demo.py ERTACache4FLUX --set transformer=2000 --out runs/quick
@@ -68,13 +68,17 @@ def main():
     logging.set_verbosity_error()  # first: some imports of the recipe warn
     module = importlib.import_module(f"recipes.{RECIPES[folder.name]}")
     recipe, out = parse_recipe(module.Recipe, args.set), args.out or folder / "demo"
+    work = args.work or Path("runs") / f"demo-{RECIPES[folder.name]}"
     if not args.measure:
         torch.manual_seed(0)
-        pipe = module.train(args.work or Path("runs") / f"demo-{RECIPES[folder.name]}", recipe, args.device)
+        torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
+        pipe = module.train(work, recipe, args.device)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 component.half()
         pipe.save_pretrained(out)
+        if hasattr(module, "save_references"):
+            module.save_references(pipe, work, out)
     pipe = load_model_folder(folder).load(str(out), args.device)
     print(json.dumps(module.measure(pipe, args.accuracy_prompts)))
 

@@ -7,69 +7,65 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
-from ertacache.demos import scenes
-from recipes import text
-from training import Ema, noise_levels, run_stage, save_atomically
+from ertacache.demos import emoji
+from recipes import emoji_pictures, text
+from training import Ema, noise_levels, run_stage, save_atomically, start_straight
 
-SIZE = 64  # height and width of an image, pixels
-ATTRIBUTES = {
-    "size": list(scenes.SIZES),
-    "colour": list(scenes.COLOURS),
-    "shape": list(scenes.SHAPES),
-    "position": list(scenes.POSITIONS),
-    "texture": list(scenes.TEXTURES),
-    "ground": list(scenes.COLOURS),
-}
+TOKENS = (emoji.SIZE // 16) ** 2  # of an image: the VAE's factor 8 times FLUX's 2 × 2 packing
+SHIFT = 2.0  # of the noise levels in training, towards noise: there the sampler decides what to draw
+OPEN = 0.2  # share of training captions that leave open which emoji to draw
 
 
 @dataclass
 class Recipe:
-    """Training steps of each stage, and the number of training images in `latents`.
+    """Training steps of each stage, the number of training pictures per emoji in `latents`, and whether to compile.
 
     The defaults are those of the demo in the repository.
     """
 
     vae: int = 3000
     text: int = 1500
-    latents: int = 27000
-    transformer: int = 15000
-    distilled: int = 1300
-
-
-# --- data --------------------------------------------------------------------------------------------------------
-
-
-def training_scenes() -> list[scenes.Scene]:
-    """Return the scenes of the grammar that are not held out."""
-    return [s for s in scenes.all_scenes() if not scenes.is_held_out(s)]
-
-
-def render_batch(pool, rng, count) -> torch.Tensor:
-    """Render random training images in [-1, 1], [B, 3, H, W]."""
-    chosen = [pool[i] for i in rng.integers(len(pool), size=count)]
-    images = np.stack([scenes.render(s, rng, SIZE, SIZE) for s in chosen])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def sample_captioned(rng, count) -> list[scenes.Scene]:
-    """Draw random training scenes, a fifth of the optional attributes left open."""
-    pool = training_scenes()
-    return [scenes.loosen(pool[i], rng, 0.2) for i in rng.integers(len(pool), size=count)]
+    latents: int = 24
+    transformer: int = 20000
+    compile: int = 0
+    distilled: int = 1000
 
 
 # --- text --------------------------------------------------------------------------------------------------------
 
 
+def sample_subjects(rng, indices) -> list[str]:
+    """Draw a caption for each emoji: its own, or OPEN of the time that of its kind; half of them as they are."""
+    captions = []
+    for index in indices:
+        one = emoji.all_emoji()[index]
+        subject = one.kind if one.kind and rng.random() < OPEN else one.caption
+        phrases = emoji.PHRASES[:1] if rng.random() < 0.5 else emoji.PHRASES
+        bare = rng.random() < 0.2
+        captions.append(emoji.bare(subject) if bare else phrases[rng.integers(len(phrases))].format(subject))
+    return captions
+
+
+def sample_captioned(rng, count) -> tuple[list[str], torch.Tensor]:
+    """Draw captions, and for each the probabilities of the emoji that answer it, [B, emoji]."""
+    captions = sample_subjects(rng, rng.integers(len(emoji.all_emoji()), size=count))
+    answers = torch.zeros(count, len(emoji.all_emoji()))
+    for row, caption in zip(answers, captions, strict=True):
+        indices = list(emoji.parse(caption))
+        row[indices] = 1 / len(indices)
+    return captions, answers
+
+
 def build_tokenizers(work: Path):
-    """Train a byte-pair encoding for CLIP and a sentencepiece unigram model for T5 on the caption grammar."""
-    rng = np.random.default_rng(0)
-    captions = [scenes.loosen(s, rng).caption() for s in training_scenes()]
-    t5 = text.train_sentencepiece(work / "tokenizers", captions)
+    """Train a byte-pair encoding for CLIP and a sentencepiece unigram model for T5 on the captions."""
+    captions = [phrase.format(subject) for subject in emoji.answers() for phrase in emoji.PHRASES]
+    t5 = text.train_sentencepiece(work / "tokenizers", captions, pieces=1500)
     lines = text.caption_lines(captions)
-    clip = CLIPTokenizer().train_new_from_iterator(lines, vocab_size=600, show_progress=False)
+    clip = CLIPTokenizer().train_new_from_iterator(lines, vocab_size=1500, show_progress=False)
     clip.model_max_length = text.TEXT_LENGTH
     return clip, t5
 
@@ -98,64 +94,62 @@ def build_text_encoders(clip_tokenizer, t5_tokenizer):
 
 def build_vae():
     """Return the VAE, untrained."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 48),
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=16,
         norm_num_groups=8,
-        sample_size=SIZE,
+        sample_size=emoji.SIZE,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
+    start_straight(vae, vae.encoder.conv_out.bias)
+    return vae
 
 
-def train_vae(work, vae, steps, device):
-    """Train the VAE on random training images."""
+def train_vae(work, vae, pictures, steps, device):
+    """Train the VAE on random training pictures."""
     vae.to(device, memory_format=torch.channels_last)
-    pool = training_scenes()
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     def loss_of(step):
-        images = render_batch(pool, np.random.default_rng([2, step]), 8).to(device)
+        rng = np.random.default_rng([2, step])
+        batch = [emoji_pictures.render(pictures, i, rng) for i in rng.integers(len(pictures), size=8)]
+        images = emoji_pictures.to_model(batch).to(device)
         posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         generator = torch.Generator().manual_seed(step)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images) + 1e-5 * posterior.kl().mean() / 1024
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images) + 1e-4 * divergence
 
     run_stage("vae", work, steps, {"vae": vae}, optimizer, loss_of, learning_rate=2e-3, cooldown=0.5)
 
 
 @torch.no_grad()
-def build_latents(work, vae, count, device):
-    """Encode training images, unless the latents are stored, and set the VAE's shift and scale.
+def build_latents(work, vae, pictures, count, device):
+    """Encode training pictures, unless the latents are stored, and set the VAE's shift and scale.
 
     Returns:
-        The captions, and the latents packed as FLUX packs them, of zero mean and unit variance, [N, 64, 16].
+        Latents packed as FLUX packs them, of zero mean and unit variance, [emoji, count, TOKENS, 64].
     """
     path = work / "latents.pt"
     if not path.exists():
-        rng = np.random.default_rng(3)
-        pool = training_scenes()
-        order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])[:count]
-        captions, latents = [], []
-        for begin in tqdm(range(0, count, 64), desc="latents", mininterval=10, disable=None):
-            chosen = [pool[i] for i in order[begin : begin + 64]]
-            captions += [scenes.loosen(s, rng).caption() for s in chosen]
-            images = np.stack([scenes.render(s, rng, SIZE, SIZE) for s in chosen])
-            images = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-            latents.append(vae.encode(images).latent_dist.mean.half().cpu())
-        latents = torch.cat(latents)
+        rng, latents = np.random.default_rng(3), []
+        for index in tqdm(range(len(pictures)), desc="latents", mininterval=10, disable=None):
+            images = emoji_pictures.to_model([emoji_pictures.render(pictures, index, rng) for _ in range(count)])
+            latents.append(vae.encode(images.to(device)).latent_dist.mean.half().cpu())
+        latents = torch.stack(latents)
         statistics = {"shift": latents.float().mean().item(), "scale": 1 / latents.float().std().item()}
-        save_atomically({"captions": captions, "latents": latents, **statistics}, path)
+        save_atomically({"latents": latents, **statistics}, path)
     data = torch.load(path, weights_only=True)
     vae.register_to_config(shift_factor=data["shift"], scaling_factor=data["scale"])
     z = (data["latents"].float() - data["shift"]) * data["scale"]
-    b, c, h, w = z.shape
-    return data["captions"], FluxPipeline._pack_latents(z, b, c, h, w)  # [N, 64, 16]
+    n, r, c, h, w = z.shape
+    return FluxPipeline._pack_latents(z.flatten(0, 1), n * r, c, h, w).unflatten(0, (n, r))
 
 
 # --- transformer -------------------------------------------------------------------------------------------------
@@ -165,11 +159,11 @@ def build_transformer():
     """Return the transformer, untrained."""
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=64,
         num_layers=2,
-        num_single_layers=4,
+        num_single_layers=5,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=5,
         joint_attention_dim=text.WIDTH,
         pooled_projection_dim=text.WIDTH,
         guidance_embeds=True,
@@ -179,37 +173,33 @@ def build_transformer():
 
 @torch.no_grad()
 def embed(pipe, captions):
-    """Return embeddings of the M different captions, as the pipeline computes them.
-
-    Returns:
-        T5 sequences [M, L, 96], CLIP vectors [M, 96], and the row of each caption in them, [N].
-    """
-    unique = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    """Return embeddings of captions, as the pipeline computes them: T5 sequences [M, L, 96], CLIP vectors [M, 96]."""
     batches = [
-        pipe.encode_prompt(list(unique)[i : i + 256], None, max_sequence_length=text.TEXT_LENGTH)[:2]
-        for i in range(0, len(unique), 256)
+        pipe.encode_prompt(captions[i : i + 256], None, max_sequence_length=text.TEXT_LENGTH)[:2]
+        for i in range(0, len(captions), 256)
     ]
     sequences, pooled = (torch.cat(embeddings) for embeddings in zip(*batches, strict=True))
-    return sequences, pooled, torch.tensor([unique[c] for c in captions])
+    return sequences, pooled
 
 
-def train_transformer(work, pipe, data, steps, distil_steps, device, batch=32):
+def train_transformer(work, pipe, latents, steps, distil_steps, device, batch=32):
     """Train the transformer by flow matching, then distil guidance into its guidance embedding.
 
     Args:
         work: Folder of the checkpoints.
         pipe: The pipeline; its transformer is trained.
-        data: Captions and latents of `build_latents`.
+        latents: Of `build_latents`.
         steps: Steps of flow matching.
         distil_steps: Steps of distillation.
         device: To train on.
         batch: Images per step.
     """
-    captions, latents = data
     model, teacher = pipe.transformer.to(device), build_transformer().to(device).eval().requires_grad_(False)
-    sequences, pooled, index = embed(pipe, [*captions, ""])
-    empty = index[-1]
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, SIZE // 8, SIZE // 8, device, torch.float32)
+    row_of = {caption: row for row, caption in enumerate([*emoji.captions(), ""])}
+    sequences, pooled = embed(pipe, list(row_of))
+    empty = torch.tensor(row_of[""])
+    side = emoji.SIZE // 16
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
     text_ids = torch.zeros(text.TEXT_LENGTH, 3, device=device)
 
     def velocity(network, x, sigma, rows, guidance):
@@ -225,13 +215,14 @@ def train_transformer(work, pipe, data, steps, distil_steps, device, batch=32):
         )[0]
 
     def draw(stage, step):
-        generator = torch.Generator().manual_seed(stage * 10_000_000 + step)
-        pick = torch.randint(len(latents), (batch,), generator=generator)
-        sigma = noise_levels(batch, generator)
-        clean = latents[pick].to(device)
+        rng, generator = np.random.default_rng([stage, step]), torch.Generator().manual_seed(stage * 10_000_000 + step)
+        picked, variants = (rng.integers(n, size=batch) for n in latents.shape[:2])
+        rows = torch.tensor([row_of[caption] for caption in sample_subjects(rng, picked)])
+        sigma = noise_levels(batch, generator, SHIFT)
+        clean = latents[torch.from_numpy(picked), torch.from_numpy(variants)].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         level = sigma.to(device)[:, None, None]
-        return generator, index[pick], sigma.to(device), (1 - level) * clean + level * noise, noise - clean
+        return generator, rows, sigma.to(device), (1 - level) * clean + level * noise, noise - clean
 
     def flow_matching(step):  # Eq. 3; one caption in ten is dropped
         generator, rows, sigma, x, target = draw(1, step)
@@ -249,14 +240,14 @@ def train_transformer(work, pipe, data, steps, distil_steps, device, batch=32):
         return F.mse_loss(velocity(model, x, sigma, rows, g), target)
 
     for stage, count, loss_of, rate in (
-        ("transformer", steps, flow_matching, 1e-3),
+        ("transformer", steps, flow_matching, 2e-3),
         ("distilled", distil_steps, distillation, 5e-4),
     ):
         if count == 0:
             continue
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
         ema = Ema(model)
-        run_stage(stage, work, count, {"model": model}, optimizer, loss_of, learning_rate=rate, ema=ema)
+        run_stage(stage, work, count, {"model": model}, optimizer, loss_of, learning_rate=rate, ema=ema, cooldown=0.5)
         model.load_state_dict(ema.state_dict())
         teacher.load_state_dict(ema.state_dict())
 
@@ -266,29 +257,30 @@ def train_transformer(work, pipe, data, steps, distil_steps, device, batch=32):
 
 @torch.no_grad()
 def measure(pipe, count, guidance=3.5, steps=30):
-    """Measure the prompt accuracy of the uncached pipeline on `count` held-out captions.
+    """Measure the retrieval accuracy of the uncached pipeline on `count` captions of each sort, with unused seeds.
 
     Returns:
-        The shares of images, 0 to 1, in which all attributes ("all"), and each one, agree with the caption.
+        The shares of pictures, 0 to 1, that show what the caption asks for: "full" captions and "open" ones.
     """
-    held_out = scenes.sample_scenes(count, seed=100, held_out=True)
     pipe.set_progress_bar_config(disable=True)
-    images = []
-    for begin in range(0, count, 20):
-        batch = held_out[begin : begin + 20]
-        output = pipe(
-            [s.caption() for s in batch],
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=text.TEXT_LENGTH,
-            generator=[torch.Generator().manual_seed(begin + i) for i in range(len(batch))],
-        )
-        images += [np.asarray(image) for image in output.images]
-    verdicts = [scenes.agreement(s, p) for s, p in zip(held_out, images, strict=True)]
-    shares = {name: float(np.mean([v[name] for v in verdicts])) for name in ATTRIBUTES}
-    return {"all": float(np.mean([all(v.values()) for v in verdicts])), **shares}
+    accuracy = {}
+    for name, leave_open, seed in (("full", False, 500_000), ("open", True, 600_000)):
+        captions, images = emoji.sample_captions(count, seed, held_out=True, leave_open=leave_open), []
+        for begin in range(0, count, 20):
+            part = captions[begin : begin + 20]
+            generators = [torch.Generator().manual_seed(seed + begin + i) for i in range(len(part))]
+            options = {"height": emoji.SIZE, "width": emoji.SIZE, "max_sequence_length": text.TEXT_LENGTH}
+            options |= {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+            images += [np.asarray(image) for image in pipe(part, **options).images]
+        accuracy[name] = emoji.prompt_accuracy(captions, images, pipe)
+    return accuracy
+
+
+def save_references(pipe, work: Path, folder: Path) -> None:
+    """Save in the demo's folder what `emoji.prompt_accuracy` compares pictures with."""
+    pictures = [emoji_pictures.on_white(p, emoji.SIZE, 0, 0) for p in emoji_pictures.load(work / "emoji")]
+    references = emoji.latents_of(pipe.vae, pictures).to(torch.float8_e4m3fn).contiguous()
+    save_file({"latents": references}, folder / emoji.REFERENCES)
 
 
 def train(work: Path, recipe: Recipe, device) -> FluxPipeline:
@@ -296,7 +288,8 @@ def train(work: Path, recipe: Recipe, device) -> FluxPipeline:
     clip_tokenizer, t5_tokenizer = build_tokenizers(work)
     clip, t5 = (encoder.to(device) for encoder in build_text_encoders(clip_tokenizer, t5_tokenizer))
     vae, transformer = build_vae(), build_transformer()
-    train_vae(work, vae, recipe.vae, device)
+    pictures = emoji_pictures.load(work / "emoji")
+    train_vae(work, vae, pictures, recipe.vae, device)
 
     def pooled(captions):
         return clip(text.token_ids(clip_tokenizer, captions).to(device)).pooler_output
@@ -305,17 +298,19 @@ def train(work: Path, recipe: Recipe, device) -> FluxPipeline:
         return t5(text.token_ids(t5_tokenizer, captions).to(device)).last_hidden_state.mean(1)
 
     encoders = {"clip": (clip, pooled), "t5": (t5, mean)}
-    text.train_text(work, encoders, ATTRIBUTES, sample_captioned, recipe.text, device)
-    data = build_latents(work, vae.eval(), recipe.latents, device)
-    # Dynamic shifting as in FLUX.1-dev: mu is 1.15 at the demo's 64 tokens, as for the real model at 1024².
+    text.train_text(work, encoders, [len(emoji.all_emoji())], sample_captioned, recipe.text, device)
+    latents = build_latents(work, vae.eval(), pictures, recipe.latents, device)
+    # Dynamic shifting as in FLUX.1-dev: mu is 1.15 at the demo's 16 tokens, as for the real model at 1024².
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         shift=3.0,
         base_shift=0.5,
         max_shift=1.15,
-        base_image_seq_len=16,
-        max_image_seq_len=64,
+        base_image_seq_len=4,
+        max_image_seq_len=TOKENS,
     )
     pipe = FluxPipeline(scheduler, vae, clip.eval(), clip_tokenizer, t5.eval(), t5_tokenizer, transformer)
-    train_transformer(work, pipe, data, recipe.transformer, recipe.distilled, device)
+    if recipe.compile:
+        transformer.compile()
+    train_transformer(work, pipe, latents, recipe.transformer, recipe.distilled, device)
     return pipe

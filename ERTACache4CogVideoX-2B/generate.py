@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from ertacache.algorithm import rectify
+from ertacache.demos import moving_scenes
 from ertacache.numerics.jump import follow
 from ertacache.numerics.schedulers import AngleGrid, turn
 from ertacache.numerics.steps import ddim_step, dpm_step, predicted_data
 
 FOLDER = Path(__file__).resolve().parent
+grammar = moving_scenes  # what the demo draws
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from ertacache.algorithm import euler_step, rectify
+from ertacache.demos import moving_scenes
 from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
+grammar = moving_scenes  # what the demo draws
 SCHEDULERS = ("RFlowScheduler",)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from ertacache.algorithm import rectify
+from ertacache.demos import moving_scenes
 from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
+grammar = moving_scenes  # what the demo draws
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 
 

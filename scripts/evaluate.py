@@ -25,7 +25,7 @@ from ertacache import UserError
 from ertacache.caches.registry import CACHES
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
-from ertacache.demos.model_folder import grammar_of, load_model_folder
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, MethodRows
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
@@ -159,7 +159,7 @@ def open_folder(args, sampler, options) -> MethodRows:
     if options.prompts:
         prompts, captions = prompts_of(None, options.prompts), None
     else:
-        sample, captions = grammar_of(sampler).sample_captions, args.captions
+        sample, captions = sampler.grammar.sample_captions, args.captions
         prompts = sample(args.count, seed=100, held_out=True, leave_open=captions == "open")
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}

@@ -36,7 +36,7 @@ from PIL import Image
 import ertacache
 from ertacache import Plan
 from ertacache.cli.arguments import ArgumentParser
-from ertacache.demos.model_folder import grammar_of, load_model_folder
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.pipelines.enable import originals
 from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.errors import run_program
@@ -102,7 +102,7 @@ class Demo:
     def captions(self, file: str, count: int, held_out: bool) -> list[str]:
         """Return `count` prompts of a file, and further captions of the grammar where it has fewer."""
         prompts = read_prompts(self.sampler.FOLDER / "prompts" / file)
-        further = grammar_of(self.sampler).sample_captions(count, seed=0, held_out=held_out)
+        further = self.sampler.grammar.sample_captions(count, seed=0, held_out=held_out)
         return list(dict.fromkeys([*prompts, *further]))[:count]
 
     def pictures(self, prompts: list[str]) -> np.ndarray:

@@ -29,7 +29,7 @@ from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.session import CalibrationSession
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
-from ertacache.demos.model_folder import grammar_of, load_model_folder
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import metrics
 from ertacache.evaluation.runner import Evaluation
 from ertacache.pipelines.uncached import uncached_latents
@@ -52,7 +52,7 @@ class Study:
         self.sampler, self.options, self.pipe = sampler, options, folder_command.open_pipeline(sampler, options)
         self.settings = folder_command.checked_settings(sampler, self.pipe, options)
         self.budgets = [budget_of(self.settings["steps"], speedup) for speedup in speedups]
-        self.grammar, self.count, self.calls = grammar_of(sampler), count, 0
+        self.grammar, self.count, self.calls = sampler.grammar, count, 0
         self.held_out = self.captions(count, seed=100, held_out=True)
         self.pipe.transformer.register_forward_pre_hook(self.tally)
 

@@ -28,7 +28,7 @@ from ertacache.calibration.from_folder import open_session
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import parse_list
-from ertacache.demos.model_folder import grammar_of, load_model_folder
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.plans.names import check_speedups
 from ertacache.utils import media
 from ertacache.utils.errors import run_program
@@ -164,7 +164,7 @@ def open_folder(args):
 
 def captions(sampler, count: int, held_out: bool) -> list[str]:
     """Return captions of the demo's grammar, held-out ones (as evaluate.py takes them) or those of training."""
-    return grammar_of(sampler).sample_captions(count, seed=100 if held_out else 7, held_out=held_out)
+    return sampler.grammar.sample_captions(count, seed=100 if held_out else 7, held_out=held_out)
 
 
 # --- figure 3 --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
 from ertacache.cli.arguments import ArgumentParser, prompts_of
-from ertacache.demos.model_folder import Sampler, grammar_of, makes_videos, settings_parameters
+from ertacache.demos.model_folder import Sampler, makes_videos, settings_parameters
 from ertacache.evaluation.comparison import compare
 from ertacache.evaluation.metrics import METRICS, Lpips
 from ertacache.plans import Plan
@@ -238,7 +238,7 @@ def _prompt_accuracy(
         return accuracy
     for name, run in runs.items():
         images = [media.to_uint8(image) for image in run.images]
-        accuracy[_role(name)] = grammar_of(sampler).prompt_accuracy(list(prompts), images, pipe)
+        accuracy[_role(name)] = sampler.grammar.prompt_accuracy(list(prompts), images, pipe)
     if all(value is None for value in accuracy.values()):
         print("prompt accuracy is not computed: a prompt is not a caption of the demo's grammar", file=sys.stderr)
     return accuracy

@@ -6,12 +6,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from ertacache.demos import moving_scenes, scenes
 from ertacache.utils.errors import UserError
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -72,6 +71,29 @@ class StepwiseSampler(Protocol):
         """Return (a, w) of x_k = a x_i + w v_i, the solver's first-order jump over the steps i … k−1."""
 
 
+class Grammar(Protocol):
+    """What a demo draws: a module of `ertacache.demos`."""
+
+    def sample_captions(self, count: int, seed: int, held_out: bool = False, leave_open: bool = False) -> list[str]:
+        """Return captions that the demo knows.
+
+        Args:
+            count: Number of captions.
+            seed: Of the choice.
+            held_out: Whether to choose from the captions that plans are never calibrated on.
+            leave_open: Whether each leaves something open; otherwise they name all they can.
+        """
+
+    def prompt_accuracy(self, captions: Sequence[str], results: Sequence[np.ndarray], pipe) -> float | None:
+        """Return the share of results that show what their caption asks for; None where one cannot be judged.
+
+        Args:
+            captions: N captions.
+            results: N images uint8 [H, W, 3], or videos uint8 [F, H, W, 3].
+            pipe: The demo's pipeline.
+        """
+
+
 class Sampler(StepwiseSampler, Protocol):
     """What the `generate.py` of a model folder provides.
 
@@ -79,9 +101,11 @@ class Sampler(StepwiseSampler, Protocol):
 
     Attributes:
         FOLDER: The model folder; it holds `prompts/`, `cache/` and `demo/`.
+        grammar: What its demo draws.
     """
 
     FOLDER: Path
+    grammar: Grammar
 
     def settings_of(self, pipe, **settings) -> dict[str, Any]:
         """Return checked settings, with the model's defaults where none are given.
@@ -140,11 +164,6 @@ def settings_parameters(sampler: Sampler) -> dict[str, Any]:
 def makes_videos(sampler: Sampler) -> bool:
     """Return whether a model folder makes videos; others make images."""
     return "frames" in settings_parameters(sampler)
-
-
-def grammar_of(sampler: Sampler) -> ModuleType:
-    """Return what the folder's demo draws: `sample_captions` and `prompt_accuracy` of moving scenes or of scenes."""
-    return moving_scenes if makes_videos(sampler) else scenes
 
 
 # --- checks of settings, for `settings_of` ---------------------------------------------------------------------------

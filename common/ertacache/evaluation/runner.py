@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ertacache.demos.model_folder import OnStep, Sampler, grammar_of
+from ertacache.demos.model_folder import OnStep, Sampler
 from ertacache.evaluation import metrics
 from ertacache.evaluation.method import Method, MethodRun, Outcome, Runner
 from ertacache.evaluation.rows import LATENCY, Row, Timeline
@@ -295,7 +295,7 @@ class Evaluation:
         if self.model != "demo":
             return None
         images = [media.to_uint8(image) for image in outcome.images]
-        return grammar_of(self.sampler).prompt_accuracy(self.prompts, images, self.pipe)
+        return self.sampler.grammar.prompt_accuracy(self.prompts, images, self.pipe)
 
     def timeline(self, plan: Plan, trajectory: dict[int, torch.Tensor]) -> Timeline:
         """Return which steps of which grid are computed, and the first prompt's distance to the uncached run there."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from conftest import FOLDERS, ROOT
-from ertacache.demos.model_folder import grammar_of
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.requirements import Requirements
@@ -205,7 +204,7 @@ def test_the_shipped_plan_beats_fewer_steps(model_folder, kind):
     """On held-out prompts, at about 2×, against the uncached run."""
     sampler, pipe, count = model_folder.sampler, model_folder.pipe, 8
     plan = shipped_plan(sampler, kind)
-    prompts = grammar_of(sampler).sample_captions(count, seed=5, held_out=True)
+    prompts = sampler.grammar.sample_captions(count, seed=5, held_out=True)
     inputs = sampler.prepare(pipe, prompts, range(count), steps=plan.steps)
     uncached, planned = (sampler.denoise(pipe, inputs, p) for p in (None, plan))
     fewer = sampler.denoise(pipe, sampler.prepare(pipe, prompts, range(count), steps=plan.nfe))
@@ -228,7 +227,7 @@ def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_u
 
 @pytest.mark.slow
 def test_the_demo_shows_what_the_prompt_says(model_folder):
-    sampler, pipe, grammar = model_folder.sampler, model_folder.pipe, grammar_of(model_folder.sampler)
+    sampler, pipe, grammar = model_folder.sampler, model_folder.pipe, model_folder.sampler.grammar
     prompts = grammar.sample_captions(20, seed=6, held_out=True)
     inputs = sampler.prepare(pipe, prompts, range(20), steps=30)
     results = sampler.decode(pipe, sampler.denoise(pipe, inputs), inputs)

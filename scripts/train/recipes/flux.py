@@ -17,7 +17,7 @@ from training import Ema, noise_levels, run_stage, save_atomically, start_straig
 
 TOKENS = (emoji.SIZE // 16) ** 2  # of an image: the VAE's factor 8 times FLUX's 2 × 2 packing
 SHIFT = 2.0  # of the noise levels in training, towards noise: there the sampler decides what to draw
-OPEN = 0.2  # share of training captions that leave open which emoji to draw
+OPEN = 0.35  # share of training captions that leave open which emoji to draw
 
 
 @dataclass

@@ -66,7 +66,7 @@ def table(rows: list[Row]) -> str:
     """Return a Markdown table; a column that is empty everywhere is left out."""
 
     def cell(value, name: str) -> str | None:
-        digits = 2 if name.endswith("psnr") or name.startswith("speedup") else 1 if name == "nfe" else 4
+        digits = 2 if "psnr" in name or name.startswith("speedup") else 1 if name == "nfe" else 4
         if not isinstance(value, float):
             return value
         return f"{value:g}" if name == "asked" or value == round(value) else f"{value:.{digits}f}"

@@ -11,7 +11,15 @@ from itertools import product
 
 import numpy as np
 
-from ertacache.demos.scenes import COLOURS, blend, coordinates, is_held_out, signed_distance, with_article
+from ertacache.demos.scenes import (
+    COLOURS,
+    blend,
+    captions_of,
+    coordinates,
+    is_held_out,
+    signed_distance,
+    with_article,
+)
 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -66,11 +74,7 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[MovingS
 
 def sample_captions(count: int, seed: int, held_out: bool = False, leave_open: bool = False) -> list[str]:
     """Return captions of `sample_scenes`. leave_open: each leaves a random part of the optional attributes open."""
-    rng, captions = np.random.default_rng(seed), []
-    for scene in sample_scenes(count, seed, held_out):
-        left = [name for name in OPTIONAL if rng.random() < 0.5] or [str(rng.choice(OPTIONAL))] if leave_open else []
-        captions.append(replace(scene, **dict.fromkeys(left)).caption())
-    return captions
+    return captions_of(sample_scenes(count, seed, held_out), OPTIONAL if leave_open else (), seed)
 
 
 def loosen(scene: MovingScene, rng: np.random.Generator, probability: float = 0.1) -> MovingScene:

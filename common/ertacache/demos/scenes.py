@@ -93,9 +93,14 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[Scene]:
 
 def sample_captions(count: int, seed: int, held_out: bool = False, leave_open: bool = False) -> list[str]:
     """Return captions of `sample_scenes`. leave_open: each leaves a random part of the optional attributes open."""
+    return captions_of(sample_scenes(count, seed, held_out), OPTIONAL if leave_open else (), seed)
+
+
+def captions_of(scenes: list, optional: tuple[str, ...], seed: int) -> list[str]:
+    """Return captions of scenes, still or moving, that each leave some of these attributes open, at least one."""
     rng, captions = np.random.default_rng(seed), []
-    for scene in sample_scenes(count, seed, held_out):
-        left = [name for name in OPTIONAL if rng.random() < 0.5] or [str(rng.choice(OPTIONAL))] if leave_open else []
+    for scene in scenes:
+        left = [name for name in optional if rng.random() < 0.5] or [*optional[:1]]
         captions.append(replace(scene, **dict.fromkeys(left)).caption())
     return captions
 

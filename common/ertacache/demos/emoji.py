@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ertacache.utils.errors import UserError
+
 SIZE = 64  # height and width of a picture, pixels
 CONTENT = 56  # longest side of what a picture shows once `centred`, pixels
 WHITE = 0.94  # a pixel whose every channel is at least this bright, of 1, is ground
@@ -175,12 +177,18 @@ def prompt_accuracy(captions: Sequence[str], images: Sequence[np.ndarray], pipe)
 
     Returns:
         In [0, 1]; None when a caption is not of the grammar, because its picture cannot be judged.
+
+    Raises:
+        UserError: The demo's folder has no latents of the emoji.
     """
     from safetensors.torch import load_file
 
     asked = [parse(caption) for caption in captions]
     if not asked or None in asked:
         return None
-    references = load_file(Path(pipe.config._name_or_path) / REFERENCES)["latents"]
+    path = Path(pipe.config._name_or_path) / REFERENCES
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so this demo draws no emoji: train one with scripts/train/train_demo.py")
+    references = load_file(path)["latents"]
     found = shown(pipe.vae, references, images)
     return float(np.mean([one in those for one, those in zip(found, asked, strict=True)]))

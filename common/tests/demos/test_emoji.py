@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ertacache.demos import emoji
+from helpers import refused
 
 
 def test_every_emoji_has_one_caption_and_a_file():
@@ -51,3 +52,8 @@ def test_place_and_size_do_not_matter():
     for other in (drawn(40, 3, 20), drawn(20, 44, 0), drawn(60, 2, 2)):
         assert np.abs(emoji.centred(other) - middle).mean() < 6
     assert (emoji.centred(np.full((64, 64, 3), 255, np.uint8)) == 255).all()
+
+
+def test_a_demo_without_latents_of_the_emoji_is_one_line(random_directory, flux):
+    with refused("pictures.safetensors is missing", "train_demo.py"):
+        emoji.prompt_accuracy(["a rocket"], [np.zeros((64, 64, 3), np.uint8)], flux.load(str(random_directory)))

@@ -24,7 +24,7 @@ OPEN = 0.35  # share of training captions that leave open which emoji to draw
 class Recipe:
     """Training steps of each stage, the number of training pictures per emoji in `latents`, and whether to compile.
 
-    The defaults are those of the demo in the repository.
+    The demo in the repository is still an earlier one, of shapes.
     """
 
     vae: int = 3000

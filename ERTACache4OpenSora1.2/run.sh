@@ -11,6 +11,7 @@ GUIDANCE=${GUIDANCE:-7}       # 1 or less: no guidance, half the work per step
 LAMBDA=${LAMBDA:-0.2}         # λ: lower is finer, higher is faster; a new value is calibrated first
 SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, those that matter most
 BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
+EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
@@ -25,4 +26,4 @@ set -- ${BUDGET:+--budget "$BUDGET"} ${SPEEDUP:+--speedup "$SPEEDUP"} "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
 exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
-    --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"
+    --effort "$EFFORT" --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"

@@ -5,9 +5,8 @@
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --speedups 2
     .venv/bin/accelerate launch --num_processes 4 scripts/calibrate.py ERTACache4FLUX --model … --speedups 2,3
 
-An interrupted run resumes after its last finished batch (or rollout) when the same command is given again. Budget plans
-take T model calls per prompt once, and then up to 5·N for each budget, because five schedules are tried. A threshold
-plan takes about 8·T + 7·NFE model calls per prompt, some of them shared by all λ.
+--effort quick, normal or thorough says what it may cost. An interrupted run resumes after its last finished batch (or
+rollout) when the same command is given again, and keeps the best budget plan so far.
 
 accelerate starts one process per GPU; they share the batches of prompts and make the plan that one process would make,
 in one folder that all of them see. Without GPUs add --multi_gpu all the same; otherwise accelerate starts one process.
@@ -16,7 +15,7 @@ in one folder that all of them see. Without GPUs add --multi_gpu all the same; o
 from pathlib import Path
 
 from ertacache import UserError
-from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds, open_session
+from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
@@ -34,7 +33,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = folder_command.parse_arguments(sampler, rest)
+    options = folder_command.parse_arguments(sampler, rest, effort="normal")
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     thresholds, speedups = (parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
@@ -45,11 +44,11 @@ def main():
     calibration, folder = folder_command.calibration_options(options), args.out or sampler.FOLDER / "cache"
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
-    session = open_session(sampler, pipe, settings, options.model, calibration, folder)
-    plans = calibrate_thresholds(session, thresholds, options.site, folder) if thresholds else []
+    where = (sampler, pipe, settings, options.model, calibration, folder)
+    plans = calibrate_thresholds(*where, thresholds, options.site) if thresholds else []
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        plans += calibrate_budgets(session, budgets, options.target, calibration.search, folder)
+        plans += calibrate_budgets(*where, budgets, options.target)
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -178,7 +178,7 @@ def main():
     samplers = [load_model_folder(folder) for folder in args.folders]
     every_row = []
     for sampler in samplers:
-        folder = open_folder(args, sampler, folder_command.parse_arguments(sampler, rest))
+        folder = open_folder(args, sampler, folder_command.parse_arguments(sampler, rest, effort="normal"))
         rows = []
         for row in folder.rows(args.methods, args.speedups, args.thresholds):
             rows.append(row)

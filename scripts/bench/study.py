@@ -68,7 +68,7 @@ class Study:
         seeds = range(len(prompts))
         session = CalibrationSession(self.sampler, self.pipe, prompts, seeds, work=ROOT / "runs", **options)
         calibration = BudgetCalibration(session, self.options.target)
-        plans = calibration.plans(self.budgets, self.options.search)
+        plans = calibration.plans(self.budgets, self.options.effort)
         calibration.finish()
         return plans
 
@@ -206,7 +206,7 @@ def main():
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = folder_command.parse_arguments(sampler, rest)
+    options = folder_command.parse_arguments(sampler, rest, effort="normal")
     if options.model != "demo":
         raise UserError(f"--model {options.model}: this study samples captions of the demo's grammar, use the demo")
     speedups, counts = parse_list(args.speedups), [int(n) for n in parse_list(args.counts)]

@@ -2,11 +2,13 @@
 
 The target's trajectory is run once over the prompts, which gives the Gram matrix and the latents to aim at. A rollout
 then takes all prompts through a schedule together (N calls per prompt): at every computed step the weights of the next
-jump are fitted, by least squares over all prompts, from the rollout's latents to the target's. So later jumps correct a
-part of the errors of earlier ones.
+jump are fitted over all prompts, from the rollout's latents to the target's. So later jumps correct a part of the
+errors of earlier ones. The schedules of planner.py are rolled out, then those near the best one. Rollouts share the
+model calls of the steps that they have in common from the beginning.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ertacache.calibration import planner
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.gram import Gram, products
 from ertacache.calibration.planner import Schedule
 from ertacache.calibration.session import CalibrationSession, existing
@@ -30,7 +33,8 @@ from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
 
-HISTORY_LENGTHS = (3, 5)  # values of H that calibration tries
+HISTORY_LENGTHS = (5, 3)  # values of H: the first for all candidates, the other for the best
+LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
@@ -41,14 +45,55 @@ class Rollout:
     Attributes:
         schedule: The computed steps.
         arrays: Arrays of a `BudgetPlan`, by name.
-        error: Mean squared error of the final latents, on the prompts of the fit.
-        held_out: The same on the prompts left out of the fit; None where there are none.
+        errors: Mean squared error of the final latents of each prompt, [P], those left out of the fit last.
+        velocities: By batch of this process, velocities of the computed steps, in main memory; empty when the rollout
+            was read from its checkpoint.
     """
 
     schedule: Schedule
     arrays: dict[str, np.ndarray]
-    error: float
-    held_out: float | None
+    errors: np.ndarray
+    velocities: dict[int, list[torch.Tensor]]
+
+    @property
+    def history_length(self) -> int:
+        """H."""
+        return self.arrays["weights"].shape[1]
+
+    @property
+    def error(self) -> float:
+        """The geometric mean of the errors of three prompts in four, the best ones, by which rollouts are compared.
+
+        Whether one of the others tips to another image is chance, and would decide.
+        """
+        return geometric_mean(np.sort(self.errors)[: -(-3 * len(self.errors) // 4)])
+
+    def shared(self, schedule: Schedule, history_length: int) -> int:
+        """Return how many computed steps a rollout of another schedule shares with this one, from the beginning.
+
+        With another H the jumps are the same until one of them has more than the smaller H of velocities.
+        """
+        same = next((j for j, (a, b) in enumerate(zip(self.schedule, schedule, strict=False)) if a != b), len(schedule))
+        if history_length != self.history_length:
+            same = min(same, min(history_length, self.history_length) + 1)
+        return same if self.velocities else 0
+
+
+def geometric_mean(errors: np.ndarray) -> float:
+    """Return the geometric mean of squared errors."""
+    return float(np.exp(np.log(np.maximum(errors, np.finfo(np.float64).tiny)).mean()))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a calibration that has a plan already.
+
+    Attributes:
+        plan: The best so far.
+    """
+
+    def __init__(self, plan: BudgetPlan):
+        super().__init__()
+        self.plan = plan
 
 
 class BatchState:
@@ -57,18 +102,23 @@ class BatchState:
     Args:
         session: The calibration's.
         inputs: Of the batch.
+        schedule: The computed steps.
+        known: Velocities of the first of them, which need no model call.
 
     Attributes:
         x: Latents, [B, …].
         history: The newest velocities, newest first.
     """
 
-    def __init__(self, session: CalibrationSession, inputs):
+    def __init__(self, session: CalibrationSession, inputs, schedule: Schedule, known: Sequence[torch.Tensor] = ()):
         self.session, self.inputs, self.x = session, inputs, inputs.latents
+        self.known = dict(zip(schedule, known, strict=False))
         self.history: list[torch.Tensor] = []
 
     def velocity(self, i: int) -> torch.Tensor:
         """Return the velocity at step i, a computed one."""
+        if i in self.known:
+            return self.known[i].to(self.x.device)
         return self.session.sampler.velocity(self.session.pipe, self.inputs, self.x, self.inputs.times[i])
 
     def jump(self, scale: float, weights: list[float]) -> None:
@@ -84,7 +134,7 @@ class BudgetCalibration:
     Args:
         session: Sampler, pipeline and prompts.
         target: "reference" (the uncached run) or "exact" (the ODE's solution).
-        state_of: state_of(session, inputs, schedule) returns the state of a batch that computes these steps only.
+        state_of: state_of(session, inputs, schedule, known) returns the state of a batch, as `BatchState` does.
         around_pass: Context manager around each pass over the prompts.
 
     Raises:
@@ -96,9 +146,7 @@ class BudgetCalibration:
         session: CalibrationSession,
         target: str = "reference",
         *,
-        state_of: Callable[[CalibrationSession, Any, Schedule], BatchState] = lambda session, inputs, schedule: (
-            BatchState(session, inputs)
-        ),
+        state_of: Callable[..., BatchState] = BatchState,
         around_pass: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.session, self.state_of, self.around_pass = session, state_of, around_pass
@@ -112,6 +160,7 @@ class BudgetCalibration:
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
             self.elements = self.first.latents[0].numel()
+        self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
         if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
             size = f"{self.fitted} calibration prompts of {self.elements} numbers each"
@@ -139,7 +188,9 @@ class BudgetCalibration:
         sums = self.session.run(
             self.checkpoints, self.target.name, self.end * self.target.calls_per_step, self.trajectory_of_batch
         )
-        return Gram(sums["matrix"], int(sums["elements"]), int(sums["prompts"]))
+        elements = int(sums["elements"])
+        self.grams = [Gram(matrix, elements, 1) for matrix in sums["matrices"]]
+        return Gram(sums["matrices"].sum(0), elements * self.fitted, self.fitted)
 
     def trajectory_of_batch(self, batch: int) -> dict[str, Any]:
         latents, velocities = [], []
@@ -149,7 +200,7 @@ class BudgetCalibration:
             self.session.require_finite(v, batch, i)
             latents.append(x.float().cpu())
             velocities.append(v.float().cpu())
-            self.session.bar.update(self.target.calls_per_step)
+            self.session.called(self.target.calls_per_step)
 
         with self.around_pass():
             inputs = self.inputs(batch)
@@ -164,10 +215,14 @@ class BudgetCalibration:
                 text = "the pipeline changes all of the latents between its steps, which no weights can follow"
                 raise UserError(f"{text}: leave callbacks out")
         write_atomically(self.trajectory_path(batch), save(named))
-        fitted = slice(0, max(0, min(self.session.batch_size, self.fitted - self.session.starts[batch])))
-        rows = [[x[fitted] if free is None else x[fitted] * free[fitted] for x in xs] for xs in (latents, velocities)]
-        gram = Gram.of(*rows)
-        return {"matrix": gram.matrix, "elements": gram.elements, "prompts": gram.prompts}
+        matrices = np.zeros((self.fitted, 2 * self.end + 1, 2 * self.end + 1))
+        for row in range(len(final)):
+            prompt = self.session.starts[batch] + row
+            if prompt < self.fitted:
+                part = slice(row, row + 1)
+                one = [[x[part] if free is None else x[part] * free[part] for x in xs] for xs in (latents, velocities)]
+                matrices[prompt] = Gram.of(*one).matrix
+        return {"matrices": matrices, "elements": self.elements if batch == 0 else 0}
 
     def trajectory_path(self, batch: int):
         """Return the file of a batch's latents at every step of the target's trajectory."""
@@ -185,34 +240,61 @@ class BudgetCalibration:
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
-    def rollout(self, schedule: Schedule, history_length: int) -> Rollout:
-        """Take all prompts through a schedule and fit its weights on the way, N calls per prompt; stored on disk."""
+    def rollout(self, schedule: Schedule, history_length: int, like: Rollout | None = None) -> Rollout:
+        """Take all prompts through a schedule and fit its weights on the way, N calls per prompt; stored on disk.
+
+        Args:
+            schedule: The computed steps.
+            history_length: H.
+            like: A rollout whose model calls are shared as far as its schedule is the same.
+        """
+        repeatable = getattr(self.session.sampler, "repeatable", True)
+        known = like.shared(schedule, history_length) if like and repeatable else 0
+        velocities = {batch: vs[:known] for batch, vs in like.velocities.items()} if known else {}
         key = ["rollout", self.target.name, schedule, history_length]
-        arrays = dict(self.checkpoints.arrays(key, lambda: self.fit_schedule(schedule, history_length)))
-        error, held_out = float(arrays.pop("error")), float(arrays.pop("held_out"))
-        return Rollout(schedule, arrays, error, None if np.isnan(held_out) else held_out)
+        arrays = self.checkpoints.arrays(key, lambda: self.fit_schedule(schedule, history_length, velocities))
+        if any(len(vs) < len(schedule) for vs in velocities.values()) or not velocities:  # it was stored
+            self.session.spare(len(schedule) * len(parallel.mine(self.session.batches)))
+            velocities = {}
+        errors = arrays.pop("errors")
+        return Rollout(schedule, arrays, errors, velocities)
 
     @torch.no_grad()
-    def fit_schedule(self, schedule: Schedule, history_length: int) -> dict[str, np.ndarray]:
+    def fit_schedule(
+        self, schedule: Schedule, history_length: int, velocities: dict[int, list[torch.Tensor]]
+    ) -> dict[str, np.ndarray]:
         """Return the arrays and errors of a rollout.
 
         Each process runs its own batches; their normal equations are added in the order of batches.
+
+        Args:
+            schedule: The computed steps.
+            history_length: H.
+            velocities: By batch, the known velocities of the first steps; all others are appended.
         """
-        batches = parallel.mine(self.session.batches)
-        self.session.expect(len(schedule) * len(batches))
-        rows = []
+        batches, rows = parallel.mine(self.session.batches), []
+        known = len(next(iter(velocities.values()), ()))
         with self.around_pass():
-            states = {batch: self.state_of(self.session, self.inputs(batch), schedule) for batch in batches}
-            for i, k in zip(schedule, [*schedule[1:], self.end], strict=True):
-                grams = [self.compute(batch, state, i, k, history_length) for batch, state in states.items()]
+            states = {
+                batch: self.state_of(self.session, self.inputs(batch), schedule, tuple(velocities.get(batch, ())))
+                for batch in batches
+            }
+            for place, (i, k) in enumerate(zip(schedule, [*schedule[1:], self.end], strict=True)):
+                grams = []
+                for batch, state in states.items():
+                    grams.append(self.compute(batch, state, i, k, history_length))
+                    if place < known:
+                        self.session.spare(1)
+                    else:
+                        self.session.called()
+                        velocities.setdefault(batch, []).append(state.history[0].cpu())
                 grams = np.concatenate(parallel.in_order(grams))
                 rows.append(parallel.share(self.fit(grams, history_length, self.first_order(i, k))))
                 for state in states.values():
                     state.jump(float(rows[-1]["scale"]), rows[-1]["weights"].tolist())
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["prediction_errors"] = arrays["prediction_errors"].T.copy()  # [P, N]
-        error, held_out = self.errors_of(states)
-        return arrays | {"error": np.array(error), "held_out": np.array(held_out)}
+        return arrays | {"errors": self.errors_of(states)}
 
     def compute(self, batch: int, state: BatchState, i: int, k: int, history_length: int) -> np.ndarray:
         """Compute step i of a batch. Returns scalar products [B, R, R] from which the jump from i to k is fitted.
@@ -224,7 +306,6 @@ class BudgetCalibration:
         self.session.require_finite(v, batch, i)
         state.history = [v, *state.history][:history_length]
         errors = [self.target_latents(batch, step).to(state.x.device) - state.x.float() for step in (i, k)]
-        self.session.bar.update()
         return products([*state.history, *([state.x] if self.scaled else []), *errors], self.free(batch))
 
     def fit(
@@ -237,25 +318,24 @@ class BudgetCalibration:
             history_length: H.
             first_order: (a, w) of the solver's own jump, to which the ridge pulls the weights.
         """
-        total, end = grams[: self.fitted].sum(0), grams.shape[1] - 2
+        fitted, end = grams[: self.fitted], grams.shape[1] - 2
         velocities = end - self.scaled
         prior, zero = np.zeros(end), np.zeros(end)
         prior[0], prior[velocities:] = first_order[1], first_order[0] - 1
         row = {}
         for name, scale, column, start in (("weights", "scale", -1, prior), ("repair", "repair_scale", -2, zero)):
-            solved = planner.solve_weights(total[:end, :end], total[:end, column], start)
+            products_of = (fitted[:, :end, :end], fitted[:, :end, column], fitted[:, column, column])
+            solved = planner.robust_weights(*products_of, start)
             row[name] = np.pad(solved[:velocities], (0, history_length - velocities))
             row[scale] = 1 + solved[velocities:].sum()
         products_of_velocities = grams[:, :velocities, :velocities]
         row["predictor"], squares = planner.fit_predictor(products_of_velocities, history_length - 1, self.fitted)
         return row | {"prediction_errors": np.sqrt(squares / self.elements)}
 
-    def errors_of(self, states: dict[int, BatchState]) -> tuple[float, float]:
-        """Return the mean squared errors of the final latents on fitted and on held-out prompts (nan without any)."""
+    def errors_of(self, states: dict[int, BatchState]) -> np.ndarray:
+        """Return the mean squared error of each prompt's final latents, [P]."""
         errors = [self.squared_errors(batch, state.x) for batch, state in states.items()]
-        squares = [error for batch in parallel.in_order(errors) for error in batch]
-        held_out = squares[self.fitted :]
-        return float(np.mean(squares[: self.fitted])), float(np.mean(held_out)) if held_out else float("nan")
+        return np.array([error for batch in parallel.in_order(errors) for error in batch])
 
     def squared_errors(self, batch: int, final: torch.Tensor) -> list[float]:
         """Return the mean squared error of each prompt's final latents."""
@@ -279,32 +359,62 @@ class BudgetCalibration:
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
-    def plans(self, budgets: Sequence[int], search: int = 0) -> dict[int, BudgetPlan]:
-        """Return a plan for each budget.
+    def plans(self, budgets: Sequence[int], effort: str = "normal") -> dict[int, BudgetPlan]:
+        """Return a plan for each budget; arguments as of `each_plan`."""
+        return dict(zip(budgets, self.each_plan(budgets, effort), strict=True))
+
+    def each_plan(self, budgets: Sequence[int], effort: str = "normal") -> Iterator[BudgetPlan]:
+        """Make a plan for each budget, one by one.
 
         Args:
             budgets: Numbers of computed steps, from 2 to T.
-            search: Rollouts that a local search may spend on each plan.
+            effort: quick, normal or thorough.
+
+        Raises:
+            Interrupted: Ctrl-C, with the best plan of the budget in progress.
         """
         for budget in budgets:
             check_budget(budget, self.end if self.target.sigmas is None else self.session.steps)
+        rollouts = effort_of(effort).rollouts
+        if self.fitted == len(self.session.prompts):
+            text = f"{self.fitted} calibration prompts, so that none is held out to measure the plan"
+            warnings.warn(f"{text}: give at least 4", stacklevel=2)
+        self.session.announce(self.end * self.target.calls_per_step + rollouts * sum(budgets))
         gram = self.trajectories()
-        candidates = parallel.share(planner.candidate_schedules(gram, list(budgets), self.scaled))
-        return {budget: self.plan(gram, candidates[budget], search) for budget in budgets}
+        balanced = planner.balanced(self.grams, self.scaled)
+        candidates = parallel.share(planner.candidate_schedules(balanced, list(budgets), self.scaled))
+        for budget in budgets:
+            yield self.plan(gram, candidates[budget], rollouts)
 
-    def plan(self, gram: Gram, candidates: dict[str, Schedule], search: int = 0) -> BudgetPlan:
-        """Choose the best candidate schedule by rollout, then the best history length, then search locally."""
-        budget = len(next(iter(candidates.values())))
-        self.session.bar.set_description(f"calibrate N={budget}")
-        tried = {name: self.rollout(schedule, HISTORY_LENGTHS[0]) for name, schedule in candidates.items()}
-        name = min(tried, key=lambda n: tried[n].error)
-        for history_length in HISTORY_LENGTHS[1:]:
-            tried[f"{name}, H = {history_length}"] = self.rollout(tried[name].schedule, history_length)
-        name = min(tried, key=lambda n: tried[n].error)
-        best = self.search(tried[name], search)
-        errors = {n: rollout.error for n, rollout in tried.items()} | {"after local search": best.error}
-        bound = planner.projection_bound(gram, best.schedule, self.scaled)
-        start_weights, start_scale = self.starts(gram, best.schedule, best.arrays["weights"].shape[1])
+    def plan(self, gram: Gram, candidates: dict[str, Schedule], rollouts: int) -> BudgetPlan:
+        """Roll out candidate schedules, then the best one with another history length, then those near it.
+
+        Args:
+            gram: Of the target's trajectories.
+            candidates: Schedules by name, the most promising first.
+            rollouts: At most so many.
+        """
+        search = Search(self, candidates, rollouts)
+        try:
+            for _ in search:
+                self.session.bar.set_postfix_str(f"error {search.best.error:.2e}")
+        except KeyboardInterrupt:
+            if search.best is None:
+                raise
+            raise Interrupted(self.plan_of(gram, search, finished=False)) from None
+        unused = (rollouts - len(search.tried)) * search.budget
+        self.session.spare(unused * len(parallel.mine(self.session.batches)))
+        return self.plan_of(gram, search)
+
+    def plan_of(self, gram: Gram, search: "Search", finished: bool = True) -> BudgetPlan:
+        """Return the plan of a search's best rollout."""
+        best = search.best
+        start_weights, start_scale = self.starts(gram, best.schedule, best.history_length)
+        fitted, held_out = best.errors[: self.fitted], best.errors[self.fitted :]
+        gap = 10 * np.log10(geometric_mean(held_out) / geometric_mean(fitted)) if len(held_out) else 0.0
+        if gap > LARGE_GAP:
+            text = f"N = {search.budget}: prompts that the fit did not use come out {gap:.0f} dB worse than its own"
+            warnings.warn(f"{text}: give more prompts", stacklevel=2)
         return BudgetPlan(
             requirements=self.session.requirements,
             computed=tuple(self.begin + i for i in best.schedule),
@@ -312,9 +422,9 @@ class BudgetCalibration:
             native_sigmas=tuple(self.native_sigmas.tolist()),
             target=self.target.name,
             sigmas=() if self.target.sigmas is None else tuple(self.target.sigmas.tolist()),
-            predicted_error=best.error,
-            held_out_error=best.held_out,
-            provenance=self.provenance(name, errors, bound),
+            predicted_error=geometric_mean(fitted),
+            held_out_error=geometric_mean(held_out) if len(held_out) else None,
+            provenance=self.provenance(gram, search, finished),
             start_weights=as_tuples(start_weights.tolist()),
             start_scale=as_tuples(start_scale.tolist()),
             **{name: as_tuples(array.tolist()) for name, array in best.arrays.items()},
@@ -338,27 +448,81 @@ class BudgetCalibration:
                 weights[step, 0] *= (native[step] - end) / (grid[begin] - end)
         return weights, scales
 
-    def search(self, best: Rollout, rollouts: int) -> Rollout:
-        """Move single computed steps by one while that lowers the error, with at most so many rollouts."""
-        history_length, tried = best.arrays["weights"].shape[1], {best.schedule}
-        while True:
-            options = [s for s in planner.neighbours(best.schedule, self.end) if s not in tried]
-            for schedule in options[:rollouts]:
-                rollouts -= 1
-                tried.add(schedule)
-                moved = self.rollout(schedule, history_length)
-                if moved.error < best.error:
-                    best = moved
-                    break
-            else:
-                return best
-
-    def provenance(self, chosen: str, errors: dict[str, float], bound: float) -> dict[str, Any]:
-        provenance = self.session.provenance(self.checkpoints, chosen, errors)
+    def provenance(self, gram: Gram, search: "Search", finished: bool) -> dict[str, Any]:
+        best, arrays = search.best, search.best.arrays
+        provenance = self.session.provenance(self.checkpoints, search.chosen, search.errors)
         provenance["prompts"] = {**provenance["prompts"], "fitted": self.fitted}
-        provenance["calibration"] |= {"projection_bound": bound, **self.target.facts()}
+        provenance["calibration"] |= {
+            "metric": "geometric mean over prompts of the mean squared error of the final latents",
+            "compared": "the same over three prompts in four, the best",
+            "rollouts": len(search.tried),
+            "finished": finished,
+            "projection_bound": planner.projection_bound(gram, best.schedule, self.scaled),
+            "noise_gain": planner.noise_gain(arrays["weights"], arrays["scale"]),
+            "noise_gain_uncached": self.uncached_noise_gain(),
+            **self.target.facts(),
+        }
         return provenance
+
+    def uncached_noise_gain(self) -> float:
+        """Return the noise gain of the solver's own steps."""
+        steps = [self.first_order(i, i + 1) for i in range(self.end)]
+        return planner.noise_gain(np.array([[w] for _, w in steps]), np.array([a for a, _ in steps]))
 
     def finish(self) -> None:
         """Delete the checkpoints; call it once the plans are saved."""
         self.session.finish(self.checkpoints)
+
+
+class Search:
+    """The rollouts of one budget, one by one: iterate over it.
+
+    First the candidate schedules, each with the first of `HISTORY_LENGTHS`, then the best of them with the others, then
+    a local search: schedules near the best one, those first that share most of its model calls.
+
+    Args:
+        calibration: Rolls out.
+        candidates: Schedules by name, the most promising first.
+        rollouts: At most so many.
+
+    Attributes:
+        best: The rollout with the least error so far; None before the first one.
+        chosen: Its name: that of the candidate from which it was found.
+        errors: By name.
+        budget: N.
+        tried: (schedule, H) of the rollouts.
+    """
+
+    def __init__(self, calibration: BudgetCalibration, candidates: dict[str, Schedule], rollouts: int):
+        self.calibration, self.candidates, self.rollouts = calibration, candidates, rollouts
+        self.best: Rollout | None = None
+        self.budget = len(next(iter(candidates.values())))
+        self.chosen, self.errors, self.tried = "", {}, set()
+
+    def __iter__(self):
+        bar, end = self.calibration.session.bar, self.calibration.end
+        bar.set_description(f"calibrate N={self.budget}")
+        for name, schedule in list(self.candidates.items())[: self.rollouts]:
+            self.roll_out(schedule, HISTORY_LENGTHS[0], name)
+            yield
+        for history_length in HISTORY_LENGTHS[1:]:
+            if len(self.tried) < self.rollouts:
+                self.roll_out(self.best.schedule, history_length, f"{self.chosen}, H = {history_length}")
+                yield
+        while len(self.tried) < self.rollouts:
+            length = self.best.history_length
+            near = [s for s in planner.neighbours(self.best.schedule, end) if (s, length) not in self.tried]
+            if not near:
+                break
+            self.roll_out(near[0], length)
+            yield
+
+    def roll_out(self, schedule: Schedule, history_length: int, name: str | None = None) -> None:
+        """Roll a schedule out and keep the better rollout. name: of a candidate; None in the local search."""
+        rollout = self.calibration.rollout(schedule, history_length, like=self.best)
+        self.tried.add((schedule, history_length))
+        if self.best is None or rollout.error < self.best.error:
+            self.best, self.chosen = rollout, name or self.chosen
+            name = name or "after local search"
+        if name:
+            self.errors[name] = rollout.error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.budget import BudgetCalibration, Interrupted
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.demos.model_folder import Sampler
@@ -83,18 +84,17 @@ class CalibrationOptions:
     Args:
         prompts: File with one prompt per line; None for the model folder's own.
         batch_size: Prompts per call, at least 1.
-        search: Rollouts that the local search of a budget plan may spend, at least 0.
+        effort: quick, normal or thorough (effort.py).
     """
 
     prompts: Path | None = None
     batch_size: int = 4
-    search: int = 0
+    effort: str = "quick"
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("search", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: give a whole number of at least 1")
+        effort_of(self.effort, "--effort")
 
 
 def find_plan(
@@ -116,13 +116,13 @@ def find_plan(
     if path is None:
         path = sampler.FOLDER / "cache" / request.name
         remedy = f"delete {path} to calibrate it anew under these conditions"
-        if not path.exists():
+        if not path.exists() or not is_finished(Plan.load(path)):
             if parallel.is_main():
-                print(f"no stored plan for {request}: calibrating one (once)", file=sys.stderr)
-            session = open_session(sampler, pipe, settings, request.model, options, path.parent)
+                print(f"no finished plan for {request}: calibrating one (once, {options.effort})", file=sys.stderr)
+            where = (sampler, pipe, settings, request.model, options, path.parent)
             if request.threshold is not None:
-                return calibrate_thresholds(session, [request.threshold], request.site, path.parent)[0]
-            return calibrate_budgets(session, [request.computed], request.target, options.search, path.parent)[0]
+                return calibrate_thresholds(*where, [request.threshold], request.site)[0]
+            return calibrate_budgets(*where, [request.computed], request.target)[0]
     plan = Plan.load(path)
     recorded = {name: value for name, value in settings.items() if name != "steps"}
     recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -133,12 +133,33 @@ def find_plan(
     return plan, path
 
 
+def is_finished(plan: Plan) -> bool:
+    """Return whether a plan is not the best of a calibration that was interrupted."""
+    return plan.provenance.get("calibration", {}).get("finished", True)
+
+
 def open_session(
-    sampler: Sampler, pipe, settings: dict[str, Any], model: str, options: CalibrationOptions, work: Path
+    sampler: Sampler,
+    pipe,
+    settings: dict[str, Any],
+    model: str,
+    options: CalibrationOptions,
+    work: Path,
+    most: int | None = None,
 ) -> CalibrationSession:
-    """Return a session on the prompts of the options, or on the folder's own. work: folder for its checkpoints."""
+    """Return a session on the prompts of the options, or on the folder's own.
+
+    Args:
+        sampler: The model folder.
+        pipe: Its pipeline.
+        settings: The run's.
+        model: As the run loads it.
+        options: Of the calibration.
+        work: Folder for its checkpoints.
+        most: Number of prompts to use, the first of them; None for all.
+    """
     default = "calibration-demo.txt" if model == "demo" else "calibration.txt"
-    prompts = read_prompts(options.prompts or sampler.FOLDER / "prompts" / default)
+    prompts = read_prompts(options.prompts or sampler.FOLDER / "prompts" / default)[:most]
     return CalibrationSession(
         sampler,
         pipe,
@@ -152,19 +173,53 @@ def open_session(
 
 
 def calibrate_thresholds(
-    session: CalibrationSession, thresholds: Sequence[float], site: str, folder: Path
+    sampler: Sampler,
+    pipe,
+    settings: dict[str, Any],
+    model: str,
+    options: CalibrationOptions,
+    folder: Path,
+    thresholds: Sequence[float],
+    site: str,
 ) -> list[tuple[Plan, Path]]:
-    """Calibrate a threshold plan for each λ and store it in `folder`."""
+    """Calibrate a threshold plan for each λ and store it in `folder`; other arguments as of `open_session`."""
+    most = effort_of(options.effort).threshold_prompts
+    session = open_session(sampler, pipe, settings, model, options, folder, most)
     calibration = ThresholdCalibration(session, site)
-    return _store(calibration, (calibration.plan(threshold) for threshold in thresholds), folder)
+    return _store(calibration, calibration.plans(thresholds, options.effort), folder)
 
 
 def calibrate_budgets(
-    session: CalibrationSession, budgets: Sequence[int], target: str, search: int, folder: Path
+    sampler: Sampler,
+    pipe,
+    settings: dict[str, Any],
+    model: str,
+    options: CalibrationOptions,
+    folder: Path,
+    budgets: Sequence[int],
+    target: str,
 ) -> list[tuple[Plan, Path]]:
-    """Calibrate a budget plan for each number of computed steps and store it in `folder`; one trajectory serves all."""
+    """Calibrate a budget plan for each number of computed steps and store it in `folder`; one trajectory serves all.
+
+    Ctrl-C stores the best plan so far of the one in progress.
+    """
+    session = open_session(sampler, pipe, settings, model, options, folder, effort_of(options.effort).prompts)
     calibration = BudgetCalibration(session, target)
-    return _store(calibration, calibration.plans(budgets, search).values(), folder)
+    try:
+        return _store(calibration, calibration.each_plan(budgets, options.effort), folder)
+    except Interrupted as stop:
+        path = ensure_writable(folder) / stop.plan.file_name(model)
+        if parallel.is_main():
+            keep_unfinished(stop.plan, path)
+        raise
+
+
+def keep_unfinished(plan: Plan, path: Path) -> None:
+    """Save the best plan so far of an interrupted calibration, and say so; never over a finished one."""
+    if path.exists() and is_finished(Plan.load(path)):
+        return
+    rollouts = plan.provenance["calibration"]["rollouts"]
+    print(f"kept the best plan of {rollouts} schedules so far: {plan.save(path)}", file=sys.stderr)
 
 
 def _store(calibration, plans: Iterable[Plan], folder: Path) -> list[tuple[Plan, Path]]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ertacache.calibration.budget import BudgetCalibration
-from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call
+from ertacache.calibration.budget import BudgetCalibration, Interrupted
+from ertacache.calibration.effort import effort_of
+from ertacache.calibration.from_folder import keep_unfinished
+from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, stateful
 from ertacache.calibration.session import LEAST_STEPS, CalibrationSession
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals
@@ -21,6 +21,7 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable
 
 FOLDER = ".ertacache"  # in the current folder: checkpoints of an interrupted calibration
+UNFINISHED = "interrupted-"  # names of plans in it begin so
 SET_BY_CALIBRATE = ("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt")
 UNRECORDED = ("num_inference_steps", "output_type", "return_dict")  # no settings of a plan
 
@@ -32,7 +33,7 @@ def calibrate(
     *,
     seed: int = 0,
     batch_size: int = 1,
-    search: int = 0,
+    effort: str = "normal",
     target: str = "reference",
     work: str | Path | None = None,
     progress: bool = True,
@@ -40,8 +41,9 @@ def calibrate(
 ) -> dict[float, BudgetPlan]:
     """Calibrate a budget plan for each speed-up, for this pipeline's call with `call_kwargs`.
 
-    It takes T model calls per prompt once, and then up to 5·N per prompt for each speed-up. The pipeline is left as it
-    is, and a plan that it follows plays no part. An interrupted calibration resumes with the same call.
+    It takes T model calls per prompt once, and then at most 3·N, 8·N or 80·N per prompt for each speed-up, by effort;
+    it says how many before it begins. The pipeline is left as it is, and a plan that it follows plays no part. After an
+    interruption the best plan so far is in `work`, and the same call goes on.
 
     Args:
         pipe: The pipeline.
@@ -50,7 +52,8 @@ def calibrate(
         speedups: T/N, each at least 1.
         seed: Prompt j starts from the noise of seed + j.
         batch_size: Prompts per call.
-        search: Rollouts that a local search may spend on each plan.
+        effort: "quick" (the first 8 prompts, the 3 most promising schedules), "normal" (all prompts and schedules) or
+            "thorough" (and a local search).
         target: "reference", the uncached run; a pipeline's own call shows no other.
         work: Folder for checkpoints, T + 1 float32 latents per prompt, removed at the end; by default .ertacache in the
             current folder.
@@ -69,6 +72,7 @@ def calibrate(
         >>> plans = ertacache.calibrate(pipe, prompts, speedups=[2, 3], num_inference_steps=30, guidance_scale=3.5)
         >>> ertacache.enable(pipe, plans[2])
     """
+    prompts = _check_prompts(prompts)[: effort_of(effort).prompts]
     steps = _check(pipe, prompts, speedups, target, batch_size, call_kwargs)
     folder = ensure_writable(work or FOLDER)
     sampler = PausedCalls(pipe, call_kwargs)
@@ -94,13 +98,26 @@ def calibrate(
                 text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
                 raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
             budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
-            plans = calibration.plans(list(budgets.values()), search)
+            plans = calibration.plans(list(budgets.values()), effort)
             calibration.finish()
+        for unfinished in folder.glob(f"{UNFINISHED}*"):
+            unfinished.unlink()
+    except Interrupted as stop:
+        keep_unfinished(stop.plan, folder / f"{UNFINISHED}{stop.plan.nfe}-of-{stop.plan.steps}.json")
+        raise
     finally:
         if work is None:
             with contextlib.suppress(OSError):  # what lies in it belongs to an interrupted calibration
                 folder.rmdir()
     return {speedup: plans[budget] for speedup, budget in budgets.items()}
+
+
+def _check_prompts(prompts) -> list[str]:
+    """Return the prompts, a list of texts."""
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"prompts = {prompts!r:.60}: give a list of texts")
+    return list(prompts)
 
 
 def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: Mapping[str, Any]) -> int:
@@ -110,9 +127,6 @@ def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: M
     if isinstance(speedups, (int, float, str)) or not speedups:
         raise UserError(f"speedups = {speedups!r}: give a list, for example [2, 3]")
     check_speedups(speedups, "speedups")
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"prompts = {prompts!r:.60}: give a list of texts")
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: give a number of at least 1")
     check_pipeline(pipe)
@@ -128,22 +142,12 @@ def _check_state(pipe, count: int) -> None:
     In a rollout the calls of all prompts take turns at each step, on one model.
     """
     for name, part in originals(pipe).items():
-        stateful = [hook for hook in _hooks_of(part) if hook._is_stateful and not hasattr(hook, "state_manager")]
-        kinds = sorted({type(hook).__name__ for hook in stateful})
-        if getattr(part, "_is_cached", False):
-            kinds.append("cache-dit")
+        kinds = stateful(part, shared=True)
         if kinds:
             text = (
                 f"the pipeline's {name} keeps state from step to step ({', '.join(kinds)}), which prompts would share"
             )
             raise UserError(f"{text}: disable that cache first, or give batch_size={count}")
-
-
-def _hooks_of(part) -> list:
-    """Return diffusers' hooks on a model and its modules."""
-    modules = part.modules() if isinstance(part, torch.nn.Module) else ()
-    registries = [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
-    return [hook for registry in registries for hook in registry.hooks.values()]
 
 
 def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:

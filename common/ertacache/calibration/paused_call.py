@@ -7,6 +7,9 @@ fitted. That fit needs all prompts at the same step, but a call cannot be left a
 thread of its own, which waits inside the scheduler's step. One thread runs at a time: that of the call that is asked to
 continue, while the asking thread waits for it.
 
+A rollout that has its first steps in common with an earlier one is handed their velocities, and makes no model calls
+on them. The first step's call is made all the same: pipelines want an output of the right form.
+
 Memory: in a rollout the calls of all prompts (of this process) wait at once, each with its embeddings, its latents and
 the newest velocities.
 """
@@ -14,7 +17,7 @@ the newest velocities.
 import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -43,6 +46,8 @@ class PausedCalls:
     def __init__(self, pipe, arguments: Mapping[str, Any]):
         self.pipe, self.arguments = pipe, dict(arguments)
         self.open: list[PausedCall] = []
+        self.repeatable = getattr(pipe, "guider", None) is None and not any(map(stateful, originals(pipe).values()))
+        """Whether a step depends on the latents alone. Else velocities that are known cannot stand for model calls."""
 
     def __enter__(self):
         return self
@@ -78,19 +83,27 @@ class PausedCall:
         sampler: Its pipeline and arguments.
         prompts, seeds: Of the batch.
         computed: The steps that it computes; None for all.
+        known: Velocities of the first of them.
     """
 
-    def __init__(self, sampler: PausedCalls, prompts: list[str], seeds: list[int], computed: Schedule | None = None):
-        self.sampler, self.prompts, self.seeds, self.computed = sampler, prompts, seeds, computed
+    def __init__(
+        self,
+        sampler: PausedCalls,
+        prompts: list[str],
+        seeds: list[int],
+        computed: Schedule | None = None,
+        known: Sequence[torch.Tensor] = (),
+    ):
+        self.sampler, self.prompts, self.seeds, self.computed, self.known = sampler, prompts, seeds, computed, known
         self.answers, self.messages = SimpleQueue(), SimpleQueue()
         self.state = None  # (run, latents before the step at which it pauses, velocity there)
         self.moved = self.changed = (
             None  # bool [B, …]: numbers that the solver has moved; that the pipeline has changed
         )
 
-    def restricted_to(self, computed: Schedule) -> "PausedCall":
-        """Return the same call, computing these steps only."""
-        return PausedCall(self.sampler, self.prompts, self.seeds, computed)
+    def restricted_to(self, computed: Schedule, known: Sequence[torch.Tensor]) -> "PausedCall":
+        """Return the same call, computing these steps only. known: velocities of the first of them."""
+        return PausedCall(self.sampler, self.prompts, self.seeds, computed, known)
 
     @property
     def run(self) -> PlannedRun:
@@ -189,8 +202,8 @@ class PausedCall:
 class CallState:
     """A batch of prompts on its way through a schedule, in the pipeline's own call. Same as `budget.BatchState`."""
 
-    def __init__(self, session, inputs: PausedCall, schedule: Schedule):
-        self.call = inputs.restricted_to(schedule)
+    def __init__(self, session, inputs: PausedCall, schedule: Schedule, known: Sequence[torch.Tensor] = ()):
+        self.call = inputs.restricted_to(schedule, known)
         self.history: list[torch.Tensor] = []
 
     @property
@@ -232,9 +245,12 @@ class Pausing(Enabled):
 
     def steps_of(self, run: PlannedRun):
         call, course = self.call, run.course
+        if not run.leads:
+            call.sampler.repeatable = False  # its velocities are not known
         if call.computed is None:
             return Watched(run, call) if run.leads else OwnSteps(run)
         course.planned = run.planned = tuple(course.begin + i for i in call.computed)
+        course.replayed = frozenset(run.planned[1 : len(call.known)])
         return Rollout(run, call)
 
 
@@ -273,6 +289,10 @@ class Rollout(BudgetSteps):
 
     def see(self, i, v):
         pass
+
+    def compute(self, i, x, v):
+        row = self.row_of[i]
+        return super().compute(i, x, self.call.known[row].to(v) if row < len(self.call.known) else v)
 
     def weights(self, i, k, x):
         if self.run.leads:
@@ -315,6 +335,20 @@ def arguments_of_call(pipe) -> tuple[dict[str, Any], bool]:
         if complete:
             break
     return known, complete
+
+
+def stateful(part, shared: bool = False) -> list[str]:
+    """Return the kinds of what keeps something from step to step on a model: diffusers' hooks, and cache-dit.
+
+    Args:
+        part: A model, or any other part of a pipeline.
+        shared: Whether to leave out what diffusers' cache contexts keep apart for each call.
+    """
+    modules = part.modules() if isinstance(part, torch.nn.Module) else ()
+    registries = [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
+    kinds = {type(hook).__name__ for hook in hooks if not (shared and hasattr(hook, "state_manager"))}
+    return sorted(kinds) + (["cache-dit"] if getattr(part, "_is_cached", False) else [])
 
 
 def _thread_state() -> contextlib.AbstractContextManager:

@@ -20,6 +20,8 @@ from ertacache.calibration.gram import Gram
 from ertacache.numerics.jump import adams_bashforth
 
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
+REWEIGHTED = 8  # solutions of the normal equations in `robust_weights`
+LEAST_SHARE = 1e-6  # least error of a prompt in `robust_weights`, relative to the mean
 START_HISTORY, START_NOISE = 2, 3.0  # of runs that begin late; see `late_start_weights`
 LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
 
@@ -113,27 +115,75 @@ def _trace(history: Sequence[int], parents: list[np.ndarray], none: int) -> Sche
 
 
 def candidate_schedules(gram: Gram, budgets: list[int], scaled: bool = False) -> dict[int, dict[str, Schedule]]:
-    """Return the different schedules that the costs propose for each budget, by name.
+    """Return the different schedules to try for each budget by name, the most promising first.
 
-    They are H = 2 with p = ½, 1 and ∞, and H = 3 with p = 1 where its table is not too large. Which one is best depends
-    on the model and the budget; calibration tries them. Names are kept in plan files.
+    Four have the least costs: H = 2 with p = 1, ∞ and ½, and H = 3 with p = 1 where its table is not too large. Two
+    know nothing of the model: uniform in the step, without and with the last one. Which one is best depends on the
+    model and the budget; calibration tries them. Names are kept in plan files.
 
     Args:
         gram: Of the target's trajectories.
         budgets: Numbers of computed steps.
         scaled: As in `jump_costs`.
     """
-    candidates: dict[int, dict[str, Schedule]] = {n: {} for n in budgets}
-    lengths = [length for length in (2, 3) if (gram.steps + 1) ** (length + 1) <= LARGEST_TABLE]
-    costs = {length: jump_costs(gram, length, scaled) for length in lengths}
-    for length, power in ((2, 0.5), (2, 1.0), (2, np.inf), (3, 1.0)):
-        if length not in costs:
-            continue
-        schedules = best_schedules(costs[length], max(budgets), power)
-        for n in budgets:
-            if schedules[n] not in candidates[n].values():
-                candidates[n][f"{length} anchors, p = {power:g}"] = schedules[n]
+    least: dict[tuple[int, float], dict[int, Schedule]] = {}
+    for length in (2, 3):
+        if (gram.steps + 1) ** (length + 1) <= LARGEST_TABLE:
+            costs = jump_costs(gram, length, scaled)
+            for power in (1.0, np.inf, 0.5) if length == 2 else (1.0,):
+                least[length, power] = best_schedules(costs, max(budgets), power)
+    candidates: dict[int, dict[str, Schedule]] = {}
+    for n in budgets:
+        named = {f"{length} anchors, p = {power:g}": schedules[n] for (length, power), schedules in least.items()}
+        uniform = {
+            "uniform": uniform_schedule(gram.steps, n),
+            "uniform with the last step": (*uniform_schedule(gram.steps - 1, n - 1), gram.steps - 1),
+        }
+        first = next(iter(named), None)
+        ordered = {**({first: named[first]} if first else {}), **uniform, **named}
+        candidates[n] = {}
+        for name, schedule in ordered.items():
+            if schedule not in candidates[n].values():
+                candidates[n][name] = schedule
     return candidates
+
+
+def balanced(grams: Sequence[Gram], scaled: bool = False) -> Gram:
+    """Return the sum of the Gram matrices of single prompts in which each counts by the ratio of its errors.
+
+    In a plain sum the prompts with the largest errors would place the steps. Here each is divided by its own error
+    along a uniform schedule of a third of the steps, with weights fitted on all; iterated, as in `robust_weights`.
+
+    Args:
+        grams: One of each prompt.
+        scaled: As in `jump_costs`.
+    """
+    steps, elements, prompts = grams[0].steps, sum(g.elements for g in grams), sum(g.prompts for g in grams)
+    matrices, schedule = np.stack([gram.matrix for gram in grams]), uniform_schedule(steps, max(2, steps // 3))
+    shares = np.ones(len(grams))
+    for _ in range(REWEIGHTED):
+        total = Gram(np.einsum("p,pij->ij", shares, matrices), elements, prompts)
+        misses = _misses(schedule, *offline_weights(total, schedule, 3, scaled), steps)
+        errors = np.maximum(np.einsum("ji,pik,jk->p", misses, matrices, misses), 0.0)
+        floor = LEAST_SHARE * errors.mean() + np.finfo(np.float64).tiny
+        shares = floor / np.maximum(errors, floor)
+    return Gram(np.einsum("p,pij->ij", shares / shares.mean(), matrices), elements, prompts)
+
+
+def _misses(schedule: Schedule, weights: np.ndarray, scale: np.ndarray, steps: int) -> np.ndarray:
+    """Return what each jump of a schedule misses its target by, as a combination of the rows of a Gram matrix."""
+    rows = np.zeros((len(schedule), 2 * steps + 1))
+    for j, (i, k) in enumerate(zip(schedule, [*schedule[1:], steps], strict=True)):
+        newest_first = schedule[j::-1][: weights.shape[1]]
+        rows[j, [steps + 1 + c for c in newest_first]] = weights[j, : len(newest_first)]
+        rows[j, i] += scale[j]
+        rows[j, k] -= 1
+    return rows
+
+
+def uniform_schedule(end: int, budget: int) -> Schedule:
+    """Return `budget` steps from 0 on, at equal distances to the step `end`, rounded."""
+    return tuple(round(i * end / budget) for i in range(budget))
 
 
 def solve_weights(normal: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:
@@ -147,6 +197,30 @@ def solve_weights(normal: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> 
         prior: Weights that the ridge pulls to, [R].
     """
     return prior + np.linalg.solve(_with_ridge(normal), moment - normal @ prior)
+
+
+def robust_weights(normals: np.ndarray, moments: np.ndarray, squares: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Return argmin_w Σ_p log ‖y_p − V_p w‖² over prompts p, with the ridge of `solve_weights`.
+
+    Where a prompt's run has tipped to another picture its error is some hundred times that of the others. Least squares
+    over all prompts would give the weights up for that one; here every prompt counts by the ratio of its errors. It is
+    solved by iteratively reweighted least squares, with the inverse of each prompt's squared error as its share, which
+    never leaves a larger sum than the prior's.
+
+    Args:
+        normals: V_pᵀV_p, [P, R, R].
+        moments: V_pᵀy_p, [P, R].
+        squares: ‖y_p‖², [P].
+        prior: Weights that the ridge pulls to, and where the solution begins, [R].
+    """
+    weights = prior
+    for _ in range(REWEIGHTED):
+        errors = squares - 2 * moments @ weights + np.einsum("i,pij,j->p", weights, normals, weights)
+        floor = LEAST_SHARE * np.abs(errors).mean() + np.finfo(np.float64).tiny
+        shares = floor / np.maximum(errors, floor)
+        normal, moment = np.einsum("p,pij->ij", shares, normals), shares @ moments
+        weights = solve_weights(normal, moment, prior)
+    return weights
 
 
 def fit_predictor(grams: np.ndarray, history_length: int, fitted: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,13 +314,33 @@ def projection_bound(gram: Gram, schedule: Schedule, scaled: bool = False) -> fl
 
 
 def neighbours(schedule: Schedule, steps: int) -> list[Schedule]:
-    """Return the schedules in which one computed step, not the first, moves by one within 1 … `steps` − 1."""
+    """Return the schedules in which one computed step, not the first, moves by one or by two within 1 … `steps` − 1.
+
+    Late ones come first: their rollouts share the most model calls with the schedule's own.
+    """
     moved_schedules = []
-    for place in range(1, len(schedule)):
-        for step in (schedule[place] - 1, schedule[place] + 1):
+    for place in reversed(range(1, len(schedule))):
+        for step in (schedule[place] + d for d in (-1, 1, -2, 2)):
             if step not in schedule and 0 < step < steps:
-                moved_schedules.append((*schedule[:place], step, *schedule[place + 1 :]))
+                moved_schedules.append(tuple(sorted((*schedule[:place], step, *schedule[place + 1 :]))))
     return moved_schedules
+
+
+def noise_gain(weights: np.ndarray, scale: np.ndarray) -> float:
+    """Return the standard deviation that independent noise of deviation 1 in every velocity has in the final latents.
+
+    Velocities in return to noisy latents are taken as they are, so that gains tell plans apart, not models.
+
+    Args:
+        weights: Of the jumps, [N, H], newest velocity first.
+        scale: Their coefficients of the latents, [N].
+    """
+    total = np.zeros(len(weights))  # of each velocity in the latents after the jumps so far
+    for k, (row, factor) in enumerate(zip(weights, scale, strict=True)):
+        total *= factor
+        newest_first = total[k::-1][: len(row)]  # a view
+        newest_first += row[: len(newest_first)]
+    return float(np.sqrt(np.square(total).sum()))
 
 
 # --- weights without a rollout, for comparison ---------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What every calibration needs: prompts in batches, progress, checkpoints, provenance."""
 
+import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -71,8 +73,9 @@ class CalibrationSession:
             "seeds": self.seeds,
             "batch_size": batch_size,
         }
-        silent = not (progress and parallel.is_main())
-        self.bar = tqdm(disable=silent or None, unit="call", desc="calibrate", total=0)
+        self.silent = not (progress and parallel.is_main())
+        self.bar = tqdm(disable=self.silent or None, unit="call", desc="calibrate", total=0)
+        self.clock: list[float] = []  # when the first model calls were made, seconds
 
     @property
     def batches(self) -> int:
@@ -97,15 +100,33 @@ class CalibrationSession:
         Args:
             checkpoints: Of the calibration.
             key: Names the pass.
-            calls: Model calls per batch, for the progress bar.
+            calls: Model calls per batch, of those announced.
             sums_of: Runs one batch.
         """
-        self.expect(calls * len(parallel.mine(self.batches - checkpoints.finished(key))))
+        self.spare(calls * len(parallel.mine(checkpoints.finished(key))))
         return checkpoints.sums(key, self.batches, sums_of)
 
-    def expect(self, calls: int) -> None:
-        """Add this process's coming model calls to the progress bar."""
-        self.bar.total += calls
+    def announce(self, calls: int) -> None:
+        """Say what is to come, before it begins. calls: the most model calls per batch."""
+        self.bar.total += calls * len(parallel.mine(self.batches))
+        self.bar.refresh()
+        if not self.silent:
+            size = min(self.batch_size, len(self.prompts))
+            runs = calls * len(self.prompts) / self.steps
+            text = f"at most {calls * self.batches} model calls with {size} prompts each"
+            print(f"calibration: {text}, the cost of {runs:.0f} uncached results", file=sys.stderr)
+
+    def called(self, calls: int = 1) -> None:
+        """Count model calls of this process; after the second one, say how long the calibration may take."""
+        self.bar.update(calls)
+        self.clock = [*self.clock, time.monotonic()][:3]
+        if len(self.clock) == 2 and self.bar.total > self.bar.n and not self.silent:
+            left = (self.clock[1] - self.clock[0]) * (self.bar.total - self.bar.n) / calls
+            print(f"calibration: at most {duration(left)}", file=sys.stderr)
+
+    def spare(self, calls: int) -> None:
+        """Take back announced model calls of this process that are not needed."""
+        self.bar.total = max(self.bar.n, self.bar.total - calls)
         self.bar.refresh()
 
     def require_finite(self, z: torch.Tensor, batch: int, step: int, source: str = "the model gave") -> None:
@@ -135,6 +156,13 @@ class CalibrationSession:
         """Close the progress bar and delete the checkpoints; call it once the plans are saved."""
         self.bar.close()
         checkpoints.remove()
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: "40 seconds", "3 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def existing(path: Path) -> Path:

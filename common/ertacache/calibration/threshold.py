@@ -11,6 +11,7 @@ point is the S of Algorithm 2 on the whole set. Two passes are usual.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from ertacache import algorithm
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.session import CalibrationSession, existing
 from ertacache.plans.threshold import ThresholdPlan, check_threshold
 from ertacache.utils.files import write_atomically
@@ -151,7 +153,7 @@ class ThresholdCalibration:
             def on_step(i, x, v):
                 session.require_finite(v, batch, i)
                 used = watcher(i, x, v)
-                session.bar.update()
+                session.called()
                 return used
 
             final = session.sampler.denoise(session.pipe, inputs, None, on_step)
@@ -165,7 +167,8 @@ class ThresholdCalibration:
 
         def sums_of(batch):
             def on_step(i, x, v):
-                session.bar.update(i not in plan.cached)
+                if i not in plan.cached:
+                    session.called()
 
             final = session.sampler.denoise(session.pipe, session.inputs(batch), plan, on_step).float().cpu().numpy()
             uncached = load_file(existing(self.uncached_path(batch)))["latents"]
@@ -181,19 +184,33 @@ class ThresholdCalibration:
 
     # --- from sums to a plan ---------------------------------------------------------------------------------
 
-    def plan(self, threshold: float) -> ThresholdPlan:
-        """Return the plan for one λ > 0: Algorithm 2 decides how many calls, the parts that lower the error stay."""
-        return self.choose(*self.candidates(threshold))
+    def plan(self, threshold: float, effort: str = "normal") -> ThresholdPlan:
+        """Return the plan for one λ."""
+        return next(self.plans([threshold], effort))
 
-    def candidates(self, threshold: float) -> tuple[dict[str, ThresholdPlan], dict[str, float]]:
+    def plans(self, thresholds: Sequence[float], effort: str = "normal") -> Iterator[ThresholdPlan]:
+        """Return the plan for each λ > 0: Algorithm 2 decides how many calls, the parts that lower the error stay."""
+        for threshold in thresholds:
+            check_threshold(threshold)
+        whole = effort_of(effort).whole_ablation
+        passes, evaluations = (2 + FIT_PASSES * 3 - 1, 7) if whole else (1, 4)
+        self.session.announce(self.steps * (1 + (passes + evaluations) * len(thresholds)))
+        for threshold in thresholds:
+            yield self.choose(*self.candidates(threshold, whole))
+
+    def candidates(self, threshold: float, whole: bool = True) -> tuple[dict[str, ThresholdPlan], dict[str, float]]:
         """Return the plans for one λ at equal NFE, by name, and their errors.
 
         They are the rows of the paper's Table 3, and a uniform schedule with rectification: a policy that is no better
         than the uniform schedule must show, and must not be used.
+
+        Args:
+            threshold: λ.
+            whole: If not, Algorithm 2 has two passes over the prompts, K and B are fitted in the second of them, and
+                the plans that would need further passes are left out.
         """
-        check_threshold(threshold)
         self.session.bar.set_description(f"calibrate λ={threshold:g}")
-        cached, sums = self.search_policy(self.watch(WatchedSchedule(), pairs=True), threshold)
+        cached, sums = self.search_policy(self.watch(WatchedSchedule(), pairs=True), threshold, whole)
         policy = ThresholdPlan(
             requirements=self.session.requirements,
             threshold=float(threshold),
@@ -204,12 +221,16 @@ class ThresholdCalibration:
         if not cached:
             return {"policy": policy}, {"policy": self.evaluate(policy)}
         plans = {"uniform": replace(policy, cached=algorithm.uniform_cached(self.steps, policy.nfe)), "policy": policy}
-        for definition, reference in (("velocity", sums.velocity), ("difference", sums.change)):
+        for definition, reference in (("velocity", sums.velocity), ("difference", sums.change))[: 2 if whole else 1]:
             phi = [1.0] * self.steps
             for i in cached:
                 phi[i] = max(LEAST_PHI, algorithm.step_coefficient(sums.error[i], reference[i]))
             plans[f"policy + time ({definition})"] = replace(policy, phi=tuple(phi), phi_definition=definition)
         errors = {name: self.evaluate(plan) for name, plan in plans.items()}
+        if not whole:
+            plans["policy + rectification"] = self.fit(policy, sums, passes=1)
+            errors["policy + rectification"] = self.evaluate(plans["policy + rectification"])
+            return plans, errors
         better_time = min((name for name in plans if "time" in name), key=errors.get)
         for name, watched in (("policy", sums), (better_time, None), ("uniform", None)):
             plans[f"{name} + rectification"] = self.fit(plans[name], watched)
@@ -232,9 +253,13 @@ class ThresholdCalibration:
         round_hits = [t for t in hits if t == float(f"{t:.1g}")] or hits
         return round_hits[len(round_hits) // 2]
 
-    def search_policy(self, uncached: PassSums, threshold: float) -> tuple[tuple[int, ...], PassSums]:
-        """Return S of Algorithm 2, and the sums on its own cached trajectory."""
+    def search_policy(
+        self, uncached: PassSums, threshold: float, settle: bool = True
+    ) -> tuple[tuple[int, ...], PassSums]:
+        """Return S of Algorithm 2, and the sums on its own cached trajectory. settle: if not, S of the uncached run."""
         cached = algorithm.select_cached(uncached.distance, uncached.norm, threshold)
+        if not settle:
+            return cached, self.watch(WatchedSchedule(cached), pairs=False)
         for _ in range(self.steps):
             sums = self.watch(WatchedSchedule(cached), pairs=True)
             again = algorithm.select_cached(sums.distance, uncached.norm, threshold)
@@ -243,9 +268,9 @@ class ThresholdCalibration:
             cached = again
         return cached, sums
 
-    def fit(self, plan: ThresholdPlan, sums: PassSums | None) -> ThresholdPlan:
+    def fit(self, plan: ThresholdPlan, sums: PassSums | None, passes: int = FIT_PASSES) -> ThresholdPlan:
         """Fit K and B of every cached step (Eq. 20–21). sums: of the unrectified pass, where they are known."""
-        for _ in range(FIT_PASSES):
+        for _ in range(passes):
             k, b = (plan.k, plan.b) if plan.rectified else ((), ())
             sums = sums or self.watch(WatchedSchedule(plan.cached, plan.phi, k, b), pairs=False)
             k, b = [0.0] * self.steps, [-2.0] * self.steps

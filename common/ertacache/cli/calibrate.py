@@ -16,7 +16,7 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable
 
 
-def run(request: Request, out: Path, speedups: str, seed: int, search: int, force: bool) -> None:
+def run(request: Request, out: Path, speedups: str, seed: int, effort: str, force: bool) -> None:
     """Calibrate and save, in one process or in each of several that a launcher has started."""
 
     def main() -> None:
@@ -27,7 +27,7 @@ def run(request: Request, out: Path, speedups: str, seed: int, search: int, forc
         if existing and not force:
             raise UserError(f"{existing[0]} is there already: give --force to write over it, or another --out")
         ensure_writable(out)
-        options = {"seed": seed, "batch_size": request.batch_size, "search": search, "work": out}
+        options = {"seed": seed, "batch_size": request.batch_size, "effort": effort, "work": out}
         pipe = request.load()
         with request.calling():
             plans = calibrate(pipe, request.prompts, list(paths), **options, **request.arguments)
@@ -59,7 +59,7 @@ def line_about(plan: BudgetPlan, path: Path) -> str:
     """Return one line about a plan that has been calibrated."""
     held_out = "none held out" if plan.held_out_error is None else f"held out {plan.held_out_error:.2e}"
     calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
-    return f"{calls}, mean squared error of the final latents {plan.predicted_error:.2e} ({held_out}) → {path}"
+    return f"{calls}, error of the final latents {plan.predicted_error:.2e} ({held_out}) → {path}"
 
 
 def next_command(request: Request, path: Path) -> str:

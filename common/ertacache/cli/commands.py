@@ -38,7 +38,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for the plans, and for what a killed run resumes from")],
     speedups: Annotated[str, typer.Option(metavar="S,S,…", help="plans that compute T/S of T steps")] = "2,3",
     seed: Seed = 0,
-    search: Annotated[int, typer.Option(min=0, metavar="N", help="rollouts of a local search, per plan")] = 0,
+    effort: Annotated[Literal["quick", "normal", "thorough"], typer.Option(help="what it may cost")] = "normal",
     force: Annotated[bool, typer.Option("--force", help="overwrite existing plans")] = False,
 ) -> None:
     """Make plans for a model and its settings.
@@ -49,7 +49,7 @@ def calibrate(
     """
     from ertacache.cli.calibrate import run
 
-    run(request, out, speedups, seed, search, force)
+    run(request, out, speedups, seed, effort, force)
 
 
 @app.command("inspect")

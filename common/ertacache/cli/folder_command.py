@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
 from ertacache.cli.arguments import ArgumentParser, prompts_of
 from ertacache.demos.model_folder import Sampler, makes_videos, settings_parameters
@@ -37,8 +38,16 @@ SETTINGS = {  # settings that a model folder may offer, with the type and help o
 }
 
 
-def parse_arguments(sampler: Sampler, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of a model folder; its settings are flags too. Other scripts add theirs to these."""
+def parse_arguments(
+    sampler: Sampler, arguments: Sequence[str] | None = None, effort: str = "quick"
+) -> argparse.Namespace:
+    """Parse the flags of a model folder; its settings are flags too. Other scripts add theirs to these.
+
+    Args:
+        sampler: The model folder.
+        arguments: Of the command line; None for those of the process.
+        effort: Default of --effort.
+    """
     parser = ArgumentParser(description=sampler.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
@@ -61,7 +70,7 @@ def parse_arguments(sampler: Sampler, arguments: Sequence[str] | None = None) ->
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
     add("--batch-size", type=int, default=4, help="prompts per call")
     add("--calibration-prompts", type=Path, metavar="FILE", help="prompts for a plan that is not stored yet")
-    add("--search", type=int, default=0, metavar="N", help="rollouts that the local search of a budget plan may spend")
+    add("--effort", default=effort, choices=EFFORTS, help="what calibrating a plan may cost, where none is stored")
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
     add("--target", choices=tuple(TARGETS), default="reference", help=aims)
     add("--out", type=Path, default=Path("sample"), help="output folder (default: sample)")
@@ -83,7 +92,7 @@ def plan_request(args: argparse.Namespace) -> PlanRequest | None:
 
 def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     """Return how the flags ask for a plan to be calibrated."""
-    return CalibrationOptions(args.calibration_prompts, args.batch_size, args.search)
+    return CalibrationOptions(args.calibration_prompts, args.batch_size, args.effort)
 
 
 def checked_settings(sampler: Sampler, pipe, args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ FACTS = (  # of a model's or scheduler's config, where it has them
     *("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size"),
     *("shift", "flow_shift", "use_dynamic_shifting", "solver_order", "prediction_type", "timestep_spacing"),
 )
+METRIC = "mean squared error of the final latents"  # where a plan does not say which
 
 
 def show(source: str, as_json: bool) -> None:
@@ -113,11 +114,19 @@ def facts(plan: Plan) -> Table:
 def budget_facts(plan: BudgetPlan) -> dict[str, str]:
     errors = {"calibration": plan.predicted_error, "held-out prompts": plan.held_out_error}
     errors = ", ".join(f"{name} {value:.2e}" for name, value in errors.items() if value is not None)
-    return {
+    calibration = plan.provenance.get("calibration", {})
+    facts = {
         "target": f"{plan.target}: {TARGETS[plan.target]}",
         "history": f"H = {plan.history_length} velocities per jump",
-        "error": f"{errors} (mean squared error of the final latents)" if errors else "–",
+        "error": f"{errors} ({calibration.get('metric', METRIC)})" if errors else "–",
     }
+    if "noise_gain" in calibration:
+        uncached = calibration["noise_gain_uncached"]
+        facts["noise gain"] = f"{calibration['noise_gain']:.2f}, of the uncached run {uncached:.2f}"
+    if not calibration.get("finished", True):
+        rollouts = calibration["rollouts"]
+        facts["unfinished"] = f"the best of {rollouts} rollouts; the command that made it goes on"
+    return facts
 
 
 def threshold_facts(plan: ThresholdPlan) -> dict[str, str]:
@@ -127,7 +136,7 @@ def threshold_facts(plan: ThresholdPlan) -> dict[str, str]:
         "threshold": f"λ = {plan.threshold:g}",
         "site": plan.site,
         "parts": f"time adjustment φ: {plan.phi_definition}, rectified: {'yes' if plan.rectified else 'no'}",
-        "error": "–" if error is None else f"calibration {error:.2e} (mean squared error of the final latents)",
+        "error": "–" if error is None else f"calibration {error:.2e} ({METRIC})",
     }
 
 

@@ -108,7 +108,7 @@ class MethodRows:
         """Return the rows of some methods, which are not even made when all their rows are stored."""
         files = sorted(self.plans.glob("*.json")) if self.plans.is_dir() else []
         stored = {path.name: path.stat().st_mtime_ns for path in files}
-        options = [self.options.search, str(self.options.prompts), self.target, stored]
+        options = [self.options.effort, str(self.options.prompts), self.target, stored]
         key = ["group", key, options, self.evaluation.repeats, self.evaluation.timed]
         return self.evaluation.checkpoints.value(
             key, lambda: [self.evaluation.row(method, target) for method in methods()]
@@ -188,7 +188,7 @@ class BudgetMethods:
         if path.exists():
             plan = BudgetPlan.load(path)
         else:
-            plan = self.rows.budgets_for(target).plans([self.budget], self.rows.options.search)[self.budget]
+            plan = self.rows.budgets_for(target).plans([self.budget], self.rows.options.effort)[self.budget]
         plan.check(self.rows.session.requirements, remedy=f"delete {path}")
         if self.rows.store:
             plan.save(path)
@@ -242,8 +242,8 @@ class BudgetMethods:
             pairs = [calibration.first_order(i, k) for i, k in pairwise([*schedule, self.steps])]
             return self.weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
 
+        gram = calibration.trajectories()  # a rollout needs its latents
         rollout = calibration.rollout(self.uniform, plan.history_length)
-        gram = calibration.trajectories()
         offline = offline_weights(gram, plan.computed, plan.history_length, calibration.scaled)
         fitted = self.weighted(self.uniform, rollout.arrays["weights"], rollout.arrays["scale"])
         parts = {

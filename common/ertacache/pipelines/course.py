@@ -35,6 +35,7 @@ class Course:
         self.leader = None  # the first of them to step
         self.begin: int | None = None  # the first step
         self.added: set[int] = set()  # steps that drift has had computed
+        self.replayed: frozenset[int] = frozenset()  # computed steps whose velocities are known (calibration)
         self.monitor = None  # of the drift (plans/drift.py)
         self.drifting = self.drifted = False  # whether the last planned step was beyond the limit, and the one before
         self.clock: list[float] = []  # seconds at each computed step
@@ -50,7 +51,7 @@ class Course:
     def skips(self) -> bool:
         """Whether the model calls that come next are skipped."""
         step = self.step
-        return step is not None and step < self.steps and not self.computes(step)
+        return step is not None and step < self.steps and (not self.computes(step) or step in self.replayed)
 
     @property
     def computed(self) -> int:

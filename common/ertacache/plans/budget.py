@@ -26,7 +26,8 @@ class BudgetPlan(Plan):
         sigmas: A grid of the plan's own that `computed` counts on, falling; () for the run's native grid.
         scale: a, [N]: 1 but for solvers with x' = a x + b v, a ≠ 1.
         begin: The step at which the calibrated call began; above 0 with `strength` < 1.
-        predicted_error: Mean squared error of the final latents on the fitted calibration prompts.
+        predicted_error: Mean squared error of the final latents, its geometric mean over the fitted calibration prompts
+            (in plans from before 2026-11-26: the mean).
         held_out_error: The same on calibration prompts left out of the fit.
         predictor: Weights of the velocities before a computed one that predict it, newest first, [N, H−1] (drift.py).
         prediction_errors: Root mean square error of the prediction on each calibration prompt, [P, N].

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from ertacache import BudgetPlan, Plan, PlanError, Requirements
+from ertacache.calibration.budget import BudgetCalibration, Interrupted, Search, geometric_mean
+from ertacache.calibration.effort import EFFORTS, effort_of
 from ertacache.calibration.gram import Gram
 from ertacache.calibration.planner import euler_weights
+from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.plans.names import budget_of
 from helpers import MATRIX as A
 from helpers import TOY_STEPS as STEPS
 from helpers import budget_calibration as calibration
-from helpers import refused
+from helpers import refused, toy_session
 from toy import Pipe, ToySampler
 
 
@@ -28,17 +32,17 @@ def run(plan, seeds=(50, 51), steps=STEPS, matrix=A):
 
 def error(plan, **options):
     found, exact, _ = run(plan, **options)
-    return (found - exact).square().mean().item()
+    return geometric_mean((found - exact).square().flatten(1).mean(1).numpy())
 
 
 @pytest.mark.parametrize("budget", range(2, STEPS + 1))
 def test_every_budget_makes_exactly_its_calls_and_beats_fewer_euler_steps(tmp_path, budget):
     plan = calibration(tmp_path).plans([budget])[budget]
-    found, exact, calls = run(plan)
+    _, _, calls = run(plan)
     assert calls == plan.nfe == budget and plan.computed[0] == 0
     euler = euler_weights(np.array(plan.native_sigmas), plan.computed, plan.history_length)
     fewer = BudgetPlan(plan.requirements, plan.computed, tuple(map(tuple, euler.tolist())), plan.native_sigmas)
-    assert (found - exact).square().mean() <= error(fewer) + 1e-12
+    assert error(plan) <= error(fewer) + 1e-12
 
 
 def test_all_steps_computed_reproduce_the_uncached_run(tmp_path):
@@ -64,9 +68,9 @@ def test_more_calls_are_nearer(tmp_path):
 
 def test_the_reference_is_run_once_for_all_budgets(tmp_path):
     made = calibration(tmp_path)
+    made.session.sampler.repeatable = False  # so that no rollout shares calls with another
     plans = made.plans([2, 3, 5])
-    # One rollout per entry of the errors, except the last: the outcome of a local search, which was not asked for.
-    rollouts = sum(n * (len(p.provenance["calibration"]["errors"]) - 1) for n, p in plans.items())
+    rollouts = sum(n * p.provenance["calibration"]["rollouts"] for n, p in plans.items())
     assert made.session.pipe.transformer.calls == made.session.batches * (STEPS + rollouts)
 
 
@@ -132,24 +136,128 @@ def test_a_run_keeps_no_more_velocities_than_its_history_length(tmp_path):
 
 
 def test_local_search_leaves_a_poor_schedule_within_its_rollouts(tmp_path):
-    """From computed steps that crowd at the beginning, every rollout of the search is a real one and counts."""
+    """From computed steps that crowd at the beginning."""
     made = calibration(tmp_path)
     made.trajectories()
-    start = made.rollout((0, 1, 2, 3, 4), 3)
-    calls = made.session.pipe.transformer.calls
-    assert made.search(start, 0) is start and made.session.pipe.transformer.calls == calls
-    found = made.search(start, 12)
-    rollouts = (made.session.pipe.transformer.calls - calls) / (made.session.batches * len(start.schedule))
-    assert 1 < rollouts <= 12 and found.schedule != start.schedule and found.error < 0.8 * start.error
-    arrays = {name: array.tolist() for name, array in found.arrays.items()}
+    start, search = (0, 1, 2, 3, 4), Search(made, {"crowded": (0, 1, 2, 3, 4)}, 30)
+    errors = [search.best.error for _ in search]
+    assert len(search.tried) == len(errors) == 30 and errors == sorted(errors, reverse=True)
+    assert search.best.schedule != start and errors[-1] < 0.5 * errors[0]
+    assert search.errors["after local search"] == errors[-1] and search.chosen.startswith("crowded")
+    arrays = {name: array.tolist() for name, array in search.best.arrays.items()}
     plan = BudgetPlan(
         made.session.requirements,
-        found.schedule,
+        search.best.schedule,
         tuple(map(tuple, arrays["weights"])),
         tuple(made.native_sigmas.tolist()),
         scale=tuple(arrays["scale"]),
     )
-    assert error(plan, seeds=range(made.fitted)) == pytest.approx(found.error, rel=1e-3)  # by runs that follow the plan
+    found, exact, _ = run(plan, seeds=range(8))  # by runs that follow the plan
+    squares = (found - exact).square().flatten(1).mean(1).numpy()
+    assert geometric_mean(squares) == pytest.approx(search.best.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("history_length", [3, 5])
+@pytest.mark.parametrize(
+    "schedule", [(0, 2, 4, 6, 8, 11), (0, 2, 5, 6, 8, 11), (0, 1, 2, 3, 4, 5), (0, 2, 4, 6, 8, 10)]
+)
+def test_rollouts_share_the_calls_of_their_common_beginning(tmp_path, schedule, history_length):
+    made = calibration(tmp_path / "shared")
+    made.trajectories()
+    first, model = made.rollout((0, 2, 4, 6, 8, 10), 5), made.session.pipe.transformer
+    before = model.calls
+    shared = made.rollout(schedule, history_length, like=first)
+    common = next((j for j, pair in enumerate(zip(schedule, first.schedule, strict=True)) if len(set(pair)) > 1), 6)
+    common = common if history_length == 5 else min(common, 4)
+    assert model.calls - before == made.session.batches * (6 - common)
+    alone = calibration(tmp_path / "alone")
+    alone.trajectories()
+    own = alone.rollout(schedule, history_length)
+    assert all(np.array_equal(shared.arrays[name], own.arrays[name]) for name in own.arrays)
+    assert np.array_equal(shared.errors, own.errors)
+
+
+def test_one_prompt_that_tips_does_not_decide(tmp_path):
+    """A prompt whose run leads elsewhere: with the mean squared error it would be all that counts."""
+
+    class Tipped(ToySampler):
+        def velocity(self, pipe, inputs, x, t):
+            v = super().velocity(pipe, inputs, x, t)
+            return v + 5 * torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * inputs.tipped
+
+        def prepare(self, pipe, prompts, seeds, **settings):
+            inputs = super().prepare(pipe, prompts, seeds, **settings)
+            tipped = torch.tensor([p == "p1" for p in prompts])[:, None, None]
+            object.__setattr__(inputs, "tipped", tipped)
+            return inputs
+
+    matrix = np.random.default_rng(0).normal(size=(8, 8))
+    plain = calibration(tmp_path / "plain", matrix=matrix).plans([5])[5]
+    tipped = calibration(tmp_path / "tipped", matrix=matrix, sampler=Tipped()).plans([5])[5]
+    assert error(tipped, matrix=matrix) < 2 * error(plain, matrix=matrix)
+
+
+# --- effort ----------------------------------------------------------------------------------------------------------
+
+
+def test_quick_costs_less_than_twenty_uncached_runs_on_either_route(tmp_path):
+    budget = calibration(tmp_path, batch_size=1)
+    budget.plans([STEPS // 2], "quick")
+    threshold = ThresholdCalibration(toy_session(tmp_path, prompts=4, batch_size=1))
+    plan = threshold.plan(0.2, "quick")
+    assert 0 < plan.nfe < STEPS and "policy + rectification" in plan.provenance["calibration"]["errors"]
+    for made in (budget, threshold):
+        assert made.session.pipe.transformer.calls < 20 * STEPS
+    assert effort_of("quick").prompts == 8 and effort_of("quick").threshold_prompts == 4
+
+
+def test_more_effort_is_never_worse(tmp_path):
+    errors = [made_with(tmp_path, effort).provenance["calibration"]["errors"] for effort in EFFORTS]
+    best = [min(found.values()) for found in errors]
+    assert best == sorted(best, reverse=True) and best[-1] < best[0]
+
+
+def made_with(work, effort):
+    matrix = np.random.default_rng(0).normal(size=(8, 8))
+    return calibration(work / effort, matrix=matrix, batch_size=8).plans([4], effort)[4]
+
+
+def test_what_it_costs_is_said_before_and_after_the_first_calls(tmp_path, capsys):
+    class Slow(ToySampler):
+        def denoise(self, pipe, inputs, plan=None, on_step=None):
+            lines.append(capsys.readouterr().err)
+            return super().denoise(pipe, inputs, plan, on_step)
+
+    lines = []
+    options = {"settings": {"steps": STEPS}, "batch_size": 3, "work": tmp_path}
+    session = CalibrationSession(Slow(), Pipe(A), ["p"] * 8, range(8), **options)
+    BudgetCalibration(session).plans([6], "normal")
+    bound = 3 * (STEPS + 8 * 6)
+    text = f"calibration: at most {bound} model calls with 3 prompts each, the cost of 40 uncached results\n"
+    assert lines[0].endswith(text) and "calibration: at most" in lines[1]
+    assert session.pipe.transformer.calls <= bound and session.bar.total == session.pipe.transformer.calls
+
+
+def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_call_goes_on(tmp_path):
+    class Stopped(ToySampler):
+        def velocity(self, pipe, inputs, x, t):
+            if pipe.transformer.calls > 80:
+                raise KeyboardInterrupt
+            return super().velocity(pipe, inputs, x, t)
+
+    with pytest.raises(Interrupted) as stop:
+        calibration(tmp_path, sampler=Stopped()).plans([4])
+    plan = stop.value.plan
+    record = plan.provenance["calibration"]
+    assert not record["finished"] and 0 < record["rollouts"] < 8 and plan.nfe == 4
+    assert BudgetPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    whole = calibration(tmp_path).plans([4])[4]
+    assert whole.provenance["calibration"]["finished"] and whole.predicted_error <= plan.predicted_error
+
+
+def test_no_such_effort():
+    with refused("--effort great", "quick, normal, thorough"):
+        effort_of("great", "--effort")
 
 
 def test_held_out_prompts_do_not_enter_the_fit(tmp_path):

@@ -10,16 +10,20 @@ from ertacache.calibration.gram import Gram
 from ertacache.calibration.planner import (
     START_NOISE,
     adams_bashforth_weights,
+    balanced,
     best_schedules,
     candidate_schedules,
     euler_weights,
     jump_costs,
     late_start_weights,
     neighbours,
+    noise_gain,
     offline_weights,
     predictor_weights,
     projection_bound,
+    robust_weights,
     solve_weights,
+    uniform_schedule,
 )
 from helpers import refused
 
@@ -114,15 +118,15 @@ def test_dynamic_programming_equals_trying_everything(history_length, power):
 
 
 def test_steps_go_where_the_outputs_change():
-    """Outputs change in the first third only: that is where all computed steps but the newest belong."""
+    """Outputs change in the first third only: that is where the steps of least cost belong, all but the newest."""
     rng = np.random.default_rng(0)
     v = [rng.normal(size=(1, 50))]
     for i in range(29):
         v.append(v[-1] + (rng.normal(size=(1, 50)) if i < 9 else 0))
     x = np.cumsum([rng.normal(size=(1, 50)), *(-u / 30 for u in v)], axis=0)
     gram = Gram.of([torch.from_numpy(a) for a in x], [torch.from_numpy(u) for u in v])
-    for schedule in candidate_schedules(gram, [11])[11].values():
-        assert schedule[:10] == tuple(range(10))
+    schedules = {name: s for name, s in candidate_schedules(gram, [11])[11].items() if "uniform" not in name}
+    assert schedules and all(schedule[:10] == tuple(range(10)) for schedule in schedules.values())
 
 
 def test_candidates_have_the_size_that_was_asked_for_and_differ():
@@ -133,8 +137,33 @@ def test_candidates_have_the_size_that_was_asked_for_and_differ():
     assert set(found[12].values()) == {tuple(range(12))}
 
 
-def test_neighbours_move_one_step_by_one():
-    assert set(neighbours((0, 2, 3), 5)) == {(0, 1, 3), (0, 2, 4)}
+def test_neighbours_move_one_step_by_one_or_two_late_ones_first():
+    assert neighbours((0, 2, 3), 6) == [(0, 2, 4), (0, 1, 2), (0, 2, 5), (0, 1, 3), (0, 3, 4)]
+    assert neighbours((0,), 6) == []
+
+
+def test_a_prompt_with_larger_errors_does_not_place_the_steps():
+    """One prompt whose velocities are 30 times as large and change late: the other five change early."""
+
+    def gram(seed, late, size=1.0):
+        rng = np.random.default_rng(seed)
+        v = [size * rng.normal(size=(1, 60))]
+        for i in range(23):
+            v.append(v[-1] + size * rng.normal(size=(1, 60)) * (1.0 if (i < 8) != late else 0.01))
+        x = np.cumsum([rng.normal(size=(1, 60)), *(-u / 24 for u in v)], axis=0)
+        return Gram.of([torch.from_numpy(a) for a in x], [torch.from_numpy(u) for u in v])
+
+    grams = [gram(seed, late=False) for seed in range(5)] + [gram(5, late=True, size=30.0)]
+    assert np.allclose(balanced([grams[0]] * 3).matrix, 3 * grams[0].matrix)
+    schedules = [best_schedules(jump_costs(g, 2), 8)[8] for g in (sum(grams[1:], grams[0]), balanced(grams))]
+    early = [sum(step < 9 for step in schedule) for schedule in schedules]
+    assert early[0] <= 3 and early[1] >= 5
+
+
+def test_uniform_schedules_are_among_the_candidates():
+    found = set(candidate_schedules(gram_of(12), [4])[4].values())
+    assert {(0, 3, 6, 9), (0, 4, 7, 11)} <= found
+    assert uniform_schedule(30, 6) == (0, 5, 10, 15, 20, 25)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -153,6 +182,46 @@ def test_fitted_weights_are_never_worse_than_the_prior():
         weights = solve_weights(basis.T @ basis, basis.T @ y, prior)
         assert np.square(y - basis @ weights).sum() <= np.square(y - basis @ prior).sum() * (1 + 1e-12)
         assert np.abs(weights).max() < 1e3
+
+
+def problems(prompts, noisy=()):
+    """VᵀV, Vᵀy and ‖y‖² of prompts with one solution, up to little noise; in `noisy` ones y is noise alone."""
+    rng, right = np.random.default_rng(0), np.array([-0.4, 0.1, 0.05])
+    basis = rng.normal(size=(prompts, 200, 3))
+    y = basis @ right + 1e-3 * rng.normal(size=(prompts, 200))
+    for p in noisy:
+        y[p] = 20 * rng.normal(size=200)
+    arrays = (np.einsum("pna,pnb->pab", basis, basis), np.einsum("pna,pn->pa", basis, y), np.square(y).sum(1))
+    return arrays, right, lambda w: np.square(y - basis @ w).sum(1)
+
+
+def test_robust_weights_are_least_squares_where_prompts_agree():
+    (normals, moments, squares), right, _ = problems(1)
+    prior = np.array([-0.3, 0.0, 0.0])
+    assert np.allclose(
+        robust_weights(normals, moments, squares, prior), solve_weights(normals[0], moments[0], prior), atol=1e-9
+    )
+    assert np.allclose(robust_weights(*problems(6)[0], prior), right, atol=1e-3)
+
+
+def test_robust_weights_do_not_follow_one_prompt_that_tips():
+    arrays, right, errors = problems(6, noisy=[2])
+    prior = np.array([-0.3, 0.0, 0.0])
+    least, robust = solve_weights(arrays[0].sum(0), arrays[1].sum(0), prior), robust_weights(*arrays, prior)
+    assert np.abs(robust - right).max() < 1e-3 < 10 * np.abs(least - right).max()
+    assert np.log(errors(robust)).sum() < min(np.log(errors(w)).sum() for w in (least, prior, right))
+
+
+def test_the_noise_gain_is_that_of_noisy_velocities():
+    sigmas = np.array([1.0, 0.6, 0.5, 0.2, 0.0])
+    euler = euler_weights(sigmas, (0, 1, 2, 3), 2)
+    assert noise_gain(euler, np.ones(4)) == pytest.approx(np.sqrt(np.square(np.diff(sigmas)).sum()))
+    rng = np.random.default_rng(0)
+    weights, scale, noise = rng.normal(size=(5, 3)), rng.uniform(0.5, 1.5, 5), rng.normal(size=(5, 200_000))
+    x = np.zeros(200_000)
+    for k in range(5):
+        x = scale[k] * x + sum(weights[k, j] * noise[k - j] for j in range(min(3, k + 1)))
+    assert noise_gain(weights, scale) == pytest.approx(x.std(), rel=1e-2)
 
 
 def test_the_bound_is_the_projection_on_all_outputs():

@@ -43,7 +43,7 @@ def threshold_plan(folder, sampler=None):
 
 def budget_plan(folder, target="reference"):
     calibration = BudgetCalibration(session(folder, 6, 1), target)
-    return calibration.plans([3], search=3)[3], calibration
+    return calibration.plans([3])[3], calibration
 
 
 # --- one process -------------------------------------------------------------------------------------------------

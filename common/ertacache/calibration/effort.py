@@ -1,0 +1,41 @@
+"""How much a calibration may cost."""
+
+from dataclasses import dataclass
+
+from ertacache.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Limits of one calibration.
+
+    Attributes:
+        prompts: The most prompts that a budget plan is calibrated on, the first ones of those given; None for all.
+        threshold_prompts: The same of a threshold plan.
+        rollouts: Of each budget plan, N model calls per prompt each: along candidate schedules, then by local search.
+        whole_ablation: Whether a threshold plan is chosen among all its parts, or among the cheapest.
+    """
+
+    prompts: int | None
+    threshold_prompts: int | None
+    rollouts: int
+    whole_ablation: bool
+
+
+EFFORTS = {
+    "quick": Effort(prompts=8, threshold_prompts=4, rollouts=3, whole_ablation=False),
+    "normal": Effort(prompts=None, threshold_prompts=None, rollouts=8, whole_ablation=True),
+    "thorough": Effort(prompts=None, threshold_prompts=None, rollouts=80, whole_ablation=True),
+}
+
+
+def effort_of(name: str, argument: str = "effort") -> Effort:
+    """Return the limits of an effort: quick, normal or thorough.
+
+    Args:
+        name: Of the effort.
+        argument: Named in the refusal of any other.
+    """
+    if name not in EFFORTS:
+        raise UserError(f"{argument} {name}: give {', '.join(EFFORTS)}")
+    return EFFORTS[name]

@@ -8,6 +8,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,3 +193,22 @@ def test_what_cannot_be_measured(arguments, words):
 def test_a_bad_argument_ends_with_one_line():
     done = script("--size", "small", "--steps", "0")
     assert done.returncode == 2 and done.stderr.startswith("error: --steps 0") and done.stderr.count("\n") == 1
+
+
+# --- scripts/bench/planner.py ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_method_on_the_closed_form_problem(tmp_path):
+    """A smooth problem, guidance 1 and wide points: plans are far above all that know less."""
+    command = [sys.executable, ROOT / "scripts" / "bench" / "planner.py", "--steps", "12", "--guidances", "1"]
+    command += ["--widths", "1", "--speedups", "2", "--efforts", "quick,normal", "--draws", "2"]
+    done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (row["steps"], row["guidance"], row["width"], row["speedup"]) == (12, 1.0, 1.0, "2")
+    means = {name: np.mean([draw[name]["mean"] for draw in row["draws"]]) for name in row["draws"][0]}
+    rivals = {name: value for name, value in means.items() if name not in ("quick", "normal")}
+    assert len(rivals) == 6 and means["normal"] >= means["quick"] - 1 > max(rivals.values())
+    assert means["OSS"] >= means["fewer steps"] - 1
+    assert f"{means['normal']:.1f} / " in done.stdout.splitlines()[-1]

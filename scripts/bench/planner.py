@@ -1,0 +1,180 @@
+"""How much a budget plan depends on luck: the closed-form problem from smooth to hard, with several sets of prompts.
+
+    .venv/bin/python scripts/bench/planner.py --steps 30 --guidances 3.5 --widths 0.1,0.3 --draws 2 --out planner.json
+
+A cell is T, the guidance g, the width b of the problem (scripts/bench/closed_form) and a speed-up. Each draw calibrates
+on 8 other captions and noises, half of the captions open; all are measured on the same 32 held-out ones. Methods, all
+with as many model calls:
+
+| method | |
+|---|---|
+| quick, normal, thorough | budget plans, by effort |
+| fewer steps | of Euler, on the problem's own grid |
+| … tuned | on the shift that comes nearest to the uncached run on the calibration captions |
+| OSS | Euler on the steps that dynamic programming finds on its own trajectory (arXiv 2503.21774) |
+| least squares | each skipped velocity predicted from three computed ones, uniform schedule |
+| uniform, fitted | a uniform schedule with jumps fitted on the uncached run |
+| threshold plan | the paper's, at the λ that comes nearest to the calls; not below them |
+
+PSNR of the latents in dB to the uncached run, with 2 as peak: of each draw the mean over the captions and the 10th
+percentile. The table has the mean and the worst draw of the mean.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ertacache.calibration import planner
+from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.effort import EFFORTS, effort_of
+from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.threshold import ThresholdCalibration
+from ertacache.cli.arguments import ArgumentParser, parse_list
+from ertacache.demos.model_folder import load_model_folder
+from ertacache.numerics import ode
+from ertacache.plans.budget import BudgetPlan
+from ertacache.plans.names import budget_of, check_speedups
+from ertacache.utils.errors import run_program
+from ertacache.utils.files import write_atomically
+from ertacache.utils.provenance import library_versions, machine
+from ertacache.utils.tables import markdown
+
+FOLDER = Path(__file__).resolve().parent / "closed_form"
+FITTED, MEASURED = 8, 32  # captions of a draw, and held-out ones
+
+
+def captions(sampler, count: int, seed: int, held_out: bool) -> list[str]:
+    """Return captions, every second one open."""
+    halves = (sampler.grammar.sample_captions(count // 2, seed, held_out, leave_open) for leave_open in (False, True))
+    return [caption for pair in zip(*halves, strict=True) for caption in pair]
+
+
+class Cell:
+    """One problem, and the uncached results that all methods are measured against.
+
+    Args:
+        sampler: The closed-form model folder.
+        steps: T.
+        guidance: g.
+        width: b.
+    """
+
+    def __init__(self, sampler, steps: int, guidance: float, width: float):
+        self.sampler, self.pipe = sampler, sampler.load(f"b={width:g}")
+        self.settings = {"steps": steps, "guidance": guidance}
+        self.prompts = captions(sampler, MEASURED, 100, held_out=True)
+        self.uncached = sampler.denoise(self.pipe, self.inputs())
+
+    def inputs(self, **changes):
+        """Return the inputs of the held-out captions."""
+        return self.sampler.prepare(self.pipe, self.prompts, range(1000, 1000 + MEASURED), **self.settings | changes)
+
+    def quality(self, plan=None, inputs=None) -> dict[str, float]:
+        """Return mean and 10th percentile of the PSNR of a plan's run, or of an uncached one with other inputs."""
+        found = self.sampler.denoise(self.pipe, inputs or self.inputs(), plan)
+        psnr = 10 * torch.log10(4 / (found - self.uncached).square().flatten(1).mean(1).clamp_min(1e-20))
+        return {"mean": psnr.mean().item(), "p10": psnr.quantile(0.1).item()}
+
+    def draw(self, number: int, speedups: list[float], efforts: list[str], work: str) -> dict[str, dict[str, dict]]:
+        """Calibrate all methods on one set of captions. Returns {speedup: {method: quality}}."""
+        prompts = captions(self.sampler, FITTED, number, held_out=False)
+        seeds = range(10_000 + 100 * number, 10_000 + 100 * number + FITTED)
+        options = {"settings": self.settings, "batch_size": FITTED, "work": work, "progress": False}
+        session = CalibrationSession(self.sampler, self.pipe, prompts, seeds, **options)
+        calibration, thresholds = BudgetCalibration(session), ThresholdCalibration(session)
+        found = {}
+        for speedup in speedups:
+            budget = budget_of(self.settings["steps"], speedup)
+            methods = {name: self.quality(calibration.plans([budget], name)[budget]) for name in efforts}
+            found[f"{speedup:g}"] = methods | self.rivals(calibration, thresholds, budget)
+        calibration.finish()
+        thresholds.finish()
+        return found
+
+    def rivals(self, calibration, thresholds, budget: int) -> dict[str, dict[str, float]]:
+        """Return the quality of other methods with as many calls."""
+        steps, gram, session = self.settings["steps"], calibration.trajectories(), calibration.session
+        native, uniform = calibration.native_sigmas, planner.uniform_schedule(steps, budget)
+
+        def plan(schedule, weights) -> BudgetPlan:
+            rows = tuple(tuple(row) for row in np.asarray(weights).tolist())
+            return BudgetPlan(session.requirements, tuple(schedule), rows, tuple(native.tolist()))
+
+        euler = [calibration.first_order(i, i + 1) for i in range(steps)]
+        oss = self.optimal_steps(calibration, budget)
+        tuned = ode.shifted_grid(native, budget, calibration.tuned_shift(budget))
+        threshold = thresholds.threshold_for(budget)
+        return {
+            "fewer steps": self.quality(inputs=self.inputs(steps=budget)),
+            "fewer steps, tuned": self.quality(inputs=self.inputs(steps=budget).on(tuned)),
+            "OSS": self.quality(plan(oss, planner.euler_weights(native.numpy(), oss, 1))),
+            "least squares": self.quality(plan(uniform, planner.predictor_weights(gram, euler, uniform, 3)[0])),
+            "uniform, fitted": self.quality(plan(uniform, planner.offline_weights(gram, uniform, 3)[0])),
+            "threshold plan": self.quality(thresholds.plan(threshold)),
+        }
+
+    def optimal_steps(self, calibration, budget: int) -> tuple[int, ...]:
+        """Return the schedule of optimal stepsizes for Euler: each step is the best one from where Euler stands."""
+        inputs, steps = calibration.inputs(0), self.settings["steps"]
+        targets = [calibration.target_latents(0, k) for k in range(steps + 1)]
+        stands, paths = {0: inputs.latents}, {0: (0,)}  # after n Euler steps, by the step that they lead to
+        for n in range(budget):
+            reached: dict[int, tuple[float, torch.Tensor, tuple[int, ...]]] = {}
+            for j, x in stands.items():
+                v = self.sampler.velocity(self.pipe, inputs, x, inputs.times[j])
+                last = n == budget - 1
+                for k in [steps] if last else range(j + 1, steps - (budget - n - 2)):
+                    moved = x + (inputs.sigmas[k] - inputs.sigmas[j]) * v
+                    error = (moved - targets[k]).square().mean().item()
+                    if k not in reached or error < reached[k][0]:
+                        reached[k] = (error, moved, (*paths[j], k))
+            stands = {k: x for k, (_, x, _) in reached.items()}
+            paths = {k: path for k, (_, _, path) in reached.items()}
+        return paths[steps][:-1]
+
+
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table: mean and worst draw of the mean PSNR."""
+    methods = list(dict.fromkeys(name for row in rows for name in row["draws"][0]))
+    lines = []
+    for row in rows:
+        means = {name: [draw[name]["mean"] for draw in row["draws"]] for name in methods}
+        cells = [f"{np.mean(values):.1f} / {min(values):.1f}" for values in means.values()]
+        lines.append([f"{row['steps']}", f"{row['guidance']:g}", f"{row['width']:g}", f"{row['speedup']}×", *cells])
+    return markdown(["T", "g", "b", "speed-up", *methods], lines)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    for name, default in (("steps", "30,50"), ("guidances", "1,3.5,5"), ("widths", "0.05,0.1,0.3,1")):
+        parser.add_argument(f"--{name}", default=default, metavar="X,X,…")
+    parser.add_argument("--speedups", default="2,3,5", metavar="S,S,…")
+    parser.add_argument("--efforts", default=",".join(EFFORTS), metavar="NAME,…")
+    parser.add_argument("--draws", type=int, default=8, help="sets of calibration captions")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after each cell")
+    args = parser.parse_args()
+    speedups, efforts = parse_list(args.speedups), args.efforts.split(",")
+    check_speedups(speedups)
+    for name in efforts:
+        effort_of(name, "--efforts")
+    sampler, rows = load_model_folder(FOLDER), []
+    for steps in (int(number) for number in parse_list(args.steps)):
+        for guidance in parse_list(args.guidances):
+            for width in parse_list(args.widths):
+                cell = Cell(sampler, steps, guidance, width)
+                with tempfile.TemporaryDirectory() as work:
+                    draws = [cell.draw(number, speedups, efforts, work) for number in range(args.draws)]
+                for speedup in draws[0]:
+                    row = {"steps": steps, "guidance": guidance, "width": width, "speedup": speedup}
+                    rows.append(row | {"draws": [draw[speedup] for draw in draws]})
+                facts = {"machine": machine(), "libraries": library_versions(), "rows": rows}
+                write_atomically(args.out, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+                print(table(rows[-len(speedups) :]), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ertacache.algorithm import euler_step, rectify
-from ertacache.demos import scenes
+from ertacache.demos import emoji
 from ertacache.numerics.jump import follow
 
 FOLDER = Path(__file__).resolve().parent
-grammar = scenes  # what the demo draws
+grammar = emoji  # what the demo draws
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# ERTACache for FLUX: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
+# ERTACache for FLUX: edit the values or set them before the command (LAMBDA=0.17 sh run.sh). More flags: README.md.
 set -eu
 cd -- "$(dirname -- "$0")"
 MODEL=${MODEL:-demo}          # demo, a local directory, or black-forest-labs/FLUX.1-dev
@@ -8,9 +8,10 @@ PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: prompts/
 SEED=${SEED:-1000}            # seed of the first prompt; the next have SEED + 1, …
 STEPS=${STEPS:-30}            # T, steps of the uncached run
 GUIDANCE=${GUIDANCE:-3.5}
-LAMBDA=${LAMBDA:-0.11}        # λ: lower is finer, higher is faster; a new value is calibrated first
+LAMBDA=${LAMBDA:-0.09}        # λ: lower is finer, higher is faster; a new value is calibrated first
 SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, those that matter most
 BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
+EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
@@ -24,4 +25,4 @@ set -- ${BUDGET:+--budget "$BUDGET"} ${SPEEDUP:+--speedup "$SPEEDUP"} "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
 exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
-    --site "$SITE" --batch-size "$BATCH" --offload "$OFFLOAD" --out "$OUT" "$@"
+    --effort "$EFFORT" --site "$SITE" --batch-size "$BATCH" --offload "$OFFLOAD" --out "$OUT" "$@"

@@ -38,7 +38,7 @@ class ModelFolder:
         return result.images if hasattr(result, "images") else result.frames
 
 
-IMAGES = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
+IMAGES = ["a red apple", "a steam train"]
 VIDEOS = ["a red circle moving left slowly on a blue background", "a green cross moving up"]
 MODEL_FOLDERS = {
     "flux": ("ERTACache4FLUX", IMAGES, 3.5, {"height": 64, "width": 64}),
@@ -82,7 +82,7 @@ def random_directory(flux, demo, tmp_path_factory):
 
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=demo.transformer.config.in_channels,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,

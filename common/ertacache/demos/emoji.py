@@ -186,7 +186,7 @@ def prompt_accuracy(captions: Sequence[str], images: Sequence[np.ndarray], pipe)
     asked = [parse(caption) for caption in captions]
     if not asked or None in asked:
         return None
-    path = Path(pipe.config._name_or_path) / REFERENCES
+    path = Path(pipe.config.get("_name_or_path", "")) / REFERENCES
     if not path.is_file():
         raise UserError(f"{path} is missing, so this demo draws no emoji: train one with scripts/train/train_demo.py")
     references = load_file(path)["latents"]

@@ -1,9 +1,12 @@
 """Moving scenes with captions, and the oracle that reads a scene from a video.
 
 A moving scene is one coloured shape that crosses a plain ground, for example "a red cross moving left quickly on a blue
-background". The video demos are trained on them; shapes, colours and coordinates are those of `scenes`.
+background". The video demos are trained on them. Because they are drawn by a program, `read` can tell exactly which
+caption a generated video shows. Coordinates are in units of the image's height, x to the right, y downwards, (0, 0) in
+the centre.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -11,16 +14,16 @@ from itertools import product
 
 import numpy as np
 
-from ertacache.demos.scenes import (
-    COLOURS,
-    blend,
-    captions_of,
-    coordinates,
-    is_held_out,
-    signed_distance,
-    with_article,
-)
-
+COLOURS = {
+    "red": (220, 35, 40),
+    "orange": (245, 130, 25),
+    "yellow": (250, 220, 50),
+    "green": (45, 160, 60),
+    "teal": (30, 190, 185),
+    "blue": (40, 75, 215),
+    "purple": (140, 50, 175),
+    "white": (242, 242, 240),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 0.18, "quickly": 0.46}  # path of the centre from the first frame to the last, image heights
@@ -53,10 +56,20 @@ class MovingScene:
         return f"{text} on {with_article(self.ground)} background" if self.ground else text
 
 
+def with_article(words: str) -> str:
+    """Return words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def all_scenes() -> list[MovingScene]:
     """Return all fully described moving scenes, 1,792 of them; ground and shape never share a colour."""
     scenes = (MovingScene(*values) for values in product(*ATTRIBUTES.values()))
     return [s for s in scenes if s.colour != s.ground]
+
+
+def is_held_out(scene: MovingScene) -> bool:
+    """Return whether a scene is never trained or calibrated on: one in ten, by its caption alone."""
+    return int(hashlib.sha256(scene.caption().encode()).hexdigest(), 16) % 10 == 0
 
 
 def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[MovingScene]:
@@ -74,7 +87,11 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> list[MovingS
 
 def sample_captions(count: int, seed: int, held_out: bool = False, leave_open: bool = False) -> list[str]:
     """Return captions of `sample_scenes`. leave_open: each leaves a random part of the optional attributes open."""
-    return captions_of(sample_scenes(count, seed, held_out), OPTIONAL if leave_open else (), seed)
+    rng, captions = np.random.default_rng(seed), []
+    for scene in sample_scenes(count, seed, held_out):
+        left = [name for name in OPTIONAL if rng.random() < 0.5] or [OPTIONAL[0]]
+        captions.append((replace(scene, **dict.fromkeys(left)) if leave_open else scene).caption())
+    return captions
 
 
 def loosen(scene: MovingScene, rng: np.random.Generator, probability: float = 0.1) -> MovingScene:
@@ -101,6 +118,39 @@ def parse(caption: str) -> MovingScene | None:
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Return the signed distance to a shape's outline, negative inside, exact near straight edges.
+
+    Args:
+        shape: One of SHAPES.
+        x, y: Coordinates from the shape's centre, of one shape.
+        r: Radius.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.85 * r
+    if shape == "cross":
+        long, short = r, 0.34 * r
+        vertical_bar = np.maximum(np.abs(x) - short, np.abs(y) - long)
+        horizontal_bar = np.maximum(np.abs(x) - long, np.abs(y) - short)
+        return np.minimum(vertical_bar, horizontal_bar)
+    tips = np.pi * (0.5 + 2 * np.arange(3) / 3)  # directions of the triangle's corners, one upright
+    return np.max([-(x * np.cos(a) - y * np.sin(a)) for a in tips], axis=0) - 0.55 * r
+
+
+def coordinates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of all pixel centres, [H, W] each."""
+    y, x = np.mgrid[0:height, 0:width]
+    return (x + 0.5 - width / 2) / height, (y + 0.5 - height / 2) / height
+
+
+def blend(image: np.ndarray, colour: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Return an image [H, W, 3] with a colour where a signed distance [H, W] is negative."""
+    cover = np.clip(0.5 - distance * image.shape[0], 0, 1)[..., None]  # one pixel of anti-aliasing
+    return image * (1 - cover) + colour * cover
 
 
 def render(

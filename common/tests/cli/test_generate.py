@@ -14,10 +14,12 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from conftest import ROOT
+from ertacache.calibration.budget import Search
 from ertacache.cli import folder_command
+from ertacache.plans import Plan
 from ertacache.utils.errors import run_program
 
-PROMPT = ["--prompt", "a big red star at the left on a plain white background"]
+PROMPT = ["--prompt", "a red apple"]
 
 
 @pytest.fixture
@@ -90,6 +92,28 @@ def test_a_speedup_spends_exactly_its_calls(sampler, tmp_path):
     assert [p.name for p in (tmp_path / "room" / "cache").glob("*.json")] == ["demo-8-budget-4.json"]
 
 
+def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler, tmp_path, capsys, monkeypatch):
+    own, path = Search.roll_out, tmp_path / "room" / "cache" / "demo-8-budget-4.json"
+    arguments = [*PROMPT, "--steps", 8, "--budget", 4, "--out", tmp_path / "out"]
+
+    def stop_at_the_second(search, *schedule):
+        if search.tried:
+            raise KeyboardInterrupt
+        own(search, *schedule)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "roll_out", stop_at_the_second)
+        with pytest.raises(SystemExit) as stop:
+            run(sampler, *arguments)
+    best = Plan.load(path)
+    assert stop.value.code == 130 and best.nfe == 4 and not best.provenance["calibration"]["finished"]
+    assert f"kept the best plan of 1 schedules so far: {path}" in capsys.readouterr().err
+    run(sampler, *arguments)
+    assert "no finished plan for 4 of 8 steps" in capsys.readouterr().err
+    finished = Plan.load(path)
+    assert finished.provenance["calibration"]["finished"] and finished.provenance["calibration"]["rollouts"] == 3
+
+
 def test_running_twice_gives_identical_pictures(sampler, tmp_path):
     for name in ("a", "b"):
         run(sampler, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)
@@ -130,7 +154,7 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--threshold", "inf"], "--threshold inf"),
         ([*PROMPT, "--steps", 2, "--baseline"], "--steps 2: give a number of at least 3"),
         ([*PROMPT, "--guidance", "nan", *BASELINE], "--guidance nan"),
-        ([*PROMPT, "--height", 100, *BASELINE], "--height 100: must be a multiple of 8 for this model, for example 96"),
+        ([*PROMPT, "--height", 100, *BASELINE], "--height 100: must be a multiple of 16 for this model"),
         ([*PROMPT, "--width", 4, *BASELINE], "--width 4"),
         ([*PROMPT, "--height", 0, *BASELINE], "--height 0"),
         ([*PROMPT, "--repeats", 0, *BASELINE], "--repeats 0"),
@@ -180,6 +204,7 @@ def test_other_weights_of_the_same_architecture_are_one_warning(sampler, demo, t
     other = copy.deepcopy(demo.transformer)
     other.proj_out.bias.data += 1
     pipe = FluxPipeline(**{**demo.components, "transformer": other})
+    pipe.register_to_config(_name_or_path=demo.name_or_path)
     monkeypatch.setattr(sampler, "load", lambda *_: pipe)
     with pytest.warns(UserWarning, match="calibrated on other weights"):
         run(sampler, *PROMPT, "--plan", plan, "--out", tmp_path / "out")

@@ -7,10 +7,10 @@ import torch
 from diffusers import FluxPipeline
 
 from ertacache.algorithm import uniform_cached
-from ertacache.demos.scenes import sample_captions
+from ertacache.demos.emoji import sample_captions
 from helpers import shipped_plan
 
-PROMPTS = ["a big red star at the left on a plain white background", "a small blue ring in the centre"]
+PROMPTS = ["a red apple", "a steam train"]
 SEEDS = [3, 4]
 
 

@@ -14,7 +14,7 @@ import torch
 import ertacache
 from conftest import ROOT, ModelFolder
 from ertacache import Plan
-from ertacache.demos.scenes import sample_captions
+from ertacache.demos.emoji import sample_captions
 from ertacache.evaluation.metrics import psnr
 
 STEPS, BUDGETS = 30, (15, 10)

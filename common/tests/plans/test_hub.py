@@ -26,8 +26,8 @@ LAYOUT = {"README.md", "plan.json", "plan.safetensors", "schedule.png"}
 SHIPPED = {
     "budget": "ERTACache4FLUX/cache/demo-30-budget-15.json",
     "exact": "ERTACache4FLUX/cache/demo-30-budget-10-exact.json",
-    "threshold": "ERTACache4FLUX/cache/demo-30-0.11.json",
-    "blocks": "ERTACache4FLUX/cache/demo-30-0.09-blocks.json",
+    "threshold": "ERTACache4FLUX/cache/demo-30-0.09.json",
+    "blocks": "ERTACache4FLUX/cache/demo-30-0.1-blocks.json",
     "opensora": "ERTACache4OpenSora1.2/cache/demo-30-budget-6.json",
 }
 
@@ -219,32 +219,32 @@ def test_the_card_says_what_the_plan_says():
         "# 15 of 30 steps: a budget plan for black-forest-labs/FLUX.1-dev",
         "**15 of 30 model calls, a speed-up of 2.00× in calls**",
         "FluxTransformer2DModel of `black-forest-labs/FLUX.1-dev` with FlowMatchEulerDiscreteScheduler",
-        "Computed steps: 0, 1, 3, 5, 7, 8, 11, 14, 16, 18, 21, 24, 26, 28, 29.",
+        "Computed steps: 0, 3, 6, 8, 10, 13, 14, 16, 19, 22, 25, 26, 27, 28, 29.",
         "](schedule.png)",
         'ertacache.enable(pipe, "someone/flux-2x")',
-        "Mean squared error of the final latents to the uncached run:",
-        f"| calibration | 12 | {plan.predicted_error:.3g} |",
-        f"| held out of the fit | 4 | {plan.held_out_error:.3g} |",
-        "| weights, fingerprint | 04d6365a966c3a59 |",
-        "| seeds | 0 to 15 |",
-        "| date | 2026-11-22 |",
+        "Geometric mean over prompts of the mean squared error of the final latents to the uncached run:",
+        f"| calibration | 24 | {plan.predicted_error:.3g} |",
+        f"| held out of the fit | 8 | {plan.held_out_error:.3g} |",
+        "| weights, fingerprint | 55f71aec7ec7efcf |",
+        "| seeds | 0 to 31 |",
+        "| date | 2026-11-26 |",
         "torch 2.13.0+cpu",
         "guidance 3.5, height 64",
-        "chose **2 anchors, p = inf, H = 5**",
-        "| 3 anchors, p = 1 | 3.39e-06 |",
+        "chose **2 anchors, p = 1**",
+        "| after local search | 9.46e-07 |",
     ):
         assert part in made.text, part
 
 
 def test_the_cards_of_the_other_kinds():
     exact = str(shipped("exact").generate_model_card(repo_id="a/b"))
-    assert "plan's own grid of 60 intervals: 0, 2, 5, 8, 13, 19, 27, 39, 50, 57." in exact
+    assert "plan's own grid of 60 intervals: 0, 4, 8, 12, 19, 26, 34, 45, 52, 58." in exact
     assert "final latents to the exact solution" in exact and "license" not in exact and "base_model" not in exact
     plan = shipped("threshold")
     text = str(plan.generate_model_card(repo_id="a/b"))
-    assert "λ = 0.11, cached at site `output`; skipped steps: 1, 3, 5," in text and "threshold-plan" in text
+    assert "λ = 0.09, cached at site `output`; skipped steps: 1, 3, 5," in text and "threshold-plan" in text
     error = plan.provenance["calibration"]["errors"]["uniform + rectification"]
-    assert f"| calibration | 16 | {error:.3g} |" in text and "| held out of the fit | 0 | – |" in text
+    assert f"| calibration | 32 | {error:.3g} |" in text and "| held out of the fit | 0 | – |" in text
     bare = replace(plan, provenance={})
     text = str(bare.generate_model_card(repo_id="a/b"))
     assert "| calibration | – | – |" in text and "The plan does not say." in text

@@ -152,7 +152,7 @@ def run(script, *arguments):
 @pytest.mark.slow
 def test_figure_2_of_the_demo(tmp_path):
     prompts = tmp_path / "calibration.txt"
-    prompts.write_text("a big red star at the left on a plain white background\na small blue ring in the centre\n")
+    prompts.write_text("a red apple\na steam train\n")
     arguments = ["--calibration-prompts", str(prompts), "--prompts", str(prompts), "--seed", "0", "--batch-size", "1"]
     arguments += ["--count", "2", "--steps", "6", "--speedup", "2"]
     done = run("reproduce/figures.py", "figure2", *arguments, "--out", str(tmp_path / "out"))

@@ -24,13 +24,13 @@ OPEN = 0.35  # share of training captions that leave open which emoji to draw
 class Recipe:
     """Training steps of each stage, the number of training pictures per emoji in `latents`, and whether to compile.
 
-    The demo in the repository is still an earlier one, of shapes.
+    The defaults are those of the demo in the repository.
     """
 
     vae: int = 3000
     text: int = 1500
     latents: int = 24
-    transformer: int = 20000
+    transformer: int = 34000
     compile: int = 0
     distilled: int = 1000
 

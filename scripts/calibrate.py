@@ -12,10 +12,11 @@ accelerate starts one process per GPU; they share the batches of prompts and mak
 in one folder that all of them see. Without GPUs add --multi_gpu all the same; otherwise accelerate starts one process.
 """
 
+from functools import partial
 from pathlib import Path
 
 from ertacache import UserError
-from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds
+from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds, open_session
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
@@ -44,11 +45,13 @@ def main():
     calibration, folder = folder_command.calibration_options(options), args.out or sampler.FOLDER / "cache"
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
-    where = (sampler, pipe, settings, options.model, calibration, folder)
-    plans = calibrate_thresholds(*where, thresholds, options.site) if thresholds else []
+    session_of = partial(open_session, sampler, pipe, settings, options.model, calibration, folder)
+    plans = []
+    if thresholds:
+        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site, folder)
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        plans += calibrate_budgets(*where, budgets, options.target)
+        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target, folder)
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,11 @@ def find_plan(
         if not path.exists() or not is_finished(Plan.load(path)):
             if parallel.is_main():
                 print(f"no finished plan for {request}: calibrating one (once, {options.effort})", file=sys.stderr)
-            where = (sampler, pipe, settings, request.model, options, path.parent)
+            session_of = partial(open_session, sampler, pipe, settings, request.model, options, path.parent)
             if request.threshold is not None:
-                return calibrate_thresholds(*where, [request.threshold], request.site)[0]
-            return calibrate_budgets(*where, [request.computed], request.target)[0]
+                thresholds = [request.threshold]
+                return calibrate_thresholds(session_of, options.effort, thresholds, request.site, path.parent)[0]
+            return calibrate_budgets(session_of, options.effort, [request.computed], request.target, path.parent)[0]
     plan = Plan.load(path)
     recorded = {name: value for name, value in settings.items() if name != "steps"}
     recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -173,42 +175,41 @@ def open_session(
 
 
 def calibrate_thresholds(
-    sampler: Sampler,
-    pipe,
-    settings: dict[str, Any],
-    model: str,
-    options: CalibrationOptions,
-    folder: Path,
+    session_of: Callable[[int | None], CalibrationSession],
+    effort: str,
     thresholds: Sequence[float],
     site: str,
+    folder: Path,
 ) -> list[tuple[Plan, Path]]:
-    """Calibrate a threshold plan for each λ and store it in `folder`; other arguments as of `open_session`."""
-    most = effort_of(options.effort).threshold_prompts
-    session = open_session(sampler, pipe, settings, model, options, folder, most)
-    calibration = ThresholdCalibration(session, site)
-    return _store(calibration, calibration.plans(thresholds, options.effort), folder)
+    """Calibrate a threshold plan for each λ and store it in `folder`.
+
+    Args:
+        session_of: session_of(most) opens the session on so many prompts, the first of them; None for all.
+        effort: quick, normal or thorough.
+        thresholds: λ of each plan.
+        site: "output" or "blocks".
+        folder: For the plans.
+    """
+    calibration = ThresholdCalibration(session_of(effort_of(effort).threshold_prompts), site)
+    return _store(calibration, calibration.plans(thresholds, effort), folder)
 
 
 def calibrate_budgets(
-    sampler: Sampler,
-    pipe,
-    settings: dict[str, Any],
-    model: str,
-    options: CalibrationOptions,
-    folder: Path,
+    session_of: Callable[[int | None], CalibrationSession],
+    effort: str,
     budgets: Sequence[int],
     target: str,
+    folder: Path,
 ) -> list[tuple[Plan, Path]]:
     """Calibrate a budget plan for each number of computed steps and store it in `folder`; one trajectory serves all.
 
-    Ctrl-C stores the best plan so far of the one in progress.
+    Ctrl-C stores the best plan so far of the one in progress. Arguments: as of `calibrate_thresholds`, and the target.
     """
-    session = open_session(sampler, pipe, settings, model, options, folder, effort_of(options.effort).prompts)
-    calibration = BudgetCalibration(session, target)
+    calibration = BudgetCalibration(session_of(effort_of(effort).prompts), target)
     try:
-        return _store(calibration, calibration.each_plan(budgets, options.effort), folder)
+        return _store(calibration, calibration.each_plan(budgets, effort), folder)
     except Interrupted as stop:
-        path = ensure_writable(folder) / stop.plan.file_name(model)
+        path = ensure_writable(folder) / stop.plan.file_name(calibration.session.identity["model"])
         if parallel.is_main():
             keep_unfinished(stop.plan, path)
         raise

@@ -150,7 +150,7 @@ class BudgetCalibration:
         around_pass: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.session, self.state_of, self.around_pass = session, state_of, around_pass
-        self.checkpoints = session.checkpoints(["budget", target])
+        self.checkpoints = session.checkpoints(["budget, each prompt by its ratio", target])
         self.fitted = len(session.prompts) - len(session.prompts) // 4
         with around_pass():
             native = session.inputs(0)

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ertacache.calibration import planner
+from ertacache.calibration.choice import METRIC, geometric_mean, typical_error
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.gram import Gram, products
 from ertacache.calibration.planner import Schedule
+from ertacache.calibration.search import HISTORY_LENGTHS, Interrupted, Search
 from ertacache.calibration.session import CalibrationSession, existing
 from ertacache.calibration.targets import TARGETS
 from ertacache.numerics import ode
@@ -33,7 +35,6 @@ from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
 
-HISTORY_LENGTHS = (5, 3)  # values of H: the first for all candidates, the other for the best
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
@@ -62,11 +63,8 @@ class Rollout:
 
     @property
     def error(self) -> float:
-        """The geometric mean of the errors of three prompts in four, the best ones, by which rollouts are compared.
-
-        Whether one of the others tips to another image is chance, and would decide.
-        """
-        return geometric_mean(np.sort(self.errors)[: -(-3 * len(self.errors) // 4)])
+        """By which rollouts are compared."""
+        return typical_error(self.errors)
 
     def shared(self, schedule: Schedule, history_length: int) -> int:
         """Return how many computed steps a rollout of another schedule shares with this one, from the beginning.
@@ -77,23 +75,6 @@ class Rollout:
         if history_length != self.history_length:
             same = min(same, min(history_length, self.history_length) + 1)
         return same if self.velocities else 0
-
-
-def geometric_mean(errors: np.ndarray) -> float:
-    """Return the geometric mean of squared errors."""
-    return float(np.exp(np.log(np.maximum(errors, np.finfo(np.float64).tiny)).mean()))
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a calibration that has a plan already.
-
-    Attributes:
-        plan: The best so far.
-    """
-
-    def __init__(self, plan: BudgetPlan):
-        super().__init__()
-        self.plan = plan
 
 
 class BatchState:
@@ -406,7 +387,7 @@ class BudgetCalibration:
         self.session.spare(unused * len(parallel.mine(self.session.batches)))
         return self.plan_of(gram, search)
 
-    def plan_of(self, gram: Gram, search: "Search", finished: bool = True) -> BudgetPlan:
+    def plan_of(self, gram: Gram, search: Search, finished: bool = True) -> BudgetPlan:
         """Return the plan of a search's best rollout."""
         best = search.best
         start_weights, start_scale = self.starts(gram, best.schedule, best.history_length)
@@ -448,13 +429,12 @@ class BudgetCalibration:
                 weights[step, 0] *= (native[step] - end) / (grid[begin] - end)
         return weights, scales
 
-    def provenance(self, gram: Gram, search: "Search", finished: bool) -> dict[str, Any]:
+    def provenance(self, gram: Gram, search: Search, finished: bool) -> dict[str, Any]:
         best, arrays = search.best, search.best.arrays
         provenance = self.session.provenance(self.checkpoints, search.chosen, search.errors)
         provenance["prompts"] = {**provenance["prompts"], "fitted": self.fitted}
         provenance["calibration"] |= {
-            "metric": "geometric mean over prompts of the mean squared error of the final latents",
-            "compared": "the same over three prompts in four, the best",
+            "error_metric": METRIC,
             "rollouts": len(search.tried),
             "finished": finished,
             "projection_bound": planner.projection_bound(gram, best.schedule, self.scaled),
@@ -472,57 +452,3 @@ class BudgetCalibration:
     def finish(self) -> None:
         """Delete the checkpoints; call it once the plans are saved."""
         self.session.finish(self.checkpoints)
-
-
-class Search:
-    """The rollouts of one budget, one by one: iterate over it.
-
-    First the candidate schedules, each with the first of `HISTORY_LENGTHS`, then the best of them with the others, then
-    a local search: schedules near the best one, those first that share most of its model calls.
-
-    Args:
-        calibration: Rolls out.
-        candidates: Schedules by name, the most promising first.
-        rollouts: At most so many.
-
-    Attributes:
-        best: The rollout with the least error so far; None before the first one.
-        chosen: Its name: that of the candidate from which it was found.
-        errors: By name.
-        budget: N.
-        tried: (schedule, H) of the rollouts.
-    """
-
-    def __init__(self, calibration: BudgetCalibration, candidates: dict[str, Schedule], rollouts: int):
-        self.calibration, self.candidates, self.rollouts = calibration, candidates, rollouts
-        self.best: Rollout | None = None
-        self.budget = len(next(iter(candidates.values())))
-        self.chosen, self.errors, self.tried = "", {}, set()
-
-    def __iter__(self):
-        bar, end = self.calibration.session.bar, self.calibration.end
-        bar.set_description(f"calibrate N={self.budget}")
-        for name, schedule in list(self.candidates.items())[: self.rollouts]:
-            self.roll_out(schedule, HISTORY_LENGTHS[0], name)
-            yield
-        for history_length in HISTORY_LENGTHS[1:]:
-            if len(self.tried) < self.rollouts:
-                self.roll_out(self.best.schedule, history_length, f"{self.chosen}, H = {history_length}")
-                yield
-        while len(self.tried) < self.rollouts:
-            length = self.best.history_length
-            near = [s for s in planner.neighbours(self.best.schedule, end) if (s, length) not in self.tried]
-            if not near:
-                break
-            self.roll_out(near[0], length)
-            yield
-
-    def roll_out(self, schedule: Schedule, history_length: int, name: str | None = None) -> None:
-        """Roll a schedule out and keep the better rollout. name: of a candidate; None in the local search."""
-        rollout = self.calibration.rollout(schedule, history_length, like=self.best)
-        self.tried.add((schedule, history_length))
-        if self.best is None or rollout.error < self.best.error:
-            self.best, self.chosen = rollout, name or self.chosen
-            name = name or "after local search"
-        if name:
-            self.errors[name] = rollout.error

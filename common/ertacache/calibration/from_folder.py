@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ertacache.calibration.budget import BudgetCalibration, Interrupted
+from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
+from ertacache.calibration.search import Interrupted, is_finished, keep_unfinished
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.demos.model_folder import Sampler
@@ -135,11 +136,6 @@ def find_plan(
     return plan, path
 
 
-def is_finished(plan: Plan) -> bool:
-    """Return whether a plan is not the best of a calibration that was interrupted."""
-    return plan.provenance.get("calibration", {}).get("finished", True)
-
-
 def open_session(
     sampler: Sampler,
     pipe,
@@ -213,14 +209,6 @@ def calibrate_budgets(
         if parallel.is_main():
             keep_unfinished(stop.plan, path)
         raise
-
-
-def keep_unfinished(plan: Plan, path: Path) -> None:
-    """Save the best plan so far of an interrupted calibration, and say so; never over a finished one."""
-    if path.exists() and is_finished(Plan.load(path)):
-        return
-    rollouts = plan.provenance["calibration"]["rollouts"]
-    print(f"kept the best plan of {rollouts} schedules so far: {plan.save(path)}", file=sys.stderr)
 
 
 def _store(calibration, plans: Iterable[Plan], folder: Path) -> list[tuple[Plan, Path]]:

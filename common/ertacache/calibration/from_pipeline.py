@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ertacache.calibration.budget import BudgetCalibration, Interrupted
+from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
-from ertacache.calibration.from_folder import keep_unfinished
 from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, stateful
+from ertacache.calibration.search import Interrupted, keep_unfinished
 from ertacache.calibration.session import LEAST_STEPS, CalibrationSession
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals

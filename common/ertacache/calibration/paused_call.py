@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from ertacache.calibration.budget import HISTORY_LENGTHS
 from ertacache.calibration.planner import Schedule
+from ertacache.calibration.search import HISTORY_LENGTHS
 from ertacache.pipelines.enable import originals, stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun

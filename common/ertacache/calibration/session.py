@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ertacache.calibration.choice import CHOICE_METRIC
 from ertacache.demos.model_folder import StepwiseSampler
 from ertacache.plans.requirements import Requirements, transformer_of
 from ertacache.utils import parallel
@@ -143,13 +144,13 @@ class CalibrationSession:
         Args:
             checkpoints: Of the calibration; they keep the day on which it began.
             chosen: Name of the chosen candidate.
-            errors: Mean squared error of the final latents of each candidate.
+            errors: Of each candidate, by which they were compared.
         """
         return {
             **self.identity,
             "libraries": library_versions(),
             "date": checkpoints.value("date", lambda: date.today().isoformat()),
-            "calibration": {"metric": "mean squared error of the final latents", "chosen": chosen, "errors": errors},
+            "calibration": {"metric": CHOICE_METRIC, "chosen": chosen, "errors": errors},
         }
 
     def finish(self, checkpoints: Checkpoints) -> None:

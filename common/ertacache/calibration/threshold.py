@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from ertacache import algorithm
+from ertacache.calibration.choice import typical_error
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.session import CalibrationSession, existing
 from ertacache.plans.threshold import ThresholdPlan, check_threshold
@@ -162,7 +163,7 @@ class ThresholdCalibration:
         return watcher.sums
 
     def evaluate(self, plan: ThresholdPlan) -> float:
-        """Return the mean squared error of the final latents to the uncached run, by real runs with this plan."""
+        """Return the error of the final latents to the uncached run (choice.py), by real runs with this plan."""
         session = self.session
 
         def sums_of(batch):
@@ -172,11 +173,13 @@ class ThresholdCalibration:
 
             final = session.sampler.denoise(session.pipe, session.inputs(batch), plan, on_step).float().cpu().numpy()
             uncached = load_file(existing(self.uncached_path(batch)))["latents"]
-            return {"squares": np.square(final - uncached, dtype=np.float64).sum(), "count": final.size}
+            errors, start = np.zeros(len(session.prompts)), session.starts[batch]
+            squares = np.square(final - uncached, dtype=np.float64).reshape(len(final), -1)
+            errors[start : start + len(final)] = squares.mean(1)
+            return {"errors": errors}
 
-        key = json.dumps(["evaluate", plan.cached, plan.phi, plan.k, plan.b, plan.rectified])
-        sums = session.run(self.checkpoints, key, plan.nfe, sums_of)
-        return float(sums["squares"] / sums["count"])
+        key = json.dumps(["errors", plan.cached, plan.phi, plan.k, plan.b, plan.rectified])
+        return typical_error(session.run(self.checkpoints, key, plan.nfe, sums_of)["errors"])
 
     def uncached_path(self, batch: int):
         """Return the file of a batch's final latents in the uncached run."""

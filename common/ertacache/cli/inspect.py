@@ -118,7 +118,7 @@ def budget_facts(plan: BudgetPlan) -> dict[str, str]:
     facts = {
         "target": f"{plan.target}: {TARGETS[plan.target]}",
         "history": f"H = {plan.history_length} velocities per jump",
-        "error": f"{errors} ({calibration.get('metric', METRIC)})" if errors else "–",
+        "error": f"{errors} ({metric_of(calibration)})" if errors else "–",
     }
     if "noise_gain" in calibration:
         uncached = calibration["noise_gain_uncached"]
@@ -136,8 +136,13 @@ def threshold_facts(plan: ThresholdPlan) -> dict[str, str]:
         "threshold": f"λ = {plan.threshold:g}",
         "site": plan.site,
         "parts": f"time adjustment φ: {plan.phi_definition}, rectified: {'yes' if plan.rectified else 'no'}",
-        "error": "–" if error is None else f"calibration {error:.2e} ({METRIC})",
+        "error": "–" if error is None else f"calibration {error:.2e} ({metric_of(calibration)})",
     }
+
+
+def metric_of(calibration: Mapping[str, Any]) -> str:
+    """Return what the errors of a plan measure."""
+    return calibration.get("error_metric", calibration.get("metric", METRIC))
 
 
 def provenance(recorded: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ertacache.algorithm import uniform_cached
 from ertacache.caches import registry, third_party
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.teacache import TeaCachePolicy, teacache
-from ertacache.calibration.budget import HISTORY_LENGTHS
+from ertacache.calibration.search import HISTORY_LENGTHS
 from ertacache.numerics.blocks import blocks_of
 from ertacache.pipelines.uncached import uncached_latents
 from ertacache.plans.budget import BudgetPlan

@@ -162,7 +162,8 @@ def _quality(plan, facts: KindFacts) -> str:
     fitted = prompts.get("fitted", count)
     held_out = None if count is None else count - fitted
     rows = [["calibration", fitted, facts.error], ["held out of the fit", held_out, facts.held_out_error]]
-    metric = plan.provenance.get("calibration", {}).get("metric", "mean squared error of the final latents")
+    calibration = plan.provenance.get("calibration", {})
+    metric = calibration.get("error_metric", calibration.get("metric", "mean squared error of the final latents"))
     text = f"{metric[:1].upper()}{metric[1:]} to {TARGETS[plan.target]}:"
     return f"{text}\n\n" + _table(["prompts", "count", "error"], rows)
 

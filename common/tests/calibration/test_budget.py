@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from ertacache import BudgetPlan, Plan, PlanError, Requirements
-from ertacache.calibration.budget import BudgetCalibration, Interrupted, Search, geometric_mean
+from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.choice import geometric_mean
 from ertacache.calibration.effort import EFFORTS, effort_of
 from ertacache.calibration.gram import Gram
 from ertacache.calibration.planner import euler_weights
+from ertacache.calibration.search import Interrupted, Search
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.plans.names import budget_of

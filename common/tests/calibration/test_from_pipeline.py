@@ -16,7 +16,8 @@ from PIL import Image
 import ertacache
 from conftest import open_model_folder
 from ertacache.calibration import from_pipeline, paused_call
-from ertacache.calibration.budget import BudgetCalibration, geometric_mean
+from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.choice import geometric_mean
 from ertacache.calibration.paused_call import THREAD
 from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import first_order

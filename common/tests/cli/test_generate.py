@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from conftest import ROOT
-from ertacache.calibration.budget import Search
+from ertacache.calibration.search import Search
 from ertacache.cli import folder_command
 from ertacache.plans import Plan
 from ertacache.utils.errors import run_program

@@ -16,6 +16,7 @@ common/docs/reference/rows.md describes the rows. Further flags are those of gen
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from ertacache.caches.registry import CACHES
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.evaluation import table
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, MethodRows
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
@@ -33,8 +35,6 @@ from ertacache.plans.names import check_speedups
 from ertacache.utils import parallel
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import ensure_writable, write_atomically
-from ertacache.utils.provenance import library_versions, machine
-from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (
@@ -47,32 +47,6 @@ ALL = (
     *CACHES,
     "budget",
 )
-TABLE = [
-    "label",
-    "asked",
-    "nfe",
-    "speedup_flops",
-    "speedup_latency",
-    "speedup_end_to_end",
-    "psnr",
-    "psnr_p10",
-    "latent_psnr",
-    "ssim",
-]
-TABLE += ["lpips", "temporal_psnr", "clip_similarity", "exact_psnr", "prompt_accuracy"]
-
-
-def table(rows: list[Row]) -> str:
-    """Return a Markdown table; a column that is empty everywhere is left out."""
-
-    def cell(value, name: str) -> str | None:
-        digits = 2 if "psnr" in name or name.startswith("speedup") else 1 if name == "nfe" else 4
-        if not isinstance(value, float):
-            return value
-        return f"{value:g}" if name == "asked" or value == round(value) else f"{value:.{digits}f}"
-
-    columns = [name for name in TABLE if any(row[name] is not None for row in rows)]
-    return markdown(columns, [[cell(row[name], name) for name in columns] for row in rows])
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -108,8 +82,9 @@ def parse_arguments():
     add("--thresholds", metavar="λ,λ,…", default="", help="threshold plans for these λ, in place of --speedups")
     add("--sites", default="", help="where threshold plans cache: output, blocks or output,blocks (default: --site)")
     add("--count", type=int, default=64, help="held-out captions, when --prompts is not given")
-    text = "captions that name all they can, or that leave something open"
-    add("--captions", choices=("full", "open"), default="full", help=text)
+    text = "full: captions that name all they can; open: that leave something open; full,open: both, apart"
+    add("--captions", default="full", help=text)
+    add("--by-speedup", action="store_true", help="print one line per speed-up and one column per method")
     add("--json", type=Path, help="where to write the rows")
     add("--csv", type=Path, help="where to write the rows as a table")
     add("--latency-repeats", type=int, default=5, help="alternating runs; 0 leaves the latency out")
@@ -140,13 +115,18 @@ def parse_arguments():
         if getattr(args, name) is not None and getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: give a whole number of at least {least}")
+    args.captions = args.captions.split(",")
+    if not set(args.captions) <= {"full", "open"}:
+        raise UserError(f"--captions {','.join(args.captions)}: choose full, open or full,open")
+    if args.by_speedup and not args.speedups:
+        raise UserError("--by-speedup without --speedups: give them")
     args.speedups = parse_list(args.speedups) if args.speedups else []
     args.thresholds = parse_list(args.thresholds) if args.thresholds else []
     check_speedups(args.speedups)
     return args, rest
 
 
-def open_folder(args, sampler, options) -> MethodRows:
+def open_folder(args, sampler, options, captions: str) -> MethodRows:
     """Return the rows of one model folder, with its pipeline, prompts and settings."""
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
@@ -157,9 +137,11 @@ def open_folder(args, sampler, options) -> MethodRows:
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
     if options.prompts:
+        if len(args.captions) > 1:
+            raise UserError("--captions full,open with --prompts: those are the demo's, give one of the two")
         prompts, captions = prompts_of(None, options.prompts), None
     else:
-        sample, captions = sampler.grammar.sample_captions, args.captions
+        sample = sampler.grammar.sample_captions
         prompts = sample(args.count, seed=100, held_out=True, leave_open=captions == "open")
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}
@@ -177,8 +159,9 @@ def main():
     args, rest = parse_arguments()
     samplers = [load_model_folder(folder) for folder in args.folders]
     every_row = []
-    for sampler in samplers:
-        folder = open_folder(args, sampler, folder_command.parse_arguments(sampler, rest, effort="normal"))
+    for sampler, captions in itertools.product(samplers, args.captions):
+        options = folder_command.parse_arguments(sampler, rest, effort="normal")
+        folder = open_folder(args, sampler, options, captions)
         rows = []
         for row in folder.rows(args.methods, args.speedups, args.thresholds):
             rows.append(row)
@@ -187,9 +170,16 @@ def main():
                 print(f"{sampler.FOLDER.name}: {row['label']}, {row['speedup_nfe']:.2f}×", file=sys.stderr)
         folder.finish()
         every_row += rows
-        if parallel.is_main():
-            print(f"## {sampler.FOLDER.name}\n\n{table(rows)}\n")
-            print(f"{rows[0]['prompts']} prompts, {machine()}, {library_versions()}\n")
+        if parallel.is_main() and not args.by_speedup:
+            sort = f", {captions} captions" if rows[0]["captions"] else ""
+            print(f"## {sampler.FOLDER.name}{sort}\n\n{table.one_line_each(rows)}\n\n{facts(rows)}\n")
+    if parallel.is_main() and args.by_speedup:
+        print(f"{table.by_speedup(every_row)}\n\n{facts(every_row)}")
+
+
+def facts(rows: list[Row]) -> str:
+    counts = dict.fromkeys(str(row["prompts"]) for row in rows)
+    return table.facts(f"{' or '.join(counts)} prompts", day=max(row["date"] for row in rows))
 
 
 if __name__ == "__main__":

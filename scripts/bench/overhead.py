@@ -1,14 +1,13 @@
 """Overhead of following a plan: the bare loop against the stock pipeline, in time and memory.
 
-    .venv/bin/python scripts/bench/overhead.py ERTACache4FLUX --batch-size 4 --repeats 9
+    .venv/bin/python scripts/bench/overhead.py ERTACache4FLUX ERTACache4Wan2.1 --batch-size 4 --repeats 9
 
 Medians of alternating runs (A B C A B C …) of the denoising loop on one batch: the bare loop of the model folder's
 generate.py with the plan; the stock pipeline that follows it; and the stock pipeline without a plan, at as many steps.
 
-"in the plan" is the part of the second that is spent in the plan's own code at a computed step, drift included.
-"skipped step" is a whole iteration of the pipeline on a step that the plan skips, with callbacks and guidance but
-without a model call; "in the plan, skipped" is the plan's part of it. "kept" are the tensors that the plan keeps in the
-middle of a jump, in bytes, and in sizes of the latents.
+Percentages are of a computed step of the bare loop. The plan's code at a computed step is the part of the pipeline's
+step that is spent in it, drift included. A skipped step is a whole iteration of the pipeline, with callbacks and
+guidance but without a model call.
 """
 
 import statistics
@@ -22,11 +21,12 @@ from ertacache.calibration.from_folder import find_plan
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.evaluation.table import facts
 from ertacache.pipelines.uncached import uncached_latents
 from ertacache.utils.devices import synchronize
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts
-from ertacache.utils.provenance import library_versions, machine
+from ertacache.utils.tables import markdown
 
 
 class Overhead:
@@ -88,11 +88,9 @@ def kept_bytes(run) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def main():
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
-    args, rest = parser.parse_known_args()
-    sampler = load_model_folder(args.folder)
+def measure(folder: str, rest: list[str]) -> dict[str, str]:
+    """Return a column of the table: what a plan costs in one model folder."""
+    sampler = load_model_folder(folder)
     options = folder_command.parse_arguments(sampler, ["--speedup", "2", *rest])
     request, calibration = folder_command.plan_request(options), folder_command.calibration_options(options)
     pipe = folder_command.open_pipeline(sampler, options)
@@ -100,24 +98,31 @@ def main():
     plan, _ = find_plan(sampler, pipe, settings, request, calibration)
     prompts = (read_prompts(sampler.FOLDER / "prompts" / "demo.txt") * options.batch_size)[: options.batch_size]
     overhead = Overhead(sampler, pipe, plan, settings, prompts)
-    kinds = {"bare loop": overhead.bare, "pipeline with the plan": overhead.planned, "pipeline alone": overhead.plain}
-    seconds = {name: [] for name in kinds}
-    for _ in range(options.repeats + 1):
-        for name, run in kinds.items():
-            seconds[name].append(run())
-    seconds["in the plan"] = overhead.in_steps
-    milliseconds = {name: 1000 * statistics.median(times[1:]) / plan.nfe for name, times in seconds.items()}
-    for name, value in milliseconds.items():
-        share = 100 * value / milliseconds["bare loop"]
-        print(f"{name}: {value:.3f} ms per computed step, {share:.2f} % of the bare loop")
-    for name, times in zip(("skipped step", "in the plan, skipped"), zip(*overhead.skipped, strict=True), strict=True):
-        microseconds = 1e6 * statistics.median(times)
-        share = microseconds / milliseconds["bare loop"] / 10
-        print(f"{name}: {microseconds:.0f} µs per skipped step, {share:.2f} % of a computed step of the bare loop")
+    runs = (overhead.bare, overhead.planned, overhead.plain)
+    seconds = [[run() for run in runs] for _ in range(options.repeats + 1)][1:]
+    bare, planned, plain = (statistics.median(times) / plan.nfe for times in zip(*seconds, strict=True))
+    own = statistics.median(overhead.in_steps[1:]) / plan.nfe
+    skipped, in_plan = (statistics.median(times) for times in zip(*overhead.skipped, strict=True))
     latents = overhead.inputs.latents
-    size = latents.numel() * latents.element_size()
-    print(f"kept: {overhead.kept} bytes, {overhead.kept / size:.1f} latents of {size} bytes")
-    print(f"plan {plan.title}, batch {len(prompts)}, {options.repeats} repeats, {machine()}, {library_versions()}")
+    return {
+        "bare loop, per computed step: model call and weighted sum": f"{1e3 * bare:.1f} ms",
+        "stock pipeline with the plan, per computed step": f"{100 * planned / bare:.1f} %",
+        "stock pipeline without a plan, per step": f"{100 * plain / bare:.1f} %",
+        "the plan's code at a computed step": f"{1e3 * own:.2f} ms, {100 * own / bare:.1f} %",
+        "a skipped step of the pipeline": f"{1e6 * skipped:.0f} µs, {100 * skipped / bare:.1f} %",
+        "… of it in the scheduler's stand-in": f"{1e6 * in_plan:.0f} µs",
+        "kept in the middle of a jump, in sizes of the latents": f"{overhead.kept / latents.nbytes:.0f}",
+    }
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", help="model folders, for example ERTACache4FLUX")
+    args, rest = parser.parse_known_args()
+    columns = [measure(folder, rest) for folder in args.folders]
+    names = [folder.removeprefix("ERTACache4") for folder in args.folders]
+    print(markdown(["", *names], [[line, *(column[line] for column in columns)] for line in columns[0]]))
+    print(f"\n{facts(f'plans at 2×; {torch.get_num_threads()} threads')}")
 
 
 if __name__ == "__main__":

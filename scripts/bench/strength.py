@@ -37,11 +37,11 @@ import ertacache
 from ertacache import Plan
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.evaluation.table import facts
 from ertacache.pipelines.enable import originals
 from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts, write_atomically
-from ertacache.utils.provenance import library_versions, machine
 from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +194,15 @@ CASES = {
     "sd3": sd3,
     "qwenimage": qwenimage,
 }
+TITLES = {
+    "flux": "FLUX image-to-image",
+    "inpaint": "FLUX inpainting",
+    "inpaint-own": "… with a plan of that call",
+    "wan": "Wan video-to-video",
+    "wan-own": "… with a plan of that call",
+    "sd3": "SD3",
+    "qwenimage": "Qwen-Image",
+}
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------
@@ -314,11 +323,11 @@ def check_counts(uncached: Run, planned: Run, plain: Run, computed: int) -> None
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["case", "speed-up", "strength", "steps", "plan", "worst", "plain", "worst", "difference"]
-    decimals = ("plan", "plan, worst", "plain", "plain, worst", "difference")
+    head = ["call", "speed-up", "strength", "computed", "plan, dB", "worst", "plain steps, dB", "worst", "difference"]
     lines = [
-        [row["case"], f"{row['speed-up']:g}×", row["strength"], f"{row['computed']} of {row['of']}"]
-        + [f"{row[name]:.1f}" for name in decimals]
+        [TITLES[row["case"]], f"{row['speed-up']:g}×", row["strength"], f"{row['computed']} of {row['of']}"]
+        + [f"{row[name]:.1f}" for name in ("plan", "plan, worst", "plain", "plain, worst")]
+        + [f"{row['difference']:+.1f}"]
         for row in rows
     ]
     return markdown(head, lines, ["---"] + ["--:"] * 8)
@@ -337,7 +346,7 @@ def main():
                 print(json.dumps(row), flush=True)
                 if args.out:
                     write_atomically(args.out, (json.dumps(rows, indent=1) + "\n").encode())
-    print(f"\n{table(rows)}\n\n{machine()}, {library_versions()}")
+    print(f"\n{table(rows)}\n\n{facts()}")
 
 
 if __name__ == "__main__":

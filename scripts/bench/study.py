@@ -1,18 +1,21 @@
 """How a demo's budget plans depend on their calibration: on the number of prompts, and on where they are used.
 
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX prompts --counts 2,4,8,16,32
+    .venv/bin/python scripts/bench/study.py ERTACache4FLUX draws --draws 4
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX transfer --guidances 2,7 --sizes 48x48,96x96
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX drift --guidances 1.75,5.25,7 --speedups 2,3
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX images --speedups 2 --count 3 --out exact-flux.png
 
 `prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with the
-model calls and seconds that the calibration took. `transfer` uses plans that were fitted at the default settings at
-other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside the demo's grammar, beside plans that were
-fitted there and fewer steps there. `drift` runs the stored plans in the stock pipeline, one prompt a call, and says how
-well the drift of a sample ranks its error in the final latents (Spearman's ρ, in each condition and over all of them),
-how many samples get a warning, and what computing more steps where a run drifts costs and brings. `images` draws the
-exact solution, the uncached run and the stored plan with the exact target side by side, with their differences to the
-solution. Distances are mean PSNR in dB to the uncached run under the same situations.
+model calls and seconds that the calibration took. `draws` calibrates anew, at efforts quick and normal, on several sets
+of 8 captions, half of them open, beside the stored plan: how far plans depend on luck and effort. `transfer` uses plans
+that were fitted at the default settings at other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside
+the demo's grammar, beside plans that were fitted there and fewer steps there. `drift` runs the stored plans in the
+stock pipeline, one prompt a call, and says how well the drift of a sample ranks its error in the final latents
+(Spearman's ρ, in each condition and over all of them), how many samples get a warning, and what computing more steps
+where a run drifts costs and brings. `images` draws the exact solution, the uncached run and the stored plan with the
+exact target side by side, with their differences to the solution. Distances are mean PSNR in dB to the uncached run
+under the same situations.
 """
 
 import itertools
@@ -32,13 +35,13 @@ from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import metrics
 from ertacache.evaluation.runner import Evaluation
+from ertacache.evaluation.table import facts
 from ertacache.pipelines.uncached import uncached_latents
 from ertacache.plans.drift import Monitor
 from ertacache.plans.names import budget_name, budget_of, check_speedups
 from ertacache.utils import media
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts, write_atomically
-from ertacache.utils.provenance import library_versions, machine
 from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,16 +62,20 @@ class Study:
     def tally(self, *_):
         self.calls += 1
 
-    def captions(self, count, seed, held_out):
-        return self.grammar.sample_captions(count, seed, held_out)
+    def captions(self, count, seed, held_out, leave_open=False):
+        return self.grammar.sample_captions(count, seed, held_out, leave_open)
 
-    def plans(self, prompts, settings):
+    def stored(self, budget):
+        """Return the stored plan for a number of computed steps."""
+        return BudgetPlan.load(self.sampler.FOLDER / "cache" / budget_name("demo", self.settings["steps"], budget))
+
+    def plans(self, prompts, settings, effort=None, first_seed=0):
         """Return a plan for each budget, fitted on these prompts at these settings."""
         options = {"settings": settings, "batch_size": self.options.batch_size, "model_id": self.options.model}
-        seeds = range(len(prompts))
+        seeds = range(first_seed, first_seed + len(prompts))
         session = CalibrationSession(self.sampler, self.pipe, prompts, seeds, work=ROOT / "runs", **options)
         calibration = BudgetCalibration(session, self.options.target)
-        plans = calibration.plans(self.budgets, self.options.effort)
+        plans = calibration.plans(self.budgets, effort or self.options.effort)
         calibration.finish()
         return plans
 
@@ -78,27 +85,41 @@ class Study:
         return Evaluation(self.sampler, self.pipe, prompts, seeds, settings, **options)
 
     def psnr(self, evaluation, plan=None, settings=None):
-        """Return the mean PSNR over the prompts, dB, of images and of latents."""
-        outcome, uncached = (
-            evaluation.outcome(evaluation.in_loop(plan, settings), count=False),
-            evaluation.uncached_outcome,
-        )
-        images = metrics.mean(metrics.psnr, uncached.images, outcome.images)
-        return images, metrics.latent_psnr(uncached.latents, outcome.latents)
+        """Return the mean PSNR over the prompts, dB."""
+        outcome = evaluation.outcome(evaluation.in_loop(plan, settings), count=False)
+        return metrics.mean(metrics.psnr, evaluation.uncached_outcome.images, outcome.images)
 
-    # --- the two tables ----------------------------------------------------------------------------------------------
+    # --- the tables --------------------------------------------------------------------------------------------------
 
     def prompts_needed(self, counts):
-        """Yield one row per number of calibration prompts and budget."""
+        """Yield one row per number of calibration prompts."""
         prompts = self.captions(max(counts), seed=7, held_out=False)
         evaluation = self.evaluation(self.held_out, self.settings)
         for count in counts:
             self.calls, start = 0, time.perf_counter()
             plans = self.plans(prompts[:count], self.settings)
-            cost = {"transformer_calls": self.calls, "seconds": round(time.perf_counter() - start, 1)}
-            for budget, plan in plans.items():
-                psnr, latent_psnr = self.psnr(evaluation, plan)
-                yield {"prompts": count, "nfe": budget, "psnr": psnr, "latent_psnr": latent_psnr, **cost}
+            cost = {"transformer calls": self.calls, "seconds": round(time.perf_counter() - start)}
+            psnr = {f"N = {budget}, dB": self.psnr(evaluation, plan) for budget, plan in plans.items()}
+            yield {"prompts": count, **psnr, **cost}
+
+    def draws(self, count):
+        """Yield one row per budget and effort: the stored plan, and plans on `count` sets of captions."""
+        evaluation, half, found = self.evaluation(self.held_out, self.settings), CAPTIONS // 2, {}
+        for number in range(count):
+            full, left_open = self.captions(half, 50 + number, False), self.captions(half, 150 + number, False, True)
+            prompts = [caption for pair in zip(full, left_open, strict=True) for caption in pair]
+            for effort in ("quick", "normal"):
+                self.calls, start = 0, time.perf_counter()
+                plans = self.plans(prompts, self.settings, effort, first_seed=10_000 * (number + 1))
+                cost = self.calls, time.perf_counter() - start
+                for budget, plan in plans.items():
+                    found.setdefault((budget, effort), []).append((self.psnr(evaluation, plan), *cost))
+        for (budget, effort), draws in sorted(found.items(), reverse=True):
+            psnr, calls, seconds = (np.array(values) for values in zip(*draws, strict=True))
+            row = {"calls": budget, "stored plan, dB": self.psnr(evaluation, self.stored(budget)), "effort": effort}
+            row |= {"mean of the draws, dB": float(psnr.mean()), "worst, dB": float(psnr.min())}
+            row |= {"best, dB": float(psnr.max()), "transformer calls": round(calls.mean())}
+            yield row | {"seconds": round(np.median(seconds))}
 
     def transfer(self, guidances, sizes):
         """Yield one row per other condition and budget."""
@@ -110,32 +131,33 @@ class Study:
         situations |= {f"guidance {g:g}": (captions, self.held_out, {"guidance": g}) for g in guidances}
         for height, width in sizes:
             situations[f"{height}×{width}"] = (captions, self.held_out, {"height": height, "width": width})
-        situations["prompts from outside"] = (outside[:CAPTIONS], outside[CAPTIONS:], {})
+        situations["prompts outside the grammar"] = (outside[:CAPTIONS], outside[CAPTIONS:], {})
         default = self.plans(captions, self.settings)
         for name, (fit, measure, changes) in situations.items():
             settings = {**self.settings, **changes}
             own = self.plans(fit, settings) if name != "as calibrated" else default
             evaluation = self.evaluation(measure, settings)
             for budget in self.budgets:
-                fewer, _ = self.psnr(evaluation, settings={**settings, "steps": budget})
-                here, there = (self.psnr(evaluation, plans[budget])[0] for plans in (default, own))
-                row = {"used at": name, "nfe": budget, "fewer steps": fewer, "plan": here, "fitted there": there}
-                yield row | {"loss": there - here}
+                fewer = self.psnr(evaluation, settings={**settings, "steps": budget})
+                here, there = (self.psnr(evaluation, plans[budget]) for plans in (default, own))
+                row = {"condition": name, "calls": budget, "fewer steps, dB": fewer}
+                row |= {"plan calibrated at the defaults, dB": here, "plan calibrated for it, dB": there}
+                yield row | {"difference, dB": there - here}
 
     def drift(self, guidances):
         """Yield one row per stored plan and condition, and one for all conditions of a plan together."""
         outside = read_prompts(self.sampler.FOLDER / "prompts" / "calibration.txt")[: self.count]
-        situations = {"held-out captions": (self.held_out, {}), "prompts from outside": (outside, {})}
+        situations = {"held-out captions": (self.held_out, {}), "prompts outside the grammar": (outside, {})}
         situations |= {f"guidance {g:g}": (self.held_out, {"guidance": g}) for g in guidances}
         steps = self.settings["steps"]
         for budget in self.budgets:
-            plan = BudgetPlan.load(self.sampler.FOLDER / "cache" / budget_name("demo", steps, budget))
+            plan = self.stored(budget)
             limit, everywhere = Monitor(plan).limit(), []
             for name, (prompts, changes) in situations.items():
                 samples = list(self.drift_samples(plan, prompts, {**self.settings, **changes}))
                 everywhere += samples
-                yield {"plan": plan.title, "run": name} | drift_row(samples, limit)
-            yield {"plan": plan.title, "run": "all of these"} | drift_row(everywhere, limit)
+                yield {"calls": f"{budget} of {steps}", "runs": name} | drift_row(samples, limit)
+            yield {"calls": f"{budget} of {steps}", "runs": "**all of these**"} | drift_row(everywhere, limit)
 
     def drift_samples(self, plan, prompts, settings):
         """Yield per prompt: drift, squared error of the latents without and with extra steps, extra steps."""
@@ -170,11 +192,11 @@ def drift_row(samples, limit):
     return {
         "samples": len(samples),
         "drift, median": float(np.median(drift)),
-        "above the limit": float(np.mean(drift > limit)),
-        "ρ(drift, error)": float(spearmanr(drift, error).statistic),
-        "latent error, rms": f"{np.sqrt(np.mean(error)):.2g}",
-        "with extra steps": f"{np.sqrt(np.mean(corrected)):.2g}",
-        "extra steps, mean": float(np.mean(extra)),
+        "warned": f"{100 * np.mean(drift > limit):.0f} %",
+        "ρ": float(spearmanr(drift, error).statistic),
+        "error": f"{np.sqrt(np.mean(error)):.2g}",
+        "error with extra steps": f"{np.sqrt(np.mean(corrected)):.2g}",
+        "extra steps": f"{np.mean(extra):.1f}",
     }
 
 
@@ -197,9 +219,10 @@ def table(rows) -> str:
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
-    parser.add_argument("study", choices=("prompts", "transfer", "drift", "images"))
+    parser.add_argument("study", choices=("prompts", "draws", "transfer", "drift", "images"))
     parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
     parser.add_argument("--counts", metavar="N,N,…", default="2,4,8,16,32", help="numbers of calibration prompts")
+    parser.add_argument("--draws", type=int, default=4, help="sets of calibration captions")
     parser.add_argument("--guidances", metavar="G,G,…", default="", help="scales to use the plans at")
     parser.add_argument("--sizes", metavar="HxW,HxW,…", default="", help="sizes to use the plans at")
     parser.add_argument("--count", type=int, default=32, help="held-out captions")
@@ -215,6 +238,7 @@ def main():
     study = Study(sampler, options, speedups, args.count)
     studies = {
         "prompts": lambda: study.prompts_needed(counts),
+        "draws": lambda: study.draws(args.draws),
         "transfer": lambda: study.transfer(guidances, sizes),
         "drift": lambda: study.drift(guidances),
     }
@@ -227,7 +251,7 @@ def main():
         print(json.dumps(row, ensure_ascii=False), flush=True)
         if args.json:
             write_atomically(args.json, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
-    print(f"\n{table(rows)}\n\n{args.count} held-out captions, {machine()}, {library_versions()}")
+    print(f"\n{table(rows)}\n\n{facts(f'{args.count} held-out captions')}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ import sys
 
 import numpy as np
 
-METRICS = ("psnr", "psnr_p10", "ssim", "lpips", "temporal_psnr")
+from ertacache.utils import media
+
+PSNRS = ("psnr", "psnr_p10", "psnr_worst", "below_30db", "psnr_8bit")
+METRICS = (*PSNRS, "ssim", "lpips", "temporal_psnr")
+OTHER_IMAGE = 30.0  # dB, below which a result is often another image
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
@@ -16,15 +20,16 @@ def psnr(reference: np.ndarray, image: np.ndarray) -> float:
     return float(peak_signal_noise_ratio(reference, image, data_range=1.0))
 
 
-def latent_psnr(references: np.ndarray, results: np.ndarray) -> float | None:
-    """Return the mean PSNR in dB of latents [N, …], with each reference's largest minus least value as data range.
+def latent_psnrs(references: np.ndarray, results: np.ndarray) -> np.ndarray:
+    """Return the PSNR in dB of latents [N, …], [N], with each reference's largest minus least value as data range.
 
-    None when a pair is equal.
+    It is ∞ where a pair is equal.
     """
     axes = tuple(range(1, references.ndim))
     error = np.square(np.subtract(references, results, dtype=np.float64)).mean(axes)
     ranges = references.max(axes).astype(np.float64) - references.min(axes)
-    return None if np.any(error == 0) else float(np.mean(10 * np.log10(ranges**2 / error)))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(ranges**2 / error)
 
 
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
@@ -144,8 +149,13 @@ def finite(value) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def share_below(psnrs: np.ndarray) -> float:
+    """Return the share of PSNRs below 30 dB."""
+    return float(np.mean(psnrs < OTHER_IMAGE))
+
+
 def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = None) -> dict[str, float | None]:
-    """Measure the METRICS: means over images or videos, and the 10th percentile of their PSNR.
+    """Measure the METRICS: means over images or videos, and the tail of their PSNR.
 
     Args:
         references: Images [N, H, W, 3], or videos [N, F, H, W, 3], in [0, 1].
@@ -153,11 +163,17 @@ def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = N
         lpips: Measures LPIPS; without it LPIPS is None.
 
     Returns:
-        A value for each name in METRICS. temporal_psnr, a mean over videos, is None for images.
+        A value for each name in METRICS: psnr, ssim, lpips and temporal_psnr (None for images) are means; psnr_p10,
+        psnr_worst and below_30db are the 10th percentile, the least, and the share of them below 30 dB; psnr_8bit is
+        the mean of what is stored, rounded to 8 bits.
     """
     every = each(psnr, references, results)
-    tail = np.quantile(every, 0.1) if np.isfinite(every).all() else np.inf
-    values = {"psnr": finite(np.mean(every)), "psnr_p10": finite(tail), "ssim": mean(ssim, references, results)}
+    with np.errstate(invalid="ignore"):  # between two that are ∞
+        tail = np.quantile(every, 0.1)
+    values = {"psnr": finite(np.mean(every)), "psnr_p10": finite(tail), "psnr_worst": finite(every.min())}
+    values["below_30db"] = share_below(every)
+    values["psnr_8bit"] = mean(psnr, *(media.to_uint8(images) / 255 for images in (references, results)))
+    values["ssim"] = mean(ssim, references, results)
     values["lpips"] = mean(lpips, references, results) if lpips and lpips.network is not None else None
     videos = references.ndim == 5
     temporal = [temporal_psnr(*pair) for pair in zip(references, results, strict=True)] if videos else []

@@ -16,6 +16,7 @@ OTHER_FAMILIES = ("peer", "steps")
 FAMILIES = (*OUR_FAMILIES, *OTHER_FAMILIES, "none")
 REACHED = 0.9  # of the target speed-up
 LESS_IS_BETTER = {"nfe", "flops", "latency_s", "end_to_end_s", "lpips", "peak_memory_mib"}
+LESS_IS_BETTER |= {"below_30db", "latents_below_30db"}
 TITLES = {
     "label": "method",
     "nfe": "NFE",
@@ -24,12 +25,16 @@ TITLES = {
     "speedup_end_to_end": "end-to-end speed-up",
     "psnr": "PSNR, dB",
     "psnr_p10": "10th percentile, dB",
+    "psnr_worst": "worst, dB",
+    "below_30db": "below 30 dB",
     "ssim": "SSIM",
     "exact_psnr": "exact PSNR, dB",
     "prompt_accuracy": "prompt accuracy",
     "lpips": "LPIPS",
     "temporal_psnr": "temporal PSNR, dB",
+    "psnr_8bit": "PSNR of 8 bits, dB",
     "latent_psnr": "latent PSNR, dB",
+    "latents_below_30db": "latents below 30 dB",
     "exact_ssim": "exact SSIM",
     "exact_latent_psnr": "exact latent PSNR, dB",
     "clip_similarity": "CLIP similarity",

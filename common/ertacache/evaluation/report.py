@@ -28,12 +28,14 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.tables import MISSING
 
 OWN_SETTINGS = ("steps", "threshold", "site", "shift", "value")  # what a method chooses; the rest is common to all
-TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "psnr_p10", "ssim")
-TABLE += ("exact_psnr", "prompt_accuracy", "place")
+TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "psnr_p10")
+TABLE += ("psnr_worst", "below_30db", "ssim", "exact_psnr", "prompt_accuracy", "place")
 MORE = (
+    "psnr_8bit",
     "lpips",
     "temporal_psnr",
     "latent_psnr",
+    "latents_below_30db",
     "exact_ssim",
     "exact_latent_psnr",
     "clip_similarity",

@@ -47,10 +47,14 @@ class Row(TypedDict, total=False):
     speedup_end_to_end: float | None
     psnr: float | None
     psnr_p10: float | None
+    psnr_worst: float | None
+    below_30db: float | None
+    psnr_8bit: float | None
     ssim: float | None
     lpips: float | None
     temporal_psnr: float | None
     latent_psnr: float | None
+    latents_below_30db: float | None
     clip_similarity: float | None
     clip_score: float | None
     exact_psnr: float | None

@@ -78,7 +78,7 @@ class Evaluation:
         self.uncached_trajectory: dict[int, torch.Tensor] = {}  # latents of the first prompt, by step
         measured = [model, fingerprint(pipe), settings, self.prompts, self.seeds, batch_size, exact, samples, clip]
         machines = [str(pipe.transformer.dtype), machine(), library_versions()]
-        self.checkpoints = Checkpoints(self.work, ["rows, 3", sampler.FOLDER.name, *measured, *machines])
+        self.checkpoints = Checkpoints(self.work, ["rows, 4", sampler.FOLDER.name, *measured, *machines])
 
     # --- ways to run -------------------------------------------------------------------------------------------------
 
@@ -253,18 +253,21 @@ class Evaluation:
 
     def distances(self, method: Method, outcome: Outcome) -> dict[str, float | None]:
         """Return distances to the uncached run (which has none to itself), to the solution, and to the prompts."""
-        distances = dict.fromkeys((*metrics.METRICS, "latent_psnr", "clip_similarity"))
+        distances = dict.fromkeys((*metrics.METRICS, "latent_psnr", "latents_below_30db", "clip_similarity"))
         if not method.is_uncached:
             uncached = self.uncached_outcome
             distances = metrics.quality(uncached.images, outcome.images, self.lpips)
-            distances["latent_psnr"] = metrics.latent_psnr(uncached.latents, outcome.latents)
+            latents = metrics.latent_psnrs(uncached.latents, outcome.latents)
+            distances["latent_psnr"] = metrics.finite(latents.mean())
+            distances["latents_below_30db"] = metrics.share_below(latents)
             distances["clip_similarity"] = self.clip.similarity(uncached.images, outcome.images)
         distances["clip_score"] = self.clip.score(self.prompts, outcome.images)
         distances |= dict.fromkeys(("exact_psnr", "exact_ssim", "exact_latent_psnr"))
         if self.exact:
             distances["exact_psnr"] = metrics.mean(metrics.psnr, self.solution.images, outcome.images)
             distances["exact_ssim"] = metrics.mean(metrics.ssim, self.solution.images, outcome.images)
-            distances["exact_latent_psnr"] = metrics.latent_psnr(self.solution.latents, outcome.latents)
+            latents = metrics.latent_psnrs(self.solution.latents, outcome.latents)
+            distances["exact_latent_psnr"] = metrics.finite(latents.mean())
         return distances
 
     def latency(self, method: Method) -> dict[str, float | None]:

@@ -44,6 +44,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def measured_with() -> str:
+    """Return machine and library versions in one line."""
+    versions = library_versions()
+    return f"{machine()}; torch {versions['torch'].split('+')[0]}, diffusers {versions['diffusers']}"
+
+
 def machine() -> str:
     """Return the GPU's name, or the processor architecture and the number of usable cores."""
     if torch.cuda.is_available():

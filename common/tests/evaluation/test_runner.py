@@ -14,7 +14,7 @@ from ertacache.caches.registry import CACHES
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.session import CalibrationSession
 from ertacache.evaluation.method import Method
-from ertacache.evaluation.metrics import Clip, latent_psnr
+from ertacache.evaluation.metrics import Clip, latent_psnrs, quality
 from ertacache.evaluation.runner import Evaluation
 from toy import Pipe, ToySampler
 
@@ -126,8 +126,25 @@ def test_clip_compares_pictures_frames_and_prompts(clip):
 
 def test_latent_psnr():
     reference = np.array([[0.0, 4.0], [0.0, 2.0]])
-    assert latent_psnr(reference, reference + 0.4) == pytest.approx((20 + 20 * np.log10(5)) / 2)
-    assert latent_psnr(reference, reference) is None
+    assert latent_psnrs(reference, reference + 0.4) == pytest.approx([20, 20 * np.log10(5)])
+    assert np.isinf(latent_psnrs(reference, reference)).all()
+
+
+def test_quality_shows_the_tail():
+    """Ten images whose error is 10^(−k/20), so that their PSNRs are known."""
+    decibels = np.array([12.0, 20, 29, 31, 35, 40, 45, 50, 60, 70])
+    uncached = np.full((10, 16, 16, 3), 0.25)
+    found = quality(uncached, uncached + 10 ** (-decibels / 20).reshape(-1, 1, 1, 1))
+    assert found["psnr"] == pytest.approx(decibels.mean())
+    assert found["psnr_p10"] == pytest.approx(np.quantile(decibels, 0.1))
+    assert found["psnr_worst"] == pytest.approx(12) and found["below_30db"] == 0.3
+    assert found["psnr_8bit"] is None  # 0.25 + 0.0003 has the same 8 bits
+    coarse = 10 ** (-decibels[:6] / 20)
+    levels = np.rint(255 * (0.25 + coarse)) - np.rint(255 * 0.25)
+    found = quality(uncached[:6], uncached[:6] + coarse.reshape(-1, 1, 1, 1))
+    assert found["psnr_8bit"] == pytest.approx(np.mean(-20 * np.log10(levels / 255)))
+    equal = quality(uncached, uncached)
+    assert equal["psnr"] is equal["psnr_worst"] is equal["psnr_p10"] is None and equal["below_30db"] == 0
 
 
 def script(name, *arguments):

@@ -16,6 +16,7 @@ from conftest import ROOT, ModelFolder
 from ertacache import Plan
 from ertacache.demos.emoji import sample_captions
 from ertacache.evaluation.metrics import psnr
+from ertacache.evaluation.table import facts
 
 STEPS, BUDGETS = 30, (15, 10)
 
@@ -82,7 +83,7 @@ def plan_of(budget: int) -> Plan:
 
 def variants(captions: list[str], open_demo) -> None:
     """Prints a row each."""
-    print("| variant | uncached, to float32 | 15 of 30 | 10 of 30 |\n|---|---|---|---|")
+    print("| variant | uncached, to float32 | 15 of 30 | 10 of 30 |\n| --- | --- | --- | --- |")
     truth = None
     for name, (package, apply) in VARIANTS.items():
         if not importlib.util.find_spec(package):
@@ -112,6 +113,7 @@ def main():
         return ModelFolder("ERTACache4FLUX", captions, 3.5, height=64, width=64)
 
     variants(captions, open_demo)
+    print(f"\n{facts(f'{len(captions)} held-out captions; one thread')}")
 
 
 if __name__ == "__main__":

@@ -211,4 +211,25 @@ def test_every_method_on_the_closed_form_problem(tmp_path):
     rivals = {name: value for name, value in means.items() if name not in ("quick", "normal")}
     assert len(rivals) == 6 and means["normal"] >= means["quick"] - 1 > max(rivals.values())
     assert means["OSS"] >= means["fewer steps"] - 1
-    assert f"{means['normal']:.1f} / " in done.stdout.splitlines()[-1]
+    lead = min(draw["quick"]["mean"] - max(draw[name]["mean"] for name in rivals) for draw in row["draws"])
+    assert f"| {means['normal']:.1f} / " in done.stdout and f"| {lead:+.1f} / " in done.stdout
+    again = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.strip() == done.stdout[done.stdout.rindex("\n\n| T ") :].strip()
+
+
+# --- scripts/bench/noise.py ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_plans_do_not_amplify_the_networks_noise():
+    command = [sys.executable, ROOT / "scripts" / "bench" / "noise.py", ROOT / "ERTACache4FLUX", "--speedups", "3"]
+    done = subprocess.run([*command, "--count", "2", "--batch-size", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:6]]
+    found = {name: [float(value) for value in values if value != "–"] for name, _, *values in cells}
+    assert list(found) == ["float32", "1 % noise", "bfloat16", "int8 activations"] and len(found["float32"]) == 2
+    exact = found["float32"]
+    for name in list(found)[1:]:
+        plan, fewer, again = found[name]
+        assert plan > min(exact[0], again) - 6 and plan > fewer + 6
+        assert again != pytest.approx(exact[0], abs=0.05) and fewer == pytest.approx(exact[1], abs=3)

@@ -303,3 +303,90 @@ def test_videos_play_together(browser):
     apart = browser.execute_script(f"return Math.abs({videos}[0].currentTime - {videos}[1].currentTime)")
     assert apart < 0.125 and part(browser, 1, "play").text == "Play"  # a frame
     assert browser.get_log("browser") == []
+
+
+# --- scripts/report/remake.py --------------------------------------------------------------------------------------
+
+PAGE = """# Page
+
+## One
+
+Text before.
+
+```sh
+printf '| a | b |\\n| --- | --- |\\n| 0 | 0 |\\n\\n| a | b |\\n| --- | --- |\\n| 1 | 2 |\\n\\n*2 captions*\\n'
+```
+
+| not measured yet |
+| --- |
+
+Text *after*.
+
+## Two
+
+```sh
+echo no table here
+```
+
+Text.
+
+## Three
+
+```sh
+false
+```
+
+| a |
+| --- |
+| kept |
+"""
+
+
+def remake(page, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "report" / "remake.py"), str(page), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_page_gets_the_last_table_that_its_commands_print(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert remake(page, "--only", "ONE,two").returncode == 0
+    new = "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n*2 captions*\n"
+    assert page.read_text() == PAGE.replace("| not measured yet |\n| --- |\n", new)
+    assert remake(page, "--only", "one").returncode == 0
+    assert page.read_text() == PAGE.replace("| not measured yet |\n| --- |\n", new)  # the old line went with its table
+    listed = remake(page, "--list").stdout
+    assert "page.md: One\nprintf" in listed and "Two" not in listed and "page.md: Three\nfalse" in listed
+
+
+def test_a_page_keeps_its_table_when_a_command_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    done = remake(page, "--only", "three")
+    assert done.returncode == 2 and page.read_text() == PAGE
+    assert done.stderr.splitlines()[-1].startswith("error: no table from 'false' (exit code 1)")
+    assert remake(tmp_path / "none.md").returncode == 2
+
+
+# --- scripts/report/overview.py ------------------------------------------------------------------------------------
+
+
+def test_the_overview_has_the_best_row_of_each_method(tmp_path):
+    rows = [
+        row("ERTACache4FLUX", "none", "none", None, 1.0, None),
+        row("ERTACache4FLUX", "budget (H = 5)", "budget", 2.0, 2.0, 70.0),
+        row("ERTACache4FLUX", "ertacache (a)", "ertacache", 2.0, 2.0, 50.0),
+        row("ERTACache4FLUX", "ertacache (b)", "ertacache", 2.0, 1.9, 52.0),
+        row("ERTACache4FLUX", "teacache (1)", "peer", 2.0, 2.1, 40.0),
+        row("ERTACache4FLUX", "magcache (1)", "peer", 2.0, 2.2, 45.0),
+        row("ERTACache4FLUX", "pab (1)", "peer", 2.0, 1.2, 90.0),
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, str(ROOT / "scripts" / "report" / "overview.py"), str(tmp_path / "rows.json")]
+    quality, latency = (
+        subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout.splitlines()
+        for more in ([], ["--of", "latency"])
+    )
+    assert quality[0] == "| demo | speed-up | budget plan | threshold plan | TeaCache | best other cache |"
+    assert quality[2] == "| FLUX | 2× | **70.0** | 52.0 | 40.0 | 45.0 (magcache) |"
+    assert latency[2] == "| FLUX | 2× | 1.80× of 2.00× | 1.71× of 1.90× | 1.89× of 2.10× | 1.98× of 2.20× (magcache) |"

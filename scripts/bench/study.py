@@ -105,21 +105,25 @@ class Study:
     def draws(self, count):
         """Yield one row per budget and effort: the stored plan, and plans on `count` sets of captions."""
         evaluation, half, found = self.evaluation(self.held_out, self.settings), CAPTIONS // 2, {}
+        steps, self.calls = self.settings["steps"], 0
+        evaluation.in_loop()(slice(0, self.options.batch_size))
+        per_step = self.calls // steps * -(-CAPTIONS // self.options.batch_size)  # transformer calls of all captions
         for number in range(count):
             full, left_open = self.captions(half, 50 + number, False), self.captions(half, 150 + number, False, True)
             prompts = [caption for pair in zip(full, left_open, strict=True) for caption in pair]
             for effort in ("quick", "normal"):
                 self.calls, start = 0, time.perf_counter()
                 plans = self.plans(prompts, self.settings, effort, first_seed=10_000 * (number + 1))
-                cost = self.calls, time.perf_counter() - start
+                rollouts = [plan.nfe * plan.provenance["calibration"]["rollouts"] for plan in plans.values()]
+                cost = self.calls, per_step * (steps + sum(rollouts)), time.perf_counter() - start
                 for budget, plan in plans.items():
                     found.setdefault((budget, effort), []).append((self.psnr(evaluation, plan), *cost))
         for (budget, effort), draws in sorted(found.items(), reverse=True):
-            psnr, calls, seconds = (np.array(values) for values in zip(*draws, strict=True))
+            psnr, calls, unshared, seconds = (np.array(values) for values in zip(*draws, strict=True))
             row = {"calls": budget, "stored plan, dB": self.psnr(evaluation, self.stored(budget)), "effort": effort}
             row |= {"mean of the draws, dB": float(psnr.mean()), "worst, dB": float(psnr.min())}
             row |= {"best, dB": float(psnr.max()), "transformer calls": round(calls.mean())}
-            yield row | {"seconds": round(np.median(seconds))}
+            yield row | {"without sharing": round(unshared.mean()), "seconds": round(np.median(seconds))}
 
     def transfer(self, guidances, sizes):
         """Yield one row per other condition and budget."""

@@ -23,7 +23,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(prompts=8, threshold_prompts=4, rollouts=3, whole_ablation=False),
+    "quick": Effort(prompts=8, threshold_prompts=4, rollouts=4, whole_ablation=False),
     "normal": Effort(prompts=None, threshold_prompts=None, rollouts=8, whole_ablation=True),
     "thorough": Effort(prompts=None, threshold_prompts=None, rollouts=80, whole_ablation=True),
 }

@@ -5,10 +5,10 @@ a weighted sum of the newest H velocities:
 
     x_k = x_c + Σ_j w_j v_{c_j},   c = c_1 > c_2 > … the newest H computed steps, newest first               (jump)
 
-H is the history length, the order of this linear multistep method; (c_1, c_2, …) is the history of the jump. Schedules
-are optimal for costs read off the Gram matrix of the target's trajectories (gram.py), by dynamic programming. The
-weights of a plan are fitted on its own trajectory (budget.py). Everything is numpy in float64; T ≈ 50 takes seconds.
-No function here calls a model.
+H is the history length, the order of this linear multistep method; (c_1, c_2, …) is the history of the jump. Some
+schedules are optimal for costs read off the Gram matrix of the target's trajectories (gram.py), by dynamic programming;
+others are uniform or bent. Which is best shows when they are rolled out, and the weights of a plan are fitted on the
+way (budget.py). Everything is numpy in float64; T ≈ 50 takes seconds. No function here calls a model.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from ertacache.numerics.jump import adams_bashforth
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
 REWEIGHTED = 8  # solutions of the normal equations in `robust_weights`
 LEAST_SHARE = 1e-6  # least error of a prompt in `robust_weights`, relative to the mean
+DENSER_AT_THE_START, DENSER_AT_THE_END = 0.75, 1.5  # exponents of `bent_schedule`
 START_HISTORY, START_NOISE = 2, 3.0  # of runs that begin late; see `late_start_weights`
 LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
 
@@ -77,27 +78,24 @@ def _with_ridge(normal: np.ndarray) -> np.ndarray:
     return normal + np.einsum("...i,ij->...ij", RIDGE * diagonal + floor, np.eye(normal.shape[-1]))
 
 
-def best_schedules(costs: np.ndarray, largest: int, power: float = 1.0) -> dict[int, Schedule]:
-    """Return for each budget N = 1 … `largest` the schedule with the least Σ cost^p over its jumps.
+def best_schedules(costs: np.ndarray, largest: int) -> dict[int, Schedule]:
+    """Return for each budget N = 1 … `largest` the schedule with the least sum of its jumps' costs.
 
     Exact dynamic programming over histories, O(N T^(H+1)) operations.
 
     Args:
         costs: Of `jump_costs`.
         largest: Largest budget, at most T.
-        power: p > 0; ∞ minimizes the largest cost.
     """
     history_length, steps = costs.ndim - 1, len(costs) - 1
-    costs = costs if np.isinf(power) else costs**power
-    join = np.maximum if np.isinf(power) else np.add
     best = np.full((steps + 1,) * history_length, np.inf)  # best[c_1, …, c_H] after n computed steps
     best[(0, *[steps] * (history_length - 1))] = 0.0
     parents, schedules = [], {}
     for budget in range(1, largest + 1):
-        total = join(best, costs[..., steps])
+        total = best + costs[..., steps]
         history = np.unravel_index(np.argmin(total), total.shape)
         schedules[budget] = _trace(history, parents, steps)
-        step = join(best[..., None], costs)  # [c_1, …, c_H, k]
+        step = best[..., None] + costs  # [c_1, …, c_H, k]
         parents.append(np.moveaxis(step.argmin(history_length - 1), -1, 0))  # the oldest step c_H, [k, c_1, …, c_{H−1}]
         best = np.moveaxis(step.min(history_length - 1), -1, 0).copy()
         best[steps] = np.inf  # T is the end, not a step to compute
@@ -117,32 +115,30 @@ def _trace(history: Sequence[int], parents: list[np.ndarray], none: int) -> Sche
 def candidate_schedules(gram: Gram, budgets: list[int], scaled: bool = False) -> dict[int, dict[str, Schedule]]:
     """Return the different schedules to try for each budget by name, the most promising first.
 
-    Four have the least costs: H = 2 with p = 1, ∞ and ½, and H = 3 with p = 1 where its table is not too large. Two
-    know nothing of the model: uniform in the step, without and with the last one. Which one is best depends on the
-    model and the budget; calibration tries them. Names are kept in plan files.
+    Two have the least costs, with histories of H = 2 and (where the table is not too large) H = 3. The others know
+    nothing of the model: uniform in the step, without and with the last one, and bent towards either end. Which one is
+    best depends on the model and the budget; calibration tries them. Names are kept in plan files.
 
     Args:
         gram: Of the target's trajectories.
         budgets: Numbers of computed steps.
         scaled: As in `jump_costs`.
     """
-    least: dict[tuple[int, float], dict[int, Schedule]] = {}
-    for length in (2, 3):
-        if (gram.steps + 1) ** (length + 1) <= LARGEST_TABLE:
-            costs = jump_costs(gram, length, scaled)
-            for power in (1.0, np.inf, 0.5) if length == 2 else (1.0,):
-                least[length, power] = best_schedules(costs, max(budgets), power)
+    steps = gram.steps
+    lengths = [length for length in (2, 3) if (steps + 1) ** (length + 1) <= LARGEST_TABLE]
+    least = {length: best_schedules(jump_costs(gram, length, scaled), max(budgets)) for length in lengths}
     candidates: dict[int, dict[str, Schedule]] = {}
     for n in budgets:
-        named = {f"{length} anchors, p = {power:g}": schedules[n] for (length, power), schedules in least.items()}
-        uniform = {
-            "uniform": uniform_schedule(gram.steps, n),
-            "uniform with the last step": (*uniform_schedule(gram.steps - 1, n - 1), gram.steps - 1),
+        named = {f"least cost, H = {length}": least[length][n] for length in lengths[:1]}
+        named |= {
+            "uniform with the last step": bent_schedule(steps, n, 1.0),
+            "denser at the start": bent_schedule(steps, n, DENSER_AT_THE_START),
+            "denser at the end": bent_schedule(steps, n, DENSER_AT_THE_END),
         }
-        first = next(iter(named), None)
-        ordered = {**({first: named[first]} if first else {}), **uniform, **named}
+        named |= {f"least cost, H = {length}": least[length][n] for length in lengths[1:]}
+        named["uniform"] = uniform_schedule(steps, n)
         candidates[n] = {}
-        for name, schedule in ordered.items():
+        for name, schedule in named.items():
             if schedule not in candidates[n].values():
                 candidates[n][name] = schedule
     return candidates
@@ -184,6 +180,20 @@ def _misses(schedule: Schedule, weights: np.ndarray, scale: np.ndarray, steps: i
 def uniform_schedule(end: int, budget: int) -> Schedule:
     """Return `budget` steps from 0 on, at equal distances to the step `end`, rounded."""
     return tuple(round(i * end / budget) for i in range(budget))
+
+
+def bent_schedule(steps: int, budget: int, power: float) -> Schedule:
+    """Return `budget` steps from 0 to the last one, T − 1: (T − 1) (1 − (1 − u)^p) at equal distances of u, rounded.
+
+    Args:
+        steps: T.
+        budget: N, from 2 to T.
+        power: p; 1 is uniform, above 1 denser at the end.
+    """
+    bent = np.rint((steps - 1) * (1 - (1 - np.linspace(0, 1, budget)) ** power)).astype(int)
+    places = np.arange(budget)
+    apart = np.maximum.accumulate(bent - places) + places  # no step twice
+    return tuple(np.minimum(apart, steps - budget + places).tolist())
 
 
 def solve_weights(normal: np.ndarray, moment: np.ndarray, prior: np.ndarray) -> np.ndarray:

@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler,
     run(sampler, *arguments)
     assert "no finished plan for 4 of 8 steps" in capsys.readouterr().err
     finished = Plan.load(path)
-    assert finished.provenance["calibration"]["finished"] and finished.provenance["calibration"]["rollouts"] == 3
+    assert finished.provenance["calibration"]["finished"] and finished.provenance["calibration"]["rollouts"] == 4
 
 
 def test_running_twice_gives_identical_pictures(sampler, tmp_path):

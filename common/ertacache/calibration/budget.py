@@ -74,7 +74,7 @@ class Rollout:
         same = next((j for j, (a, b) in enumerate(zip(self.schedule, schedule, strict=False)) if a != b), len(schedule))
         if history_length != self.history_length:
             same = min(same, min(history_length, self.history_length) + 1)
-        return same if self.velocities else 0
+        return same
 
 
 class BatchState:
@@ -229,16 +229,25 @@ class BudgetCalibration:
             history_length: H.
             like: A rollout whose model calls are shared as far as its schedule is the same.
         """
-        repeatable = getattr(self.session.sampler, "repeatable", True)
-        known = like.shared(schedule, history_length) if like and repeatable else 0
+        known = like.shared(schedule, history_length) if like and self.repeatable else 0
         velocities = {batch: vs[:known] for batch, vs in like.velocities.items()} if known else {}
         key = ["rollout", self.target.name, schedule, history_length]
         arrays = self.checkpoints.arrays(key, lambda: self.fit_schedule(schedule, history_length, velocities))
         if any(len(vs) < len(schedule) for vs in velocities.values()) or not velocities:  # it was stored
-            self.session.spare(len(schedule) * len(parallel.mine(self.session.batches)))
+            self.session.spare(self.cost(schedule, history_length, like) * len(parallel.mine(self.session.batches)))
             velocities = {}
         errors = arrays.pop("errors")
         return Rollout(schedule, arrays, errors, velocities)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a model call gives the same when it is left out before."""
+        return getattr(self.session.sampler, "repeatable", True)
+
+    def cost(self, schedule: Schedule, history_length: int, like: Rollout | None) -> int:
+        """Return the most model calls per prompt of a rollout. Its first step has a price: pipelines repeat it."""
+        shared = like.shared(schedule, history_length) if like and self.repeatable else 0
+        return len(schedule) - max(0, shared - 1)
 
     @torch.no_grad()
     def fit_schedule(
@@ -265,7 +274,7 @@ class BudgetCalibration:
                 for batch, state in states.items():
                     grams.append(self.compute(batch, state, i, k, history_length))
                     if place < known:
-                        self.session.spare(1)
+                        self.session.spare(int(place == 0))  # the first step has its price in `cost`
                     else:
                         self.session.called()
                         velocities.setdefault(batch, []).append(state.history[0].cpu())
@@ -354,28 +363,29 @@ class BudgetCalibration:
         Raises:
             Interrupted: Ctrl-C, with the best plan of the budget in progress.
         """
+        steps = self.end if self.target.sigmas is None else self.session.steps
         for budget in budgets:
-            check_budget(budget, self.end if self.target.sigmas is None else self.session.steps)
-        rollouts = effort_of(effort).rollouts
+            check_budget(budget, steps)
+        limit = effort_of(effort).search * steps
         if self.fitted == len(self.session.prompts):
             text = f"{self.fitted} calibration prompts, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
-        self.session.announce(self.end * self.target.calls_per_step + rollouts * sum(budgets))
+        self.session.announce(self.end * self.target.calls_per_step + limit * len(budgets))
         gram = self.trajectories()
         balanced = planner.balanced(self.grams, self.scaled)
         candidates = parallel.share(planner.candidate_schedules(balanced, list(budgets), self.scaled))
         for budget in budgets:
-            yield self.plan(gram, candidates[budget], rollouts)
+            yield self.plan(gram, candidates[budget], limit)
 
-    def plan(self, gram: Gram, candidates: dict[str, Schedule], rollouts: int) -> BudgetPlan:
+    def plan(self, gram: Gram, candidates: dict[str, Schedule], limit: int) -> BudgetPlan:
         """Roll out candidate schedules, then the best one with another history length, then those near it.
 
         Args:
             gram: Of the target's trajectories.
             candidates: Schedules by name, the most promising first.
-            rollouts: At most so many.
+            limit: Of model calls per prompt.
         """
-        search = Search(self, candidates, rollouts)
+        search = Search(self, candidates, limit)
         try:
             for _ in search:
                 self.session.bar.set_postfix_str(f"error {search.best.error:.2e}")
@@ -383,8 +393,7 @@ class BudgetCalibration:
             if search.best is None:
                 raise
             raise Interrupted(self.plan_of(gram, search, finished=False)) from None
-        unused = (rollouts - len(search.tried)) * search.budget
-        self.session.spare(unused * len(parallel.mine(self.session.batches)))
+        self.session.spare(search.left * len(parallel.mine(self.session.batches)))
         return self.plan_of(gram, search)
 
     def plan_of(self, gram: Gram, search: Search, finished: bool = True) -> BudgetPlan:

@@ -12,20 +12,20 @@ class Effort:
     Attributes:
         prompts: The most prompts that a budget plan is calibrated on, the first ones of those given; None for all.
         threshold_prompts: The same of a threshold plan.
-        rollouts: Of each budget plan, N model calls per prompt each: along candidate schedules, then by local search.
+        search: Model calls per prompt that the search for a budget plan's schedule may make, over T.
         whole_ablation: Whether a threshold plan is chosen among all its parts, or among the cheapest.
     """
 
     prompts: int | None
     threshold_prompts: int | None
-    rollouts: int
+    search: int
     whole_ablation: bool
 
 
 EFFORTS = {
-    "quick": Effort(prompts=8, threshold_prompts=4, rollouts=4, whole_ablation=False),
-    "normal": Effort(prompts=None, threshold_prompts=None, rollouts=8, whole_ablation=True),
-    "thorough": Effort(prompts=None, threshold_prompts=None, rollouts=80, whole_ablation=True),
+    "quick": Effort(prompts=8, threshold_prompts=4, search=2, whole_ablation=False),
+    "normal": Effort(prompts=None, threshold_prompts=None, search=4, whole_ablation=True),
+    "thorough": Effort(prompts=None, threshold_prompts=None, search=40, whole_ablation=True),
 }
 
 

@@ -41,7 +41,7 @@ def calibrate(
 ) -> dict[float, BudgetPlan]:
     """Calibrate a budget plan for each speed-up, for this pipeline's call with `call_kwargs`.
 
-    It takes T model calls per prompt once, and then at most 4·N, 8·N or 80·N per prompt for each speed-up, by effort;
+    It takes T model calls per prompt once, and then at most 2·T, 4·T or 40·T per prompt for each speed-up, by effort;
     it says how many before it begins. The pipeline is left as it is, and a plan that it follows plays no part. After an
     interruption the best plan so far is in `work`, and the same call goes on.
 
@@ -52,8 +52,8 @@ def calibrate(
         speedups: T/N, each at least 1.
         seed: Prompt j starts from the noise of seed + j.
         batch_size: Prompts per call.
-        effort: "quick" (the first 8 prompts, the 4 most promising schedules), "normal" (all prompts and schedules) or
-            "thorough" (and a local search).
+        effort: "quick" (the first 8 prompts, the most promising schedules), "normal" (all prompts and schedules) or
+            "thorough" (and a local search to its end).
         target: "reference", the uncached run; a pipeline's own call shows no other.
         work: Folder for checkpoints, T + 1 float32 latents per prompt, removed at the end; by default .ertacache in the
             current folder.

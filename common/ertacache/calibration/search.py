@@ -1,6 +1,7 @@
 """The search for the schedule of a budget plan: which rollouts are made, in which order, and what Ctrl-C leaves."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,13 @@ class Search:
     """The rollouts of one budget, one by one: iterate over it.
 
     First the candidate schedules, each with the first of `HISTORY_LENGTHS`, then the best of them with the others, then
-    a local search: schedules near the best one, those first that share most of its model calls.
+    a local search: schedules near the best one, those first that share most of its model calls. It ends before the
+    first rollout that would exceed the limit.
 
     Args:
         calibration: Rolls out.
         candidates: Schedules by name, the most promising first.
-        rollouts: At most so many.
+        limit: Of model calls per prompt, at least N. Calls that a rollout shares with the best one are free.
 
     Attributes:
         best: The rollout with the least error so far; None before the first one.
@@ -32,34 +34,41 @@ class Search:
         errors: By name.
         budget: N.
         tried: (schedule, H) of the rollouts.
+        left: Of the limit.
     """
 
-    def __init__(self, calibration: "BudgetCalibration", candidates: dict[str, Schedule], rollouts: int):
-        self.calibration, self.candidates, self.rollouts = calibration, candidates, rollouts
+    def __init__(self, calibration: "BudgetCalibration", candidates: dict[str, Schedule], limit: int):
+        self.calibration, self.candidates, self.left = calibration, candidates, limit
         self.best: Rollout | None = None
         self.budget = len(next(iter(candidates.values())))
         self.chosen, self.errors, self.tried = "", {}, set()
 
     def __iter__(self):
-        bar, end = self.calibration.session.bar, self.calibration.end
-        bar.set_description(f"calibrate N={self.budget}")
-        for name, schedule in list(self.candidates.items())[: self.rollouts]:
-            self.roll_out(schedule, HISTORY_LENGTHS[0], name)
-            yield
-        for history_length in HISTORY_LENGTHS[1:]:
-            if len(self.tried) < self.rollouts:
-                self.roll_out(self.best.schedule, history_length, f"{self.chosen}, H = {history_length}")
-                yield
-        while len(self.tried) < self.rollouts:
-            length = self.best.history_length
-            near = [s for s in planner.neighbours(self.best.schedule, end) if (s, length) not in self.tried]
-            if not near:
-                break
-            self.roll_out(near[0], length)
+        self.calibration.session.bar.set_description(f"calibrate N={self.budget}")
+        for schedule, history_length, name in self.proposals():
+            cost = self.calibration.cost(schedule, history_length, self.best)
+            if cost > self.left:
+                return
+            self.left -= cost
+            self.roll_out(schedule, history_length, name)
             yield
 
+    def proposals(self) -> Iterator[tuple[Schedule, int, str | None]]:
+        """Yield (schedule, H, name) of each rollout; no name in the local search."""
+        for name, schedule in self.candidates.items():
+            yield schedule, HISTORY_LENGTHS[0], name
+        for history_length in HISTORY_LENGTHS[1:]:
+            yield self.best.schedule, history_length, f"{self.chosen}, H = {history_length}"
+        while near := self.untried():
+            yield near[0], self.best.history_length, None
+
+    def untried(self) -> list[Schedule]:
+        """Return the schedules near the best one that were not rolled out."""
+        near, length = planner.neighbours(self.best.schedule, self.calibration.end), self.best.history_length
+        return [schedule for schedule in near if (schedule, length) not in self.tried]
+
     def roll_out(self, schedule: Schedule, history_length: int, name: str | None = None) -> None:
-        """Roll a schedule out and keep the better rollout. name: of a candidate; None in the local search."""
+        """Roll a schedule out and keep the better rollout."""
         rollout = self.calibration.rollout(schedule, history_length, like=self.best)
         self.tried.add((schedule, history_length))
         if self.best is None or rollout.error < self.best.error:

@@ -141,13 +141,14 @@ def test_the_calls_of_one_calibration():
 @pytest.mark.parametrize("build", fast([flux, wan, sana, sd3], "wan"))
 def test_rollouts_that_share_calls_make_the_same_plan(build, monkeypatch):
     tiny = with_prompts(build())
+    monkeypatch.setattr(BudgetCalibration, "cost", lambda self, schedule, *_: len(schedule))  # as many rollouts in both
     with CallCounter(tiny.pipe.transformer) as shared:
         plan = calibrate(tiny)[2]
     monkeypatch.setattr(paused_call, "stateful", lambda *_, **__: ["something"])
     monkeypatch.setattr(from_pipeline, "stateful", lambda *_, **__: [])
     with CallCounter(tiny.pipe.transformer) as alone:
         assert calibrate(tiny)[2] == plan
-    assert shared.count < 0.9 * alone.count
+    assert shared.count < 0.95 * alone.count
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX images --speedups 2 --count 3 --out exact-flux.png
 
 `prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with the
-model calls and seconds that the calibration took. `draws` calibrates anew, at efforts quick and normal, on several sets
+model calls and seconds that the calibration took. `draws` calibrates again, at efforts quick and normal, on several sets
 of 8 captions, half of them open, beside the stored plan: how far plans depend on luck and effort. `transfer` uses plans
 that were fitted at the default settings at other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside
 the demo's grammar, beside plans that were fitted there and fewer steps there. `drift` runs the stored plans in the

@@ -39,7 +39,7 @@ def printed(commands: str) -> str:
     done = subprocess.run(["bash", "-ec", commands], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     found = re.findall(rf"^{TABLE}{FACTS}", done.stdout, re.M)
     if done.returncode or not found:
-        raise UserError(f"no table from {commands.strip()!r} (exit code {done.returncode}): mend it, or the page")
+        raise UserError(f"no table from {commands.strip()!r} (exit code {done.returncode}): fix it, or the page")
     return found[-1]
 
 

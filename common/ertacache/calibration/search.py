@@ -9,6 +9,7 @@ from ertacache.calibration import planner
 from ertacache.calibration.planner import Schedule
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.plan import Plan
+from ertacache.utils import parallel
 
 if TYPE_CHECKING:
     from ertacache.calibration.budget import BudgetCalibration, Rollout
@@ -46,7 +47,7 @@ class Search:
     def __iter__(self):
         self.calibration.session.bar.set_description(f"calibrate N={self.budget}")
         for schedule, history_length, name in self.proposals():
-            cost = self.calibration.cost(schedule, history_length, self.best)
+            cost = parallel.share(self.calibration.cost(schedule, history_length, self.best))
             if cost > self.left:
                 return
             self.left -= cost

@@ -78,6 +78,12 @@ def test_prose_is_wrapped(page):
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_no_line_of_prose_is_a_comment_of_the_site(page):
+    """MyST leaves out a line that begins with a per cent sign."""
+    assert not [line for line in prose(page).splitlines() if line.lstrip().startswith("%")]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
 def test_commands_name_existing_files(page):
     folder_of_page = page.parent if page in READMES else ROOT
     for code in blocks(page, "python"):

@@ -6,16 +6,16 @@
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX drift --guidances 1.75,5.25,7 --speedups 2,3
     .venv/bin/python scripts/bench/study.py ERTACache4FLUX images --speedups 2 --count 3 --out exact-flux.png
 
-`prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with the
-model calls and seconds that the calibration took. `draws` calibrates again, at efforts quick and normal, on several sets
-of 8 captions, half of them open, beside the stored plan: how far plans depend on luck and effort. `transfer` uses plans
-that were fitted at the default settings at other guidance scales and sizes (HEIGHTxWIDTH), and on prompts from outside
-the demo's grammar, beside plans that were fitted there and fewer steps there. `drift` runs the stored plans in the
-stock pipeline, one prompt a call, and says how well the drift of a sample ranks its error in the final latents
-(Spearman's ρ, in each condition and over all of them), how many samples get a warning, and what computing more steps
-where a run drifts costs and brings. `images` draws the exact solution, the uncached run and the stored plan with the
-exact target side by side, with their differences to the solution. Distances are mean PSNR in dB to the uncached run
-under the same situations.
+`prompts` fits plans on that many captions of the demo's training part and measures them on held-out captions, with
+the model calls and seconds that the calibration took. `draws` calibrates again, at efforts quick and normal, on
+several sets of 8 captions, half of them open, and compares them with the stored plan: how far plans depend on luck
+and effort. `transfer` uses plans that were fitted at the default settings at other guidance scales and sizes
+(HEIGHTxWIDTH), and on prompts from outside the demo's grammar, beside plans that were fitted there and fewer steps
+there. `drift` runs the stored plans in the stock pipeline, one prompt a call, and says how well the drift of a sample
+ranks its error in the final latents (Spearman's ρ, in each condition and over all of them), how many samples get a
+warning, and what computing more steps where a run drifts costs and brings. `images` draws the exact solution, the
+uncached run and the stored plan with the exact target side by side, with their differences to the solution. Distances
+are mean PSNR in dB to the uncached run under the same situations.
 """
 
 import itertools

@@ -11,7 +11,7 @@ Each line compares latents with those of the uncached run on the same network (m
 | bfloat16 | weights and latents |
 | int8 activations | inputs of all linear layers are rounded to 255 levels per token |
 
-"Uncached again" says what can be reached at all: the uncached run with other noise, or in float32.
+"Uncached again" is the uncached run with other noise, or in float32: how closely that run itself is defined.
 """
 
 from collections.abc import Iterator

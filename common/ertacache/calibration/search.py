@@ -31,8 +31,8 @@ class Search:
 
     Attributes:
         best: The rollout with the least error so far; None before the first one.
-        chosen: Its name: that of the candidate from which it was found.
-        errors: By name.
+        chosen: Its name.
+        errors: By name, that of the local search the least.
         budget: N.
         tried: (schedule, H) of the rollouts.
         left: Of the limit.
@@ -54,29 +54,28 @@ class Search:
             self.roll_out(schedule, history_length, name)
             yield
 
-    def proposals(self) -> Iterator[tuple[Schedule, int, str | None]]:
-        """Yield (schedule, H, name) of each rollout; no name in the local search."""
+    def proposals(self) -> Iterator[tuple[Schedule, int, str]]:
+        """Yield (schedule, H, name) of each rollout."""
         for name, schedule in self.candidates.items():
             yield schedule, HISTORY_LENGTHS[0], name
         for history_length in HISTORY_LENGTHS[1:]:
             yield self.best.schedule, history_length, f"{self.chosen}, H = {history_length}"
+        start = self.chosen
         while near := self.untried():
-            yield near[0], self.best.history_length, None
+            yield near[0], self.best.history_length, f"{start}, local search"
 
     def untried(self) -> list[Schedule]:
         """Return the schedules near the best one that were not rolled out."""
         near, length = planner.neighbours(self.best.schedule, self.calibration.end), self.best.history_length
         return [schedule for schedule in near if (schedule, length) not in self.tried]
 
-    def roll_out(self, schedule: Schedule, history_length: int, name: str | None = None) -> None:
+    def roll_out(self, schedule: Schedule, history_length: int, name: str) -> None:
         """Roll a schedule out and keep the better rollout."""
         rollout = self.calibration.rollout(schedule, history_length, like=self.best)
         self.tried.add((schedule, history_length))
         if self.best is None or rollout.error < self.best.error:
-            self.best, self.chosen = rollout, name or self.chosen
-            name = name or "after local search"
-        if name:
-            self.errors[name] = rollout.error
+            self.best, self.chosen = rollout, name
+        self.errors[name] = min(rollout.error, self.errors.get(name, rollout.error))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -5,8 +5,8 @@ velocity E[n − x₀ | x] is known. With var = s² + (a b)²:
 
     w_m ∝ exp(−‖x − a x⁽ᵐ⁾‖² / (2 var)),   m̄ = Σ_m w_m x⁽ᵐ⁾,   v = ((s − a b²) x − s m̄) / var
 
-A caption asks for some of the points. With m̄_c over those and m̄_u over all, guidance g takes m̄_u + g (m̄_c − m̄_u) for
-m̄. A small b makes decisions sudden, a large g overshoots: both make trajectories stiff, as those of real models are.
+A caption asks for some of the points. With w_c over those and w_u over all, guidance g takes w_u + g (w_c − w_u) for
+w. A small b makes decisions sudden, a large g overshoots: both make trajectories stiff, as those of real models are.
 
 The points are the first frames of all moving scenes. A caption names colour and shape, or leaves one of them open.
 """
@@ -58,11 +58,10 @@ class ClosedFormDenoiser(torch.nn.Module):
         var = s**2 + a**2 * b2
         # −‖x − a p‖² / (2 var) up to what is equal for all points.
         logits = (a * (x @ self.points.T) - 0.5 * a**2 * self.norms) / var  # [B, M]
-        mean = logits.masked_fill(self.others[asked], -torch.inf).softmax(1) @ self.points
+        weights = logits.masked_fill(self.others[asked], -torch.inf).softmax(1)
         if guidance != 1:
-            everywhere = logits.softmax(1) @ self.points
-            mean = everywhere + guidance * (mean - everywhere)
-        return ((s - a * b2) * x - s * mean) / var
+            weights = torch.lerp(logits.softmax(1), weights, guidance)
+        return ((s - a * b2) * x - s * (weights @ self.points)) / var
 
 
 @cache

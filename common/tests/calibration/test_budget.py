@@ -148,7 +148,8 @@ def test_local_search_leaves_a_poor_schedule_within_its_calls(tmp_path):
     assert limit - 5 - len(errors) <= spent <= limit - search.left and search.left < 5  # first steps may be shared too
     assert len(search.tried) == len(errors) > limit / 5 and errors == sorted(errors, reverse=True)
     assert search.best.schedule != start and errors[-1] < 0.5 * errors[0]
-    assert search.errors["after local search"] == errors[-1] and search.chosen.startswith("crowded")
+    assert search.chosen == "crowded, local search"
+    assert search.errors["crowded"] == errors[0] and search.errors[search.chosen] == errors[-1]
     arrays = {name: array.tolist() for name, array in search.best.arrays.items()}
     plan = BudgetPlan(
         made.session.requirements,

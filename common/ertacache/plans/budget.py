@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ import torch
 from ertacache.plans.names import TARGETS, budget_name
 from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
-from ertacache.utils.errors import PlanError
+from ertacache.plans.schema import OPTIONAL_NUMBER, grid_problem
+from ertacache.utils.errors import shown
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ class BudgetPlan(Plan):
     """
 
     kind = method = "budget"
-    FIELDS = ("target", "computed", "predicted_error", "held_out_error")
-    ARRAYS = ("weights", "scale", "native_sigmas", "sigmas")
-    OPTIONAL_FIELDS = ("begin",)
-    OPTIONAL_ARRAYS = ("predictor", "prediction_errors", "repair", "repair_scale", "start_weights", "start_scale")
-    DERIVED = {"nfe": "nfe", "anchors": "history_length"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
+    FIELDS: ClassVar = {
+        **{"target": str, "computed": [int]},
+        **{"predicted_error": OPTIONAL_NUMBER, "held_out_error": OPTIONAL_NUMBER},
+    }
+    ARRAYS: ClassVar = {"weights": "N,H", "scale": "N", "native_sigmas": "T+1", "sigmas": "M"}
+    OPTIONAL_FIELDS: ClassVar = {"begin": int}
+    OPTIONAL_ARRAYS: ClassVar = {
+        **{"predictor": "N,H-1", "prediction_errors": "P,N", "repair": "N,H", "repair_scale": "N"},
+        **{"start_weights": "T,H,H", "start_scale": "T,H"},
+    }
+    DERIVED: ClassVar = {"nfe": "nfe", "anchors": "history_length"}
 
     requirements: Requirements
     computed: tuple[int, ...]
@@ -70,9 +77,7 @@ class BudgetPlan(Plan):
     def __post_init__(self):
         if not self.scale:
             object.__setattr__(self, "scale", (1.0,) * len(self.computed))
-        problem = self._problem()
-        if problem:
-            raise PlanError(f"not a valid plan: {problem}")
+        super().__post_init__()
 
     @property
     def title(self) -> str:
@@ -100,7 +105,7 @@ class BudgetPlan(Plan):
 
     @property
     def has_drift(self) -> bool:
-        return bool(self.predictor)
+        return bool(self.predictor) and self.nfe > 1
 
     def file_name(self, model: str) -> str:
         """Return the name of the plan's file in a model folder's cache/."""
@@ -147,32 +152,28 @@ class BudgetPlan(Plan):
         run, calibrated = (
             np.diff(np.asarray(s, np.float64)[ends]) for s in (sigmas.tolist(), self.sigmas or self.native_sigmas)
         )
-        return (np.array(self.weights) * (run / calibrated)[:, None]).tolist()
+        ratio = np.divide(run, calibrated, out=np.ones_like(run), where=calibrated != 0)
+        return (np.array(self.weights) * ratio[:, None]).tolist()
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "N": self.nfe}
 
     def _problem(self) -> str | None:
         if self.target not in TARGETS:
-            return f"target = {self.target!r}, must be one of {tuple(TARGETS)}"
-        if len(self.sigmas) == 1 or np.any(np.diff(self.sigmas) >= 0):
-            return "sigmas must be empty, or fall"
-        computed, end = list(self.computed), len(self.sigmas) - 1 if self.sigmas else self.steps
-        if computed[:1] != [self.begin] or computed != sorted(set(computed)) or computed[-1] >= end:
-            return f"computed steps {computed}, must ascend from {self.begin} within 0 … {end - 1}"
-        lengths = {len(row) for row in self.weights}
-        if len(self.weights) != len(computed) or len(lengths) != 1 or 0 in lengths or len(self.scale) != len(computed):
-            return f"weights and scale must hold a row for each of the {len(computed)} computed steps"
-        if not (np.all(np.isfinite(self.weights)) and np.all(np.isfinite(self.scale))):
-            return "weights and scale must be finite"
-        if len(self.native_sigmas) != self.steps + 1:
-            return f"native_sigmas must hold {self.steps + 1} numbers"
-        lengths = {len(getattr(self, name)) for name in ("predictor", "repair", "repair_scale")}
-        if lengths != ({len(computed)} if self.prediction_errors else {0}):
-            return f"predictor and repair must hold a row for each of the {len(computed)} computed steps, or be empty"
-        if self.start_weights or self.start_scale:
-            length = np.shape(self.start_scale)[-1]
-            if np.shape(self.start_scale) != (self.steps, length):
-                return f"start_scale must be [{self.steps}, H], or empty as start_weights"
-            if np.shape(self.start_weights) != (self.steps, length, length):
-                return f"start_weights must be [{self.steps}, {length}, {length}], or empty"
-        if {len(row) for row in self.prediction_errors} - {len(computed)}:
-            return f"prediction_errors must hold {len(computed)} numbers per prompt"
+            return f"target = {shown(self.target)}, must be one of {tuple(TARGETS)}"
+        rises = bool(self.requirements.scheduler.get("invert_sigmas"))
+        problem = grid_problem("native_sigmas", self.native_sigmas, rises) or grid_problem("sigmas", self.sigmas, rises)
+        if problem:
+            return problem
+        computed, end = self.computed, len(self.sigmas) - 1 if self.sigmas else self.steps
+        ascends = all(a < b for a, b in zip(computed, [*computed[1:], end], strict=True))
+        if not computed or computed[0] != self.begin or not ascends:
+            return f"computed steps {shown(list(computed))}, must ascend from {self.begin} within 0 … {end - 1}"
+        if not self.history_length:
+            return "weights must hold at least one for each computed step"
+        for names in (("predictor", "prediction_errors", "repair", "repair_scale"), ("start_weights", "start_scale")):
+            if len({bool(getattr(self, name)) for name in names}) > 1:
+                return f"{', '.join(names)}: some are there and some are missing"
+        if any(error < 0 for row in self.prediction_errors for error in row):
+            return "prediction_errors must not be negative"
         return None

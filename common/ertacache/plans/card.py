@@ -5,13 +5,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ertacache.plans.names import HUB_ID, TARGETS
-from ertacache.utils.tables import MISSING, markdown
+from ertacache.utils.errors import printable
+from ertacache.utils.tables import MISSING, code, escaped, markdown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -20,6 +22,7 @@ SCHEDULE_IMAGE = "schedule.png"
 ARGUMENT_NAMES = {"guidance": "guidance_scale", "frames": "num_frames"}  # setting of a model folder → pipeline argument
 OTHER_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # not in diffusers; by transformer
 HASHED_INPUT = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records an image or a tensor of its calls
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 MARGIN, INK, FILLED = 36, "#2b2b28", "#2563eb"  # pixels; colours
 
 
@@ -95,15 +98,16 @@ def model_card(plan, source: str, license: str | None, results: str | None) -> "
 
 
 def _title(plan) -> str:
-    return f"{plan.nfe} of {plan.steps} steps: a {plan.kind} plan for {plan.provenance.get('model', 'a transformer')}"
+    model = escaped(plan.provenance.get("model", "a transformer"))
+    return f"{plan.nfe} of {plan.steps} steps: a {plan.kind} plan for {model}"
 
 
 def _introduction(plan, facts: KindFacts) -> str:
     """Return the paragraph on model, scheduler, speed-up and computed steps."""
     requirements = plan.requirements
-    model = requirements.model.get("class", "transformer")
-    scheduler = requirements.scheduler.get("class", "its scheduler")
-    checkpoint = f" of `{plan.provenance['model']}`" if "model" in plan.provenance else ""
+    model = escaped(str(requirements.model.get("class", "transformer")))
+    scheduler = escaped(str(requirements.scheduler.get("class", "its scheduler")))
+    checkpoint = f" of {code(plan.provenance['model'])}" if "model" in plan.provenance else ""
     calls = f"{plan.nfe} of {plan.steps} model calls, a speed-up of {plan.speedup:.2f}× in calls"
     text = f"An ERTACache {plan.kind} plan for the {model}{checkpoint} with {scheduler}: **{calls}**."
     return f"{text} {facts.rule} {facts.schedule}"
@@ -120,11 +124,16 @@ def _usage(plan, source: str) -> str:
 
 
 def _snippet(plan, source: str, model: str) -> list[str]:
-    """Return the lines of a script; the reader fills in images and tensors that the calibration's calls took."""
+    """Return the lines of a script; the reader fills in images and tensors that the calibration's calls took.
+
+    The plan may be a stranger's: whatever of it is neither a name nor a value of Python is left out.
+    """
     settings = plan.requirements.settings
-    library, pipeline = OTHER_PIPELINES.get(plan.requirements.model.get("class"), ("diffusers", _pipeline(settings)))
-    dtype = f", dtype=torch.{settings['dtype']}" if "dtype" in settings else ""
+    model_class = str(plan.requirements.model.get("class"))
+    library, pipeline = OTHER_PIPELINES.get(model_class, ("diffusers", _pipeline(settings)))
+    dtype = f", dtype=torch.{settings['dtype']}" if settings.get("dtype") in DTYPES else ""
     arguments = {ARGUMENT_NAMES.get(k, k): v for k, v in settings.items() if k not in ("dtype", "pipeline", "steps")}
+    arguments = {name: value for name, value in arguments.items() if name.isidentifier() and not iskeyword(name)}
     hashed = [name for name, value in arguments.items() if isinstance(value, str) and HASHED_INPUT.fullmatch(value)]
     words = [f"{name}={name if name in hashed else _quoted(value)}" for name, value in arguments.items()]
     call = ", ".join(['"a prompt"', f"num_inference_steps={plan.steps}", *words])
@@ -147,12 +156,13 @@ def _pipeline(settings: Mapping[str, Any]) -> str:
     import diffusers
 
     name = settings.get("pipeline")
-    return name if name and hasattr(diffusers, name) else "DiffusionPipeline"
+    known = isinstance(name, str) and name.endswith("Pipeline") and hasattr(diffusers, name)
+    return name if known else "DiffusionPipeline"
 
 
 def _quoted(value) -> str:
     """Return a value as Python source, texts in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    return printable(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value))
 
 
 def _quality(plan, facts: KindFacts) -> str:
@@ -160,11 +170,11 @@ def _quality(plan, facts: KindFacts) -> str:
     prompts = plan.provenance.get("prompts", {})
     count = prompts.get("count")
     fitted = prompts.get("fitted", count)
-    held_out = None if count is None else count - fitted
+    held_out = None if count is None or fitted is None else count - fitted
     rows = [["calibration", fitted, facts.error], ["held out of the fit", held_out, facts.held_out_error]]
     calibration = plan.provenance.get("calibration", {})
     metric = calibration.get("error_metric", calibration.get("metric", "mean squared error of the final latents"))
-    text = f"{metric[:1].upper()}{metric[1:]} to {TARGETS[plan.target]}:"
+    text = f"{escaped(metric[:1].upper() + metric[1:])} to {TARGETS[plan.target]}:"
     return f"{text}\n\n" + _table(["prompts", "count", "error"], rows)
 
 
@@ -184,7 +194,8 @@ def _choice(plan) -> str:
         return "The plan does not say."
     errors = sorted(calibration.get("errors", {}).items(), key=lambda pair: pair[1])
     chosen, metric = calibration.get("chosen", MISSING), calibration.get("metric", "error")
-    return f"Calibration chose **{chosen}** of these, by the {metric}.\n\n" + _table(["candidate", "error"], errors)
+    text = f"Calibration chose **{escaped(chosen)}** of these, by the {escaped(metric)}."
+    return f"{text}\n\n" + _table(["candidate", "error"], errors)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -197,7 +208,7 @@ def _formatted(value) -> str:
     if value is None or value == "":
         return MISSING if value is None else '""'
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_formatted(item)}" for name, item in value.items()) or MISSING
+        return ", ".join(f"{escaped(name)} {_formatted(item)}" for name, item in value.items()) or MISSING
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 0.01 else f"{value:g}"
     if isinstance(value, list | tuple):
@@ -205,7 +216,7 @@ def _formatted(value) -> str:
         if integers and list(value) == list(range(value[0], value[0] + len(value))):
             return f"{value[0]} to {value[-1]}"
         return "[" + ", ".join(map(_formatted, value)) + "]"
-    return str(value)
+    return escaped(str(value))
 
 
 # --- the image -----------------------------------------------------------------------------------------------------

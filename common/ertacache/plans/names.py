@@ -1,11 +1,13 @@
 """Names of plans: files in a model folder's cache/, Hub ids, and the numbers by which a plan is asked for."""
 
+import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, shown
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.safetensors)")
 LEAST_BUDGET = 2  # computed steps of a budget plan
@@ -25,14 +27,37 @@ def budget_name(model: str, steps: int, budget: int, target: str = "reference") 
     return f"{short_name(model)}-{steps}-budget-{budget}{'-exact' if target == 'exact' else ''}.json"
 
 
+def with_settings(name: str, settings: Mapping[str, Any], weights: str) -> str:
+    """Return a plan's file name with what it was calibrated at: NAME-guidance5-height64-….json.
+
+    Args:
+        name: Of `threshold_name` or `budget_name`.
+        settings: Of the run; texts are shown by a hash.
+        weights: Fingerprint of the model.
+    """
+    words = [f"{key}{_short_value(value)}" for key, value in settings.items() if value not in (None, "")]
+    return "-".join([name.removesuffix(".json"), *words, weights[:8]]) + ".json"
+
+
+def _short_value(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if re.fullmatch(r"[\w.+-]{1,12}", text) else hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
 def short_name(model: str | Path) -> str:
     """Return the last part of a Hub id or path, as a part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-") or "model"
 
 
-def budget_of(steps: int, speedup: float) -> int:
-    """Return N, the number of computed steps for a speed-up of T/N: from 2 to T."""
-    return max(LEAST_BUDGET, min(steps, round(steps / speedup)))
+def budget_of(steps: int, speedup: float, flag: str = "--speedup") -> int:
+    """Return N, the number of computed steps for a speed-up of T/N: from 2 to T.
+
+    Raises:
+        UserError: A speed-up above T/2.
+    """
+    if speedup > steps / LEAST_BUDGET:
+        raise UserError(f"{flag} {speedup:g}: at most {steps / LEAST_BUDGET:g} of {steps} steps")
+    return min(steps, round(steps / speedup))
 
 
 def check_budget(budget: int, steps: int, flag: str = "--budget", given: float | None = None) -> None:
@@ -45,5 +70,6 @@ def check_budget(budget: int, steps: int, flag: str = "--budget", given: float |
 def check_speedups(speedups: Sequence[float], flag: str = "--speedups") -> None:
     """Refuse a speed-up that is not a finite number of at least 1."""
     for speedup in speedups:
-        if not (math.isfinite(speedup) and speedup >= 1):
-            raise UserError(f"{flag} {speedup:g}: a speed-up is a number of at least 1")
+        is_number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
+        if not (is_number and math.isfinite(speedup) and speedup >= 1):
+            raise UserError(f"{flag} {shown(speedup)}: a speed-up is a number of at least 1")

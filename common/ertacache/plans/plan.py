@@ -16,17 +16,28 @@ from safetensors.numpy import load, save
 
 from ertacache.plans.hub import HubMixin
 from ertacache.plans.requirements import Requirements, differences
-from ertacache.utils.errors import PlanError
+from ertacache.plans.schema import (
+    OBJECT,
+    PROVENANCE,
+    array_problem,
+    depth_problem,
+    is_too_large,
+    value_problem,
+)
+from ertacache.utils.checks import steps_problem
+from ertacache.utils.errors import PlanError, reason_of, shown
 from ertacache.utils.files import write_atomically
 
 FORMAT, VERSION = "ertacache-plan", 2
+HEAD = ("format", "version", "kind", "steps", "model", "scheduler", "settings", "provenance")  # fields of all kinds
+LARGEST_FILES = {".json": 2**20, ".safetensors": 2**24}  # bytes
 
 
 class Plan(HubMixin):
     """What both kinds of plan share.
 
-    A subclass is a frozen dataclass with `requirements`, `provenance`, and a field for every name in FIELDS (JSON) and
-    ARRAYS (float64, in the safetensors file).
+    A subclass is a frozen dataclass with `requirements`, `provenance`, and a field for every name in FIELDS (JSON, with
+    what it may hold) and ARRAYS (float64, in the safetensors file, with its shape): schema.py.
 
     Attributes:
         kind: "threshold" or "budget", in the file.
@@ -36,13 +47,51 @@ class Plan(HubMixin):
 
     kind: ClassVar[str]
     method: ClassVar[str]
-    FIELDS: ClassVar[tuple[str, ...]]
-    ARRAYS: ClassVar[tuple[str, ...]]
-    OPTIONAL_FIELDS: ClassVar[tuple[str, ...]] = ()
-    OPTIONAL_ARRAYS: ClassVar[tuple[str, ...]] = ()  # which a file may lack
+    FIELDS: ClassVar[Mapping[str, Any]]
+    ARRAYS: ClassVar[Mapping[str, str]]
+    OPTIONAL_FIELDS: ClassVar[Mapping[str, Any]] = {}
+    OPTIONAL_ARRAYS: ClassVar[Mapping[str, str]] = {}  # which a file may lack
+    OLD_ARRAYS: ClassVar[tuple[str, ...]] = ()  # of earlier releases, not read
     DERIVED: ClassVar[Mapping[str, str]] = {}  # fields for readers of the file, by name: the attribute they show
+    LEAST_STEPS: ClassVar[int] = 2
 
     target: str = "reference"
+
+    def __post_init__(self):
+        problem = self._problem_of_fields() or self._problem_of_arrays() or self._problem()
+        if problem:
+            raise PlanError(f"not a valid plan: {problem}")
+
+    def _problem_of_fields(self) -> str | None:
+        """Return what is wrong with the kinds of values."""
+        required = self.requirements
+        values = [("model", required.model, OBJECT), ("scheduler", required.scheduler, OBJECT)]
+        values += [("settings", required.settings, OBJECT), ("provenance", self.provenance, PROVENANCE)]
+        kinds = {**self.FIELDS, **self.OPTIONAL_FIELDS}
+        values += [(name, getattr(self, name), kind) for name, kind in kinds.items()]
+        return next(
+            (problem for value in values if (problem := value_problem(*value))),
+            steps_problem(required.steps, self.LEAST_STEPS),
+        )
+
+    def _problem_of_arrays(self) -> str | None:
+        """Return what is wrong with shapes and numbers."""
+        sizes = self.sizes()
+        for name, shape in {**self.ARRAYS, **self.OPTIONAL_ARRAYS}.items():
+            value = getattr(self, name)
+            if len(value) or name in self.ARRAYS:
+                problem = array_problem(name, value, shape, sizes)
+                if problem:
+                    return problem
+        return None
+
+    def _problem(self) -> str | None:
+        """Return what of the plan does not fit together."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of arrays that the fields tell, by letter."""
+        return {"T": self.steps}
 
     @property
     def steps(self) -> int:
@@ -123,12 +172,34 @@ class Plan(HubMixin):
         kind = _kinds()[fields["kind"]]
         if not issubclass(kind, cls):
             raise PlanError(f"{path} is a {fields['kind']} plan, a {cls.kind} plan is needed")
+        problem = kind._problem_of_names(fields, arrays)
+        if problem:
+            raise PlanError(f"{path} is not a valid plan: {problem}")
         requirements = Requirements(fields["steps"], fields["model"], fields["scheduler"], fields["settings"])
-        optional = [name for name in kind.OPTIONAL_FIELDS if name in fields]
-        values = {name: as_tuples(fields[name]) for name in (*kind.FIELDS, *optional)}
-        present = [name for name in kind.OPTIONAL_ARRAYS if name in arrays]
-        values |= {name: as_tuples(arrays[name].tolist()) for name in (*kind.ARRAYS, *present)}
-        return kind(requirements, provenance=fields["provenance"], **values)
+        values = {name: as_tuples(fields[name]) for name in (*kind.FIELDS, *kind.OPTIONAL_FIELDS) if name in fields}
+        values |= {name: as_tuples(array.tolist()) for name, array in arrays.items() if name not in kind.OLD_ARRAYS}
+        try:
+            return kind(requirements, provenance=fields["provenance"], **values)
+        except PlanError as error:
+            raise PlanError(f"{path} is {error}") from None
+
+    @classmethod
+    def _problem_of_names(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str | None:
+        """Return which field or array of a file is missing, or unknown, or no array of a plan."""
+        for given, needed, optional in (
+            (fields, (*HEAD, *cls.FIELDS), (*cls.OPTIONAL_FIELDS, *cls.DERIVED)),
+            (arrays, cls.ARRAYS, (*cls.OPTIONAL_ARRAYS, *cls.OLD_ARRAYS)),
+        ):
+            for name in needed:
+                if name not in given:
+                    return f"it has no {name}"
+            for name in given:
+                if name not in (*needed, *optional):
+                    return f"it has an unknown {shown(name)}"
+        for name, array in arrays.items():
+            if array.dtype != np.float64 or is_too_large(array.shape):
+                return f"{name} is {array.dtype} {shown(array.shape)}, must be float64 and not too large"
+        return None
 
 
 def as_tuples(value):
@@ -143,26 +214,40 @@ def _kinds() -> dict[str, type[Plan]]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the checked fields and arrays of a plan's two files."""
     again = f"copy it again or calibrate anew (delete {path} first)"
+    texts = {suffix: _bytes(path.with_suffix(suffix), size) for suffix, size in LARGEST_FILES.items()}
     try:
-        fields = json.loads(path.read_text("utf-8"))
-        tensors = path.with_suffix(".safetensors").read_bytes()
+        fields, tensors = json.loads(texts[".json"].decode()), texts[".safetensors"]
         arrays = load(tensors)
-    except FileNotFoundError as error:
-        raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error
-    except OSError as error:
-        raise PlanError(f"cannot read plan {path} ({error.strerror})") from error
     except Exception as error:  # json and safetensors raise their own types for damaged input
         raise PlanError(f"plan {path} is truncated or damaged: {again}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise PlanError(f"{path} is not an ERTACache plan")
-    if fields.get("version") not in range(1, VERSION + 1) or fields.get("kind") not in _kinds():
-        title = f"{fields.get('kind')} plan of format version {fields.get('version')}"
-        raise PlanError(
-            f"{path} is a {title}; this release reads {' and '.join(_kinds())} plans up to version {VERSION}: upgrade"
-        )
+    version, kind = fields.get("version"), fields.get("kind")
+    if type(version) is not int or not 1 <= version <= VERSION or not isinstance(kind, str) or kind not in _kinds():
+        known = f"this release reads {' and '.join(_kinds())} plans up to version {VERSION}: upgrade"
+        raise PlanError(f"{path} is a {shown(kind)} plan of format version {shown(version)}; {known}")
+    problem = depth_problem(fields)
+    if problem:
+        raise PlanError(f"{path} is not a valid plan: {problem}")
     if fields.pop("checksum", None) != _checksum(fields, tensors):
         raise PlanError(f"plan {path} was edited or damaged (its checksum does not match): {again}")
     return fields, arrays
+
+
+def _bytes(path: Path, largest: int) -> bytes:
+    """Return the content of a plan's file, which is not read if it is too large."""
+    try:
+        if path.exists() and not path.is_file():
+            raise PlanError(f"{path} is no file: check the path")
+        with open(path, "rb") as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError as error:
+        raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise PlanError(f"cannot read plan {path} ({reason_of(error)})") from error
+    if len(content) > largest:
+        raise PlanError(f"{path} is larger than a plan's {largest / 2**20:.0f} MiB: check the path")
+    return content
 
 
 def _json_path(path: str | Path) -> Path:
@@ -172,4 +257,4 @@ def _json_path(path: str | Path) -> Path:
 
 def _checksum(fields: Mapping[str, Any], tensors: bytes) -> str:
     canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode() + tensors).hexdigest()
+    return hashlib.sha256(canonical.encode(errors="surrogatepass") + tensors).hexdigest()

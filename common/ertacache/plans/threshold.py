@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from ertacache.algorithm import PHI_DEFINITIONS, adjusted_sigmas
 from ertacache.plans.names import threshold_name
 from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
-from ertacache.utils.errors import PlanError, UserError
+from ertacache.plans.schema import NUMBER, grid_problem
+from ertacache.utils.checks import steps_problem
+from ertacache.utils.errors import UserError, shown
 
 SITES = ("output", "blocks")
 
@@ -45,9 +48,13 @@ class ThresholdPlan(Plan):
 
     kind = "threshold"
     method = "ertacache"
-    FIELDS = ("threshold", "cached", "site", "phi_definition", "rectified")
-    ARRAYS = ("phi", "k", "b", "native_sigmas")
-    DERIVED = {"nfe": "nfe"}  # noqa: RUF012 (a class attribute of a frozen dataclass)
+    FIELDS: ClassVar = {
+        **{"threshold": NUMBER, "cached": [int], "site": str, "phi_definition": str, "rectified": bool},
+    }
+    ARRAYS: ClassVar = {"phi": "T", "k": "T", "b": "T", "native_sigmas": "T+1"}
+    OLD_ARRAYS = ("sigmas",)
+    DERIVED: ClassVar = {"nfe": "nfe"}
+    LEAST_STEPS = 3
 
     requirements: Requirements
     threshold: float
@@ -62,12 +69,11 @@ class ThresholdPlan(Plan):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, neutral in (("phi", 1.0), ("k", 0.0), ("b", -2.0)):
-            if not getattr(self, name):
-                object.__setattr__(self, name, (neutral,) * self.steps)
-        problem = self._problem()
-        if problem:
-            raise PlanError(f"not a valid plan: {problem}")
+        if not steps_problem(self.steps, self.LEAST_STEPS):
+            for name, neutral in (("phi", 1.0), ("k", 0.0), ("b", -2.0)):
+                if not getattr(self, name):
+                    object.__setattr__(self, name, (neutral,) * self.steps)
+        super().__post_init__()
 
     @property
     def title(self) -> str:
@@ -77,7 +83,8 @@ class ThresholdPlan(Plan):
     @property
     def computed(self) -> tuple[int, ...]:
         """The steps that are not cached, ascending."""
-        return tuple(i for i in range(self.steps) if i not in self.cached)
+        cached = set(self.cached)
+        return tuple(i for i in range(self.steps) if i not in cached)
 
     @property
     def nfe(self) -> int:
@@ -103,26 +110,17 @@ class ThresholdPlan(Plan):
         return levels, self.computed
 
     def _problem(self) -> str | None:
-        steps, inner = self.steps, range(1, self.steps - 1)
-        if steps < 3:
-            return f"steps = {steps}, at least 3 are needed"
+        inner = range(1, self.steps - 1)
         try:
             check_threshold(self.threshold)
         except UserError as error:
             return str(error)
         if self.site not in SITES:
-            return f"site = {self.site!r}, must be one of {SITES}"
+            return f"site = {shown(self.site)}, must be one of {SITES}"
         if self.phi_definition not in PHI_DEFINITIONS:
-            return f"phi_definition = {self.phi_definition!r}, must be one of {PHI_DEFINITIONS}"
-        if list(self.cached) != sorted(set(self.cached)) or any(i not in inner for i in self.cached):
-            return f"cached steps {list(self.cached)}, must ascend within 1 … {steps - 2}"
-        for name, length in (("phi", steps), ("k", steps), ("b", steps), ("native_sigmas", steps + 1)):
-            values = getattr(self, name)
-            if len(values) != length or not np.all(np.isfinite(values)):
-                return f"{name} must hold {length} finite numbers"
-        if any(not 0 <= p <= 1 or (p != 1 and i not in self.cached) for i, p in enumerate(self.phi)):
+            return f"phi_definition = {shown(self.phi_definition)}, must be one of {PHI_DEFINITIONS}"
+        if any(a >= b for a, b in pairwise(self.cached)) or any(i not in inner for i in self.cached):
+            return f"cached steps {shown(list(self.cached))}, must ascend within 1 … {self.steps - 2}"
+        if any(not 0 <= p <= 1 for p in self.phi) or any(self.phi[i] != 1 for i in self.computed):
             return "phi must be in [0, 1], and 1 on computed steps"
-        rises = bool(self.requirements.scheduler.get("invert_sigmas"))
-        if np.any(np.diff(self.native_sigmas) * (-1 if rises else 1) >= 0):
-            return f"native_sigmas must {'rise' if rises else 'fall'} from noise to data"
-        return None
+        return grid_problem("native_sigmas", self.native_sigmas, bool(self.requirements.scheduler.get("invert_sigmas")))

@@ -1,17 +1,44 @@
 """User errors: one line, exit code 2."""
 
+import errno
+import os
+import reprlib
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
 
+LONGEST = 1000  # characters of a message
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = SHORT.maxlist = 60
+
 
 class UserError(ValueError):
-    """Wrong input. The message names the value and the remedy, on one line."""
+    """Wrong input. The message names the value and the remedy, on one line without control characters."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message), LONGEST))
 
 
 class PlanError(UserError):
     """A plan that is damaged, or does not fit the run."""
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """Return a text with escapes in the place of line breaks and of all that steers a terminal, and cut.
+
+    Args:
+        text: Of any origin.
+        longest: Number of characters after which " …" takes the place of the rest.
+    """
+    if longest is not None and len(text) > longest:
+        text = text[:longest] + " …"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """Return a value of any origin for a message: as Python writes it, and short."""
+    return printable(SHORT.repr(value))
 
 
 def reason_of(error: Exception) -> str:
@@ -22,14 +49,32 @@ def reason_of(error: Exception) -> str:
 def run_program(main: Callable[[], None]) -> None:
     """Run a command's `main` with one-line errors and warnings on stderr.
 
-    Exit codes: 2 after a UserError, 130 after Ctrl-C.
+    Exit codes: 2 after a UserError or where the output cannot be written, 130 after Ctrl-C, 141 where nobody reads the
+    output any more (as in `| head`).
     """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes a calibration after its last finished batch", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted", *stop.args]), file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        _close_stdout()
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+            raise
+        _close_stdout()
+        print(f"error: cannot write the output ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
+
+
+def _close_stdout() -> None:
+    """Keep Python from writing what is left of the output at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

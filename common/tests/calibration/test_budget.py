@@ -315,7 +315,9 @@ def test_impossible_budgets(tmp_path, budget):
 
 
 def test_a_speedup_becomes_a_budget():
-    assert [budget_of(30, s) for s in (1, 2, 3, 100)] == [30, 15, 10, 2]
+    assert [budget_of(30, s) for s in (1, 2, 3, 15)] == [30, 15, 10, 2]
+    with refused("--speedup 15.5", "at most 15 of 30 steps"):
+        budget_of(30, 15.5)
 
 
 def test_too_few_numbers_to_fit(tmp_path):
@@ -342,10 +344,10 @@ def test_a_non_finite_output_names_prompt_and_step(tmp_path):
         ({"computed": (1, 2, 3, 4)}, ("[1, 2, 3, 4]", "from 0")),
         ({"computed": (0, 3, 3, 4)}, ("[0, 3, 3, 4]", "ascend")),
         ({"computed": (0, 3, 4, STEPS)}, (f"[0, 3, 4, {STEPS}]", f"0 … {STEPS - 1}")),
-        ({"weights": ((0.1,),)}, ("weights", "each of the 4")),
+        ({"weights": ((0.1,),)}, ("weights", "[4, H]")),
         ({"weights": ((float("nan"),),) * 4}, ("weights", "finite")),
-        ({"scale": (1.0,)}, ("scale", "each of the 4")),
-        ({"native_sigmas": (1.0, 0.0)}, ("native_sigmas", f"{STEPS + 1} numbers")),
+        ({"scale": (1.0,)}, ("scale", "[4]")),
+        ({"native_sigmas": (1.0, 0.0)}, ("native_sigmas", f"[{STEPS + 1}]")),
         ({"sigmas": (1.0, 0.5, 0.5, 0.2, 0.1, 0.0)}, ("sigmas", "fall")),
         ({"sigmas": (1.0, 0.5, 0.0)}, ("computed", "0 … 1")),
     ],

@@ -255,7 +255,7 @@ def test_bad_input_is_refused_by_name(tmp_path):
     options = {"settings": session.settings, "batch_size": 3, "work": tmp_path, "progress": False}
     with refused("7 calibration prompts", "2 seeds", "one seed per prompt"):
         CalibrationSession(session.sampler, session.pipe, PROMPTS, [0, 1], **options)
-    with refused("steps = 2", "at least 3"):
+    with refused("steps = 2", "from 3"):
         make(tmp_path, steps=2)
     for threshold in (0.0, -1.0, float("nan"), float("inf")):
         with refused(f"threshold {threshold}", "above 0"):

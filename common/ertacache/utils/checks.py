@@ -1,0 +1,20 @@
+"""Limits of numbers that users give in several places."""
+
+from ertacache.utils.errors import UserError, shown
+
+LEAST_STEPS = 3  # of a run that a plan is calibrated on: the first and the last are computed
+LARGEST_STEPS = 1000  # T
+LARGEST_SEED = 2**63 - 1  # the first one's; torch takes up to 2⁶⁴ − 1
+
+
+def steps_problem(steps: object, least: int = LEAST_STEPS) -> str | None:
+    """Return what is wrong with T."""
+    if type(steps) is not int or not least <= steps <= LARGEST_STEPS:
+        return f"steps = {shown(steps)}, must be a whole number from {least} to {LARGEST_STEPS}"
+    return None
+
+
+def check_seed(seed: object, flag: str = "--seed") -> None:
+    """Refuse a seed that is no whole number, or one that torch cannot take."""
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"{flag} {shown(seed)}: give a whole number from 0 to {LARGEST_SEED}")

@@ -21,7 +21,7 @@ from ertacache.evaluation.ranking import is_ours, markdown, speedup
 from ertacache.evaluation.rows import MEDIA, read_source
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import write_atomically
-from ertacache.utils.tables import MISSING
+from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
 from plots import AXES, PLOTTED, legend, overview, plot, timeline
 
@@ -122,10 +122,10 @@ def summary(sections: list[report.Section]) -> str:
     for section in sections:
         for target in section.targets:
             for verdict in report.verdicts(section, target):
-                first = ", ".join(row["label"] for row, _ in verdict["first"])
+                first = ", ".join(escaped(row["label"]) for row, _ in verdict["first"])
                 place = f"{verdict['ours'][0] if verdict['ours'] else MISSING} of {verdict['of']}"
                 leads = [report.lead(section, target, verdict["metric"], others=("peer",)), verdict["margin"]]
-                model = section.folder.removeprefix("ERTACache4")
+                model = escaped(section.folder).removeprefix("ERTACache4")
                 lines.append([model, f"{target:g}×", verdict["title"], first, verdict["first"][0][1], place, *leads])
     return markdown_table(head, lines)
 
@@ -135,8 +135,9 @@ def tables(sections) -> str:
     parts = ["## Who is first", "Differences are those of our best budget plan.", summary(sections)]
     for section in sections:
         facts = section.rows[0]
-        where = f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}"
-        parts += [f"## {section.folder}, {section.model}", f"{where}. Bold: the best among the rows with a place."]
+        where = escaped(f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}")
+        parts += [f"## {escaped(f'{section.folder}, {section.model}')}"]
+        parts += [f"{where}. Bold: the best among the rows with a place."]
         for target in section.targets:
             rows = [row for row in section.methods if row["asked"] == target]
             parts += [f"### {target:g}×", markdown(rows, list(report.TABLE)), *report.notes(rows)]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ertacache.plans import BudgetPlan, Plan, ThresholdPlan
 from ertacache.plans.names import TARGETS
+from ertacache.utils.errors import printable
 
 STYLES = {True: "bold cyan", False: "dim"}  # of computed and of skipped steps
 WIDEST = 3  # characters per step
@@ -27,7 +28,7 @@ def show(source: str, as_json: bool) -> None:
     """Print a plan, drawn or as JSON."""
     plan = read(source)
     if as_json:
-        print(json.dumps(as_values(plan), indent=1, ensure_ascii=False))
+        print(json.dumps(as_values(plan), indent=1))  # ASCII, so that nothing in it steers a terminal
     else:
         console = Console(highlight=False)
         console.print(drawn(plan, console.width, unicode=console.encoding.startswith("utf")), soft_wrap=False)
@@ -107,7 +108,7 @@ def facts(plan: Plan) -> Table:
         **provenance(plan.provenance),
     }
     for name, value in rows.items():
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(printable(value)))
     return table
 
 
@@ -120,11 +121,11 @@ def budget_facts(plan: BudgetPlan) -> dict[str, str]:
         "history": f"H = {plan.history_length} velocities per jump",
         "error": f"{errors} ({metric_of(calibration)})" if errors else "–",
     }
-    if "noise_gain" in calibration:
-        uncached = calibration["noise_gain_uncached"]
-        facts["noise gain"] = f"{calibration['noise_gain']:.2f}, of the uncached run {uncached:.2f}"
+    if {"noise_gain", "noise_gain_uncached"} <= calibration.keys():
+        gains = f"{calibration['noise_gain']:.2f}, of the uncached run {calibration['noise_gain_uncached']:.2f}"
+        facts["noise gain"] = gains
     if not calibration.get("finished", True):
-        rollouts = calibration["rollouts"]
+        rollouts = calibration.get("rollouts", "some")
         facts["unfinished"] = f"the best of {rollouts} rollouts; the command that made it goes on"
     return facts
 
@@ -166,7 +167,7 @@ def candidates(errors: Mapping[str, float], chosen: str | None) -> Table:
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("")
     for name, error in sorted(errors.items(), key=lambda item: item[1]):
-        table.add_row(Text(name), f"{error:.2e}", "chosen" if name == chosen else "")
+        table.add_row(Text(printable(name)), f"{error:.2e}", "chosen" if name == chosen else "")
     return table
 
 

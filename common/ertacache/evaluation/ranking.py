@@ -8,7 +8,7 @@ metric are not ranked.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ertacache.utils.tables import MISSING
+from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
 
 OUR_FAMILIES = ("budget", "ertacache")
@@ -133,7 +133,7 @@ def markdown(rows: Sequence[AnyRow], columns: Sequence[str], metric: str = "psnr
     def text(place: int | None, row: AnyRow, column: str) -> str:
         if column == "place":
             return str(place or MISSING)
-        shown = cell(row, column)
+        shown = escaped(cell(row, column))
         comparable = reaches(row, row["asked"]) and row.get(column) is not None and not isinstance(row[column], str)
         group = [other for other in rows if (other["folder"], other["asked"]) == (row["folder"], row["asked"])]
         return f"**{shown}**" if comparable and row[column] == best(group, column) else shown

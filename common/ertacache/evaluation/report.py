@@ -25,7 +25,7 @@ from ertacache.evaluation.ranking import (
 )
 from ertacache.evaluation.rows import Row, Source, check_row, read_source
 from ertacache.utils.errors import UserError
-from ertacache.utils.tables import MISSING
+from ertacache.utils.tables import MISSING, code, escaped
 
 OWN_SETTINGS = ("steps", "threshold", "site", "shift", "value")  # what a method chooses; the rest is common to all
 TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "psnr_p10")
@@ -242,7 +242,7 @@ def card_table(rows: str | Path | Sequence[Row]) -> str:
     for section in sections([Source("rows", "", list(rows))]):
         columns = [*TABLE[:-1], *(name for name in MORE if any(row.get(name) is not None for row in section.rows))]
         facts = {name: fact for name, fact in provenance(section)[0].items() if name != "file"}
-        where = ", ".join(f"{name} {fact}" for name, fact in facts.items())
-        text = f"Measured with `scripts/evaluate.py` on {section.folder}, model `{section.model}`"
+        where = ", ".join(f"{name} {escaped(str(fact))}" for name, fact in facts.items())
+        text = f"Measured with `scripts/evaluate.py` on {escaped(section.folder)}, model {code(section.model)}"
         parts += [f"{text}, against the uncached run ({where}):", markdown(section.rows, columns)]
     return "\n\n".join(parts)

@@ -6,7 +6,7 @@ from datetime import date
 from ertacache.evaluation.ranking import cell, reaches, speedup
 from ertacache.evaluation.rows import Row
 from ertacache.utils.provenance import measured_with
-from ertacache.utils.tables import MISSING, markdown
+from ertacache.utils.tables import MISSING, escaped, markdown
 
 Text = Callable[[Row], str]
 
@@ -33,7 +33,7 @@ def _latents(row: Row) -> str:
 
 
 COLUMNS: tuple[tuple[str, str, Text], ...] = (  # title, the field that makes it worth showing, cell
-    ("method", "label", lambda row: "uncached" if row["method"] == "none" else row["label"]),
+    ("method", "label", lambda row: "uncached" if row["method"] == "none" else escaped(row["label"])),
     ("asked", "asked", lambda row: MISSING if row["asked"] is None else f"{row['asked']:g}×"),
     ("calls", "nfe", lambda row: f"{cell(row, 'nfe')} of {round(row['nfe'] * row['speedup_nfe'])}"),
     ("FLOPs", "speedup_flops", _field("speedup_flops")),
@@ -89,7 +89,7 @@ def by_speedup(rows: Sequence[Row], text: Text | None = None) -> str:
     shared = [len({key[n] for key in lines}) == 1 for n in range(2)]
     table = []
     for (folder, captions, asked), found in lines.items():
-        head = [folder.removeprefix("ERTACache4")] * (not shared[0]) + [captions] * (not shared[1])
+        head = [escaped(folder.removeprefix("ERTACache4"))] * (not shared[0]) + [captions] * (not shared[1])
         ranked = [row["psnr"] for row in found.values() if reaches(row, asked) and row["psnr"] is not None]
         cells = []
         for method in methods:
@@ -106,7 +106,7 @@ def by_speedup(rows: Sequence[Row], text: Text | None = None) -> str:
 def column_of(row: Row) -> str:
     """Return the title of a method's column; a threshold plan's cache site belongs to it."""
     site = row["settings"].get("site")
-    return TITLES.get(row["method"], row["method"]) + (f", {site}" if site else "")
+    return escaped(TITLES.get(row["method"], row["method"]) + (f", {site}" if site else ""))
 
 
 def mean_and_tail(row: Row) -> str:

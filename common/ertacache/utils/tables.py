@@ -1,6 +1,9 @@
-"""Markdown tables."""
+"""Markdown: tables, and texts of any origin."""
 
+import re
 from collections.abc import Iterable, Sequence
+
+from ertacache.utils.errors import printable
 
 MISSING = "–"  # a value that was not measured
 
@@ -10,7 +13,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence], align: Sequence[str]
 
     Args:
         head: Titles of the columns.
-        rows: Cells; None is shown as a dash, and what would end a cell is escaped.
+        rows: Cells; None is shown as a dash; what would end a cell, and HTML, is escaped.
         align: "---" or "--:" for each column; default: all to the left.
     """
     lines = [[_cell(value) for value in row] for row in rows]
@@ -18,6 +21,17 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence], align: Sequence[str]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def escaped(text: str) -> str:
+    """Return Markdown that shows a text as it is: nothing in it is markup or HTML."""
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """Return Markdown that shows a text as code."""
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
 def _cell(value) -> str:
     text = MISSING if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text.replace("|", "\\|").replace("\n", " ")).replace("<", "&lt;")

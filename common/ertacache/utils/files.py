@@ -1,10 +1,23 @@
 """Atomic writes, and checks of input files and output folders."""
 
+import contextlib
+import errno
+import glob
 import os
+import platform
 import tempfile
+import threading
 from pathlib import Path
 
 from ertacache.utils.errors import UserError
+
+
+REMEDIES = {  # of what keeps a file from being written
+    errno.ENOSPC: "make room on the disk, or choose another folder",
+    errno.EDQUOT: "make room in your quota, or choose another folder",
+    errno.EACCES: "choose another folder, or fix its permissions",
+    errno.EPERM: "choose another folder, or fix its permissions",
+}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -18,20 +31,34 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         UserError: The folder is not writable, or the disk is full.
     """
     path = Path(path)
+    mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{mine}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise unwritable(path.parent, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        _remove_leftovers(path)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)
+            file.flush()
+            os.fsync(file.fileno())  # before the name, so that no power failure leaves an empty file
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unwritable(path, error) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what processes of this machine that were killed in the middle of a write have left beside a file."""
+    if os.name != "posix":
+        return
+    for other in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}-*-*.tmp"):
+        try:
+            os.kill(int(other.name.split("-")[-2]), 0)  # only asks
+        except ProcessLookupError:
+            other.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            pass
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -45,14 +72,16 @@ def ensure_writable(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
         raise unwritable(folder, error) from error
     return folder
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: Exception) -> UserError:
     """Return the UserError for a path that cannot be written."""
-    return UserError(f"cannot write to {path} ({error.strerror}): choose another folder or fix its permissions")
+    number = getattr(error, "errno", None)
+    remedy = REMEDIES.get(number, "choose another folder")
+    return UserError(f"cannot write to {path} ({getattr(error, 'strerror', None) or error}): {remedy}")
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -177,7 +177,7 @@ class Inputs:
 
 def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=None, negative_prompt=""):
     """Return checked settings; sizes default to those that the model was trained at."""
-    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size
+    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size, check_steps
     from ertacache.utils.errors import UserError
 
     check_loop_scheduler(pipe, SCHEDULERS)
@@ -189,7 +189,7 @@ def settings_of(pipe, steps=50, guidance=6.0, height=None, width=None, frames=No
         "width": config.sample_width * factor if width is None else width,
         "frames": config.sample_frames if frames is None else frames,
     }
-    check_number("steps", steps, minimum=3)
+    check_steps(steps)
     check_number("guidance", guidance, minimum=0)
     for name in ("height", "width"):
         check_size(name, sizes[name], multiple=max(8, factor * config.patch_size))

@@ -101,13 +101,13 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=3.5, height=None, width=None):
     """Return checked settings; sizes default to those that the model was trained at."""
-    from ertacache.demos.model_folder import check_loop_scheduler, check_number, check_size
+    from ertacache.demos.model_folder import check_loop_scheduler, check_number, check_size, check_steps
 
     check_loop_scheduler(pipe, SCHEDULERS)
     sizes = {
         name: pipe.vae.config.sample_size if n is None else n for name, n in (("height", height), ("width", width))
     }
-    check_number("steps", steps, minimum=3)
+    check_steps(steps)
     check_number("guidance", guidance, minimum=0)
     for name, value in sizes.items():
         check_size(name, value, multiple=2 * pipe.vae_scale_factor)  # the VAE's factor times FLUX's 2 × 2 packing

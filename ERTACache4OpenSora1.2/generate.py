@@ -120,13 +120,13 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):
     """Return checked settings; sizes default to the pipeline's (Open-Sora 1.2: 480 × 854, 51 frames)."""
-    from ertacache.demos.model_folder import check_loop_scheduler, check_number
+    from ertacache.demos.model_folder import check_loop_scheduler, check_number, check_steps
     from ertacache.utils.errors import UserError
 
     check_loop_scheduler(pipe, SCHEDULERS)
     sizes = {"height": height, "width": width, "frames": frames}
     sizes = {name: pipe.config[f"sample_{name}"] if value is None else value for name, value in sizes.items()}
-    check_number("steps", steps, minimum=3)
+    check_steps(steps)
     check_number("guidance", guidance, minimum=0)
     for name in ("height", "width"):
         check_number(name, sizes[name], minimum=pipe.vae.spatial_factor)

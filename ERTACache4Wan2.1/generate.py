@@ -148,13 +148,13 @@ class Inputs:
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):
     """Return checked settings; sizes default to those of the demo or of the paper (832 × 480, 81 frames)."""
-    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size
+    from ertacache.demos.model_folder import check_frames, check_loop_scheduler, check_number, check_size, check_steps
 
     check_loop_scheduler(pipe, SCHEDULERS)
     demo = str(pipe.name_or_path) == str(FOLDER / "demo")
     sizes = {"height": (height, 64, 480), "width": (width, 64, 832), "frames": (frames, 17, 81)}
     sizes = {n: (small if demo else paper) if value is None else value for n, (value, small, paper) in sizes.items()}
-    check_number("steps", steps, minimum=3)
+    check_steps(steps)
     check_number("guidance", guidance, minimum=0)
     _, ph, pw = pipe.transformer.config.patch_size
     for name, patch in (("height", ph), ("width", pw)):

@@ -1,4 +1,4 @@
-"""Calibrate plans, for speed-ups or for values of λ, and store them in a model folder's cache/.
+"""Calibrate plans, for speed-ups or for values of λ, and store them where the model folder's run.sh finds them.
 
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --speedups 1.5,2,3,5
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --thresholds 0.05,0.1,0.2
@@ -16,7 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from ertacache import UserError
-from ertacache.calibration.from_folder import calibrate_budgets, calibrate_thresholds, open_session
+from ertacache.calibration.from_folder import (
+    PlainFolder,
+    PlanStore,
+    calibrate_budgets,
+    calibrate_thresholds,
+    open_session,
+)
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
@@ -31,7 +37,7 @@ def main():
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
     parser.add_argument("--thresholds", metavar="λ,λ,…", default="", help="threshold plans, the paper's")
     parser.add_argument("--speedups", metavar="S,S,…", default="", help="budget plans: exactly T/S computed steps")
-    parser.add_argument("--out", type=Path, help="folder for the plans (default: cache/ of the model folder)")
+    parser.add_argument("--out", type=Path, help="folder for the plans (default: the model folder's cache/local/)")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
     options = folder_command.parse_arguments(sampler, rest, effort="normal")
@@ -42,16 +48,17 @@ def main():
     for threshold in thresholds:
         check_threshold(threshold, "--thresholds")
     options.device = parallel.device(options.device)
-    calibration, folder = folder_command.calibration_options(options), args.out or sampler.FOLDER / "cache"
+    calibration = folder_command.calibration_options(options)
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
-    session_of = partial(open_session, sampler, pipe, settings, options.model, calibration, folder)
+    store = PlainFolder(args.out) if args.out else PlanStore(sampler, pipe, settings)
+    session_of = partial(open_session, sampler, pipe, settings, options.model, calibration, store.folder)
     plans = []
     if thresholds:
-        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site, folder)
+        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site, store)
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target, folder)
+        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target, store)
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -10,11 +10,18 @@ from typing import Any
 
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
-from ertacache.calibration.search import Interrupted, is_finished, keep_unfinished
+from ertacache.calibration.search import Interrupted, goes_on, is_finished, keep_unfinished
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.demos.model_folder import Sampler
-from ertacache.plans.names import budget_name, budget_of, check_budget, check_speedups, threshold_name
+from ertacache.plans.names import (
+    budget_name,
+    budget_of,
+    check_budget,
+    check_speedups,
+    threshold_name,
+    with_settings,
+)
 from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
 from ertacache.plans.threshold import check_threshold
@@ -116,24 +123,82 @@ def find_plan(
     """
     path, remedy = request.file, "make one with --threshold or --speedup instead of --plan"
     if path is None:
-        path = sampler.FOLDER / "cache" / request.name
-        remedy = f"delete {path} to calibrate it anew under these conditions"
-        if not path.exists() or not is_finished(Plan.load(path)):
-            if parallel.is_main():
-                print(f"no finished plan for {request}: calibrating one (once, {options.effort})", file=sys.stderr)
-            session_of = partial(open_session, sampler, pipe, settings, request.model, options, path.parent)
-            if request.threshold is not None:
-                thresholds = [request.threshold]
-                return calibrate_thresholds(session_of, options.effort, thresholds, request.site, path.parent)[0]
-            return calibrate_budgets(session_of, options.effort, [request.computed], request.target, path.parent)[0]
+        shipped, store = sampler.FOLDER / "cache" / request.name, PlanStore(sampler, pipe, settings)
+        path, remedy = store.path(request.name), f"make one for them with scripts/calibrate.py {sampler.FOLDER.name}"
+        if not _is_plan(path):
+            if not _is_plan(shipped):
+                return _calibrate(sampler, pipe, settings, request, options, store)
+            path = shipped
     plan = Plan.load(path)
-    recorded = {name: value for name, value in settings.items() if name != "steps"}
-    recorded["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
-    plan.check(Requirements.of(pipe, settings["steps"], recorded), remedy)
+    plan.check(Requirements.of(pipe, settings["steps"], recorded(pipe, settings)), remedy)
     weights, present = plan.provenance.get("weights"), fingerprint(pipe)
     if weights != present and "offloaded" not in (weights, present):
         warnings.warn(f"the plan was calibrated on other weights ({weights}, now {present}): {remedy}", stacklevel=2)
     return plan, path
+
+
+def _is_plan(path: Path) -> bool:
+    """Return whether a finished plan is there."""
+    return path.exists() and is_finished(Plan.load(path))
+
+
+def _calibrate(
+    sampler: Sampler,
+    pipe,
+    settings: dict[str, Any],
+    request: PlanRequest,
+    options: CalibrationOptions,
+    store: "PlanStore",
+) -> tuple[Plan, Path]:
+    """Calibrate the plan of a request into the store."""
+    if parallel.is_main():
+        into = f"into {store.path(request.name)}, once; Ctrl-C and the same command again go on"
+        print(f"no plan for {request} yet: calibrating one ({options.effort}) {into}", file=sys.stderr)
+    session_of = partial(open_session, sampler, pipe, settings, request.model, options, store.folder)
+    if request.threshold is not None:
+        return calibrate_thresholds(session_of, options.effort, [request.threshold], request.site, store)[0]
+    return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store)[0]
+
+
+def recorded(pipe, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a plan records: all but the steps, and the dtype."""
+    others = {name: value for name, value in settings.items() if name != "steps"}
+    return {**others, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+
+
+class PlanStore:
+    """The plans that runs of a model folder have made, in its cache/local/; their names say for which settings.
+
+    The plans that it ships lie in cache/ and stay as they are.
+
+    Args:
+        sampler: The model folder.
+        pipe: Its pipeline.
+        settings: The run's.
+    """
+
+    def __init__(self, sampler: Sampler, pipe, settings: dict[str, Any]):
+        self.folder = sampler.FOLDER / "cache" / "local"
+        self.settings, self.weights = recorded(pipe, settings), fingerprint(pipe)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a plan, by its name without settings."""
+        return self.folder / with_settings(name, self.settings, self.weights)
+
+
+class PlainFolder:
+    """A folder of plans whose names do not say the settings, as those that a model folder ships.
+
+    Args:
+        folder: It.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Return the path of a plan, by its name."""
+        return self.folder / name
 
 
 def open_session(
@@ -175,19 +240,20 @@ def calibrate_thresholds(
     effort: str,
     thresholds: Sequence[float],
     site: str,
-    folder: Path,
+    store: PlanStore | PlainFolder,
 ) -> list[tuple[Plan, Path]]:
-    """Calibrate a threshold plan for each λ and store it in `folder`.
+    """Calibrate a threshold plan for each λ and store it.
 
     Args:
         session_of: session_of(most) opens the session on so many prompts, the first of them; None for all.
         effort: quick, normal or thorough.
         thresholds: λ of each plan.
         site: "output" or "blocks".
-        folder: For the plans.
+        store: For the plans.
     """
     calibration = ThresholdCalibration(session_of(effort_of(effort).threshold_prompts), site)
-    return _store(calibration, calibration.plans(thresholds, effort), folder)
+    with goes_on():
+        return _save(calibration, calibration.plans(thresholds, effort), store)
 
 
 def calibrate_budgets(
@@ -195,27 +261,28 @@ def calibrate_budgets(
     effort: str,
     budgets: Sequence[int],
     target: str,
-    folder: Path,
+    store: PlanStore | PlainFolder,
 ) -> list[tuple[Plan, Path]]:
-    """Calibrate a budget plan for each number of computed steps and store it in `folder`; one trajectory serves all.
+    """Calibrate a budget plan for each number of computed steps and store it; one trajectory serves all.
 
     Ctrl-C stores the best plan so far of the one in progress. Arguments: as of `calibrate_thresholds`, and the target.
     """
     calibration = BudgetCalibration(session_of(effort_of(effort).prompts), target)
     try:
-        return _store(calibration, calibration.each_plan(budgets, effort), folder)
+        with goes_on():
+            return _save(calibration, calibration.each_plan(budgets, effort), store)
     except Interrupted as stop:
-        path = ensure_writable(folder) / stop.plan.file_name(calibration.session.identity["model"])
         if parallel.is_main():
-            keep_unfinished(stop.plan, path)
+            keep_unfinished(stop.plan, store.path(stop.plan.file_name(calibration.session.identity["model"])))
         raise
 
 
-def _store(calibration, plans: Iterable[Plan], folder: Path) -> list[tuple[Plan, Path]]:
+def _save(calibration, plans: Iterable[Plan], store: PlanStore | PlainFolder) -> list[tuple[Plan, Path]]:
     """Save each plan once it is there, by rank 0 (all ranks have the same plans); then delete the checkpoints."""
-    folder, stored = ensure_writable(folder), []
+    ensure_writable(store.folder)
+    stored = []
     for plan in plans:
-        stored.append((plan, folder / plan.file_name(calibration.session.identity["model"])))
+        stored.append((plan, store.path(plan.file_name(calibration.session.identity["model"]))))
         if parallel.is_main():
             plan.save(stored[-1][1])
     calibration.finish()

@@ -11,13 +11,14 @@ from typing import Any
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, stateful
-from ertacache.calibration.search import Interrupted, keep_unfinished
-from ertacache.calibration.session import LEAST_STEPS, CalibrationSession
+from ertacache.calibration.search import Interrupted, goes_on, keep_unfinished
+from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
-from ertacache.utils.errors import UserError
+from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, check_seed, steps_problem
+from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import ensure_writable
 
 FOLDER = ".ertacache"  # in the current folder: checkpoints of an interrupted calibration
@@ -73,6 +74,7 @@ def calibrate(
         >>> ertacache.enable(pipe, plans[2])
     """
     prompts = _check_prompts(prompts)[: effort_of(effort).prompts]
+    check_seed(seed, "seed")
     steps = _check(pipe, prompts, speedups, target, batch_size, call_kwargs)
     folder = ensure_writable(work or FOLDER)
     sampler = PausedCalls(pipe, call_kwargs)
@@ -88,7 +90,7 @@ def calibrate(
             model_id=_name_of(pipe),
             progress=progress,
         )
-        with contextlib.closing(session.bar):
+        with contextlib.closing(session.bar), goes_on():
             calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
             if total != steps:
@@ -124,16 +126,19 @@ def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: M
     """Refuse what cannot be calibrated. Returns T."""
     if target != "reference":
         raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
-    if isinstance(speedups, (int, float, str)) or not speedups:
-        raise UserError(f"speedups = {speedups!r}: give a list, for example [2, 3]")
+    if not isinstance(speedups, Sequence) or isinstance(speedups, str) or not speedups:
+        raise UserError(f"speedups = {shown(speedups)}: give a list, for example [2, 3]")
     check_speedups(speedups, "speedups")
-    if batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}: give a number of at least 1")
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size = {shown(batch_size)}: give a whole number of at least 1")
     check_pipeline(pipe)
     check_scheduler(originals(pipe)["scheduler"])
     if batch_size < len(prompts):
         _check_state(pipe, len(prompts))
-    return _steps_of(pipe, call_kwargs)
+    steps = _steps_of(pipe, call_kwargs)
+    for speedup in speedups:
+        budget_of(steps, speedup, "speedups")
+    return steps
 
 
 def _check_state(pipe, count: int) -> None:
@@ -159,8 +164,9 @@ def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
             problem = "is set by calibrate" if name in SET_BY_CALIBRATE else problem
             raise UserError(f"{name} {problem}: leave it out")
     steps = call_kwargs.get("num_inference_steps", known.get("num_inference_steps"))
-    if not isinstance(steps, int) or steps < LEAST_STEPS:
-        raise UserError(f"num_inference_steps = {steps}: give the number of steps of the uncached run, at least 3")
+    if steps_problem(steps):
+        limits = f"from {LEAST_STEPS} to {LARGEST_STEPS}"
+        raise UserError(f"num_inference_steps = {shown(steps)}: give the number of steps of the uncached run, {limits}")
     return steps
 
 

@@ -24,7 +24,7 @@ REWEIGHTED = 8  # solutions of the normal equations in `robust_weights`
 LEAST_SHARE = 1e-6  # least error of a prompt in `robust_weights`, relative to the mean
 DENSER_AT_THE_START, DENSER_AT_THE_END = 0.75, 1.5  # exponents of `bent_schedule`
 START_HISTORY, START_NOISE = 2, 3.0  # of runs that begin late; see `late_start_weights`
-LARGEST_TABLE = 2**25  # entries of a table of jump costs (256 MiB): 75 steps with H = 3
+LARGEST_TABLE = 2**23  # entries of a table of jump costs (64 MiB): 202 steps with H = 2, 52 with H = 3
 
 Schedule = tuple[int, ...]  # computed steps, ascending from 0
 
@@ -115,7 +115,7 @@ def _trace(history: Sequence[int], parents: list[np.ndarray], none: int) -> Sche
 def candidate_schedules(gram: Gram, budgets: list[int], scaled: bool = False) -> dict[int, dict[str, Schedule]]:
     """Return the different schedules to try for each budget by name, the most promising first.
 
-    Two have the least costs, with histories of H = 2 and (where the table is not too large) H = 3. The others know
+    Two have the least costs, with histories of H = 2 and H = 3, where the tables are not too large. The others know
     nothing of the model: uniform in the step, without and with the last one, and bent towards either end. Which one is
     best depends on the model and the budget; calibration tries them. Names are kept in plan files.
 

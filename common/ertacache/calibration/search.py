@@ -1,5 +1,6 @@
 """The search for the schedule of a budget plan: which rollouts are made, in which order, and what Ctrl-C leaves."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,9 @@ class Search:
         self.errors[name] = min(rollout.error, self.errors.get(name, rollout.error))
 
 
+GOES_ON = "the same command goes on from the last finished batch"
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a calibration that has a plan already.
 
@@ -86,8 +90,19 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, plan: BudgetPlan):
-        super().__init__()
+        super().__init__(GOES_ON)
         self.plan = plan
+
+
+@contextlib.contextmanager
+def goes_on() -> Iterator[None]:
+    """Have Ctrl-C in a calibration say that it can be resumed."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(GOES_ON) from stop
 
 
 def keep_unfinished(plan: Plan, path: Path) -> None:

@@ -16,10 +16,9 @@ from ertacache.demos.model_folder import StepwiseSampler
 from ertacache.plans.requirements import Requirements, transformer_of
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
+from ertacache.utils.checks import steps_problem
 from ertacache.utils.errors import UserError
 from ertacache.utils.provenance import fingerprint, library_versions
-
-LEAST_STEPS = 3  # the first and the last step are computed, so that fewer leave nothing to skip
 
 
 class CalibrationSession:
@@ -37,7 +36,7 @@ class CalibrationSession:
         progress: Whether to show a progress bar.
 
     Raises:
-        UserError: No prompts, another number of seeds, or fewer than 3 steps.
+        UserError: No prompts, another number of seeds, or a number of steps that no plan has.
     """
 
     def __init__(
@@ -58,8 +57,9 @@ class CalibrationSession:
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} calibration prompts but {len(seeds)} seeds: give one seed per prompt")
         self.steps = settings["steps"]
-        if self.steps < LEAST_STEPS:
-            raise UserError(f"steps = {self.steps}: at least 3 are needed, the first and the last are computed")
+        problem = steps_problem(self.steps)
+        if problem:
+            raise UserError(problem)
         self.sampler, self.pipe, self.settings = sampler, pipe, dict(settings)
         self.prompts, self.seeds = list(prompts), list(seeds)
         self.batch_size, self.work = batch_size, Path(work)

@@ -5,7 +5,7 @@ Importing this package imports neither torch nor diffusers; each command imports
 
 import sys
 
-from ertacache.utils.errors import run_program
+from ertacache.utils.errors import UserError, run_program
 
 
 def main() -> None:
@@ -13,8 +13,21 @@ def main() -> None:
 
 
 def _main() -> None:
+    from typer import Abort, BadParameter
+
     from ertacache.cli.commands import app
 
+    UsageError = BadParameter.__base__
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without λ or × shows ? there
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else "ertacache"
+        raise UserError(f"{error.format_message().rstrip('.')} (see {command} --help)") from None
+    except Abort as stop:  # typer's word for Ctrl-C
+        raise stop.__cause__ or KeyboardInterrupt from None
+    sys.exit(code or 0)

@@ -1,10 +1,7 @@
 """`ertacache calibrate`: plans from the pipeline's own call, as files."""
 
 import shlex
-import sys
 from pathlib import Path
-
-import typer
 
 from ertacache.calibration.from_pipeline import calibrate
 from ertacache.cli.arguments import parse_list
@@ -36,11 +33,7 @@ def run(request: Request, out: Path, speedups: str, seed: int, effort: str, forc
                 print(line_about(plans[speedup], plans[speedup].save(path)))
             print(f"next: {next_command(request, next(iter(paths.values())))}")
 
-    try:
-        parallel.run_on_all_ranks(main)
-    except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from its last finished batch", file=sys.stderr)
-        raise typer.Exit(130) from stop
+    parallel.run_on_all_ranks(main)
 
 
 def plan_paths(request: Request, out: Path, speedups: list[float]) -> dict[float, Path]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ertacache.utils.errors import UserError, reason_of
+from ertacache.utils.checks import LARGEST_STEPS, steps_problem
+from ertacache.utils.errors import UserError, reason_of, shown
 
 if TYPE_CHECKING:
     from ertacache.plans import Plan
@@ -117,8 +118,9 @@ class Request:
         """T, given or the call's default."""
         default = inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
         steps = self.arguments.get("num_inference_steps", default)
-        if type(steps) is not int or steps < 1:
-            raise UserError(f"num_inference_steps = {steps}: give --steps with a whole number of at least 1")
+        if steps_problem(steps, 1):
+            text = f"num_inference_steps = {shown(steps)}"
+            raise UserError(f"{text}: give --steps with a whole number from 1 to {LARGEST_STEPS}")
         return steps
 
     def plan(self, source: str | None) -> "Plan | None":

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ertacache.utils.errors import UserError
+from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, steps_problem
+from ertacache.utils.errors import UserError, shown
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
@@ -167,6 +168,12 @@ def makes_videos(sampler: Sampler) -> bool:
 
 
 # --- checks of settings, for `settings_of` ---------------------------------------------------------------------------
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a number of steps that no plan has."""
+    if steps_problem(steps):
+        raise UserError(f"--steps {shown(steps)}: give a whole number from {LEAST_STEPS} to {LARGEST_STEPS}")
 
 
 def check_number(name: str, value: float, minimum: float) -> None:

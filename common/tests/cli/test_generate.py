@@ -20,6 +20,7 @@ from ertacache.plans import Plan
 from ertacache.utils.errors import run_program
 
 PROMPT = ["--prompt", "a red apple"]
+AT_8_STEPS = "-guidance3.5-height64-width64-dtypefloat32-"  # in the names of plans that runs make; then the weights
 
 
 @pytest.fixture
@@ -55,24 +56,22 @@ def test_a_new_threshold_is_calibrated_stored_and_used_again(sampler, tmp_path, 
     out = tmp_path / "sample"
     arguments = [*PROMPT, "--steps", 8, "--threshold", 0.3, "--out", out]
     run(sampler, *arguments, "--calibration-prompts", tmp_path / "few.txt", "--compare")
-    assert sorted(p.name for p in (tmp_path / "room" / "cache").iterdir()) == [
-        "demo-8-0.3.json",
-        "demo-8-0.3.safetensors",
-    ]
+    plan, arrays = sorted((tmp_path / "room" / "cache" / "local").iterdir())
+    assert plan.name.startswith(f"demo-8-0.3{AT_8_STEPS}") and arrays == plan.with_suffix(".safetensors")
     names = ["000-baseline.png", "000-ertacache.png", "comparison.png", "metrics.json"]
     assert sorted(p.name for p in out.iterdir()) == names
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["schema"] == 1 and metrics["steps"] == 8 and metrics["nfe"] < 8 and metrics["prompts"] == 1
-    assert metrics["plan"] == "cache/demo-8-0.3.json"
+    assert metrics["plan"] == f"cache/local/{plan.name}"
     assert metrics["speedup"] == metrics["latency_s"]["baseline"] / metrics["latency_s"]["cached"]
     pair = [np.asarray(Image.open(out / f"000-{m}.png"), float) for m in ("baseline", "ertacache")]
     psnr = 10 * np.log10(255**2 / np.square(pair[0] - pair[1]).mean())
     assert metrics["quality"]["psnr"] == pytest.approx(psnr, abs=0.5)  # from floats, not from the rounded files
     assert set(metrics["quality"]["prompt_accuracy"]) == {"baseline", "cached"}
-    stored = (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes()
+    stored = plan.read_bytes()
     capsys.readouterr()
     run(sampler, *arguments)
-    assert (tmp_path / "room" / "cache" / "demo-8-0.3.json").read_bytes() == stored
+    assert plan.read_bytes() == stored
     assert "calibrating" not in capsys.readouterr().err
     assert json.loads((out / "metrics.json").read_text())["latency_s"]["baseline"] is None
 
@@ -82,18 +81,19 @@ def test_a_speedup_spends_exactly_its_calls(sampler, tmp_path):
     (tmp_path / "few.txt").write_text("a red ring\na blue star\n")
     arguments = [*PROMPT, "--steps", 8, "--calibration-prompts", tmp_path / "few.txt", "--out", tmp_path / "out"]
     run(sampler, *arguments, "--speedup", 2, "--compare")
-    assert (tmp_path / "room" / "cache" / "demo-8-budget-4.json").exists()
+    (plan,) = (tmp_path / "room" / "cache" / "local").glob("*.json")
+    assert plan.name.startswith(f"demo-8-budget-4{AT_8_STEPS}")
     names = ["000-baseline.png", "000-budget.png", "comparison.png", "metrics.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (metrics["method"], metrics["nfe"], metrics["plan"]) == ("budget", 4, "cache/demo-8-budget-4.json")
+    assert (metrics["method"], metrics["nfe"], metrics["plan"]) == ("budget", 4, f"cache/local/{plan.name}")
     assert metrics["quality"]["psnr"] > 25
     run(sampler, *arguments, "--budget", 4)
-    assert [p.name for p in (tmp_path / "room" / "cache").glob("*.json")] == ["demo-8-budget-4.json"]
+    assert list((tmp_path / "room" / "cache").rglob("*.json")) == [plan]
 
 
 def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler, tmp_path, capsys, monkeypatch):
-    own, path = Search.roll_out, tmp_path / "room" / "cache" / "demo-8-budget-4.json"
+    own, folder = Search.roll_out, tmp_path / "room" / "cache" / "local"
     arguments = [*PROMPT, "--steps", 8, "--budget", 4, "--out", tmp_path / "out"]
 
     def stop_at_the_second(search, *schedule):
@@ -105,11 +105,12 @@ def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler,
         patched.setattr(Search, "roll_out", stop_at_the_second)
         with pytest.raises(SystemExit) as stop:
             run(sampler, *arguments)
+    (path,) = folder.glob("*.json")
     best = Plan.load(path)
     assert stop.value.code == 130 and best.nfe == 4 and not best.provenance["calibration"]["finished"]
     assert f"kept the best plan of 1 schedules so far: {path}" in capsys.readouterr().err
     run(sampler, *arguments)
-    assert "no finished plan for 4 of 8 steps" in capsys.readouterr().err
+    assert "no plan for 4 of 8 steps yet" in capsys.readouterr().err
     finished = Plan.load(path)
     assert finished.provenance["calibration"]["finished"] and finished.provenance["calibration"]["rollouts"] == 4
 
@@ -152,7 +153,7 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--threshold", "low"], "argument --threshold: invalid float value: 'low' (see --help)"),
         ([*PROMPT, "--treshold", 0.1], "unrecognized arguments: --treshold 0.1 (see --help)"),
         ([*PROMPT, "--threshold", "inf"], "--threshold inf"),
-        ([*PROMPT, "--steps", 2, "--baseline"], "--steps 2: give a number of at least 3"),
+        ([*PROMPT, "--steps", 2, "--baseline"], "--steps 2: give a whole number from 3 to 1000"),
         ([*PROMPT, "--guidance", "nan", *BASELINE], "--guidance nan"),
         ([*PROMPT, "--height", 100, *BASELINE], "--height 100: must be a multiple of 16 for this model"),
         ([*PROMPT, "--width", 4, *BASELINE], "--width 4"),
@@ -269,4 +270,4 @@ def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "generate.py", "--steps", "2", "--baseline", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT / "ERTACache4FLUX", capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip() == "error: --steps 2: give a number of at least 3"
+    assert done.stderr.strip() == "error: --steps 2: give a whole number from 3 to 1000"

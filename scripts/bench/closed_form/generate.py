@@ -110,9 +110,9 @@ class Inputs:
 
 def settings_of(pipe, steps=30, guidance=3.5):
     """Return checked settings."""
-    from ertacache.demos.model_folder import check_number
+    from ertacache.demos.model_folder import check_number, check_steps
 
-    check_number("steps", steps, minimum=3)
+    check_steps(steps)
     check_number("guidance", guidance, minimum=0)
     return {"steps": steps, "guidance": guidance}
 

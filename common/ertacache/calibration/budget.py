@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ertacache.calibration import planner
@@ -166,6 +166,9 @@ class BudgetCalibration:
         Returns:
             The Gram matrix of the fitted prompts.
         """
+        done = range(self.checkpoints.finished(self.target.name))
+        if not all(parallel.share([self.has_trajectory(batch) for batch in done])):
+            self.checkpoints.forget(self.target.name)  # deleted, or damaged by a power failure
         sums = self.session.run(
             self.checkpoints, self.target.name, self.end * self.target.calls_per_step, self.trajectory_of_batch
         )
@@ -208,6 +211,14 @@ class BudgetCalibration:
     def trajectory_path(self, batch: int):
         """Return the file of a batch's latents at every step of the target's trajectory."""
         return self.checkpoints.folder / f"{self.target.name}-{batch:04d}.safetensors"
+
+    def has_trajectory(self, batch: int) -> bool:
+        """Return whether a batch's latents are there and whole."""
+        try:
+            with safe_open(self.trajectory_path(batch), "pt") as file:
+                return str(self.end) in file.keys()  # noqa: SIM118 (no dictionary)
+        except (OSError, SafetensorError):
+            return False
 
     def target_latents(self, batch: int, i: int) -> torch.Tensor:
         """Return the target's latents x_i of a batch, float32 on the CPU."""
@@ -388,7 +399,7 @@ class BudgetCalibration:
         search = Search(self, candidates, limit)
         try:
             for _ in search:
-                self.session.bar.set_postfix_str(f"error {search.best.error:.2e}")
+                self.session.progress.update(0, f"best error {search.best.error:.2e}")
         except KeyboardInterrupt:
             if search.best is None:
                 raise
@@ -406,7 +417,7 @@ class BudgetCalibration:
             text = f"N = {search.budget}: prompts that the fit did not use come out {gap:.0f} dB worse than its own"
             warnings.warn(f"{text}: give more prompts", stacklevel=2)
         return BudgetPlan(
-            requirements=self.session.requirements,
+            requirements=self.session.calibrated,
             computed=tuple(self.begin + i for i in best.schedule),
             begin=self.begin,
             native_sigmas=tuple(self.native_sigmas.tolist()),

@@ -3,21 +3,25 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ertacache.calibration.choice import CHOICE_METRIC
 from ertacache.demos.model_folder import StepwiseSampler
+from ertacache.pipelines.conditions import watching
 from ertacache.plans.requirements import Requirements, transformer_of
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.checks import steps_problem
 from ertacache.utils.errors import UserError
+from ertacache.utils.locks import exclusive
+from ertacache.utils.progress import Progress
 from ertacache.utils.provenance import fingerprint, library_versions
 
 
@@ -75,8 +79,14 @@ class CalibrationSession:
             "batch_size": batch_size,
         }
         self.silent = not (progress and parallel.is_main())
-        self.bar = tqdm(disable=self.silent or None, unit="call", desc="calibrate", total=0)
+        self.progress = Progress("call", self.silent)
+        self.conditions: dict[str, Any] = {}
         self.clock: list[float] = []  # when the first model calls were made, seconds
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.identity["model"]
 
     @property
     def batches(self) -> int:
@@ -87,6 +97,10 @@ class CalibrationSession:
         """Return the checkpoints of one purpose; another model, setting or set of prompts has others."""
         bound = [self.steps, self.requirements.model, self.requirements.scheduler, self.requirements.settings]
         return Checkpoints(self.work, [purpose, self.identity, bound], "calibration-", ".partial")
+
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Return a context in which no other process makes the same calibration; it says whether it had to wait."""
+        return exclusive(self.checkpoints("lock").folder.with_suffix(".lock"), "calibrating the same plan")
 
     def inputs(self, batch: int):
         """Return the inputs of a batch of prompts, on the native grid."""
@@ -105,30 +119,39 @@ class CalibrationSession:
             sums_of: Runs one batch.
         """
         self.spare(calls * len(parallel.mine(checkpoints.finished(key))))
-        return checkpoints.sums(key, self.batches, sums_of)
+        with watching(self.pipe) as seen:
+            sums = checkpoints.sums(key, self.batches, sums_of)
+        self.conditions = checkpoints.value("conditions", lambda: seen)
+        return sums
+
+    @property
+    def calibrated(self) -> Requirements:
+        """The requirements of a plan, with the conditions that the first model call has shown."""
+        return replace(self.requirements, settings={**self.requirements.settings, **self.conditions})
 
     def announce(self, calls: int) -> None:
         """Say what is to come, before it begins. calls: the most model calls per batch."""
-        self.bar.total += calls * len(parallel.mine(self.batches))
-        self.bar.refresh()
+        self.progress.begin("calibration, uncached runs")
+        self.progress.expect(calls * len(parallel.mine(self.batches)))
         if not self.silent:
             size = min(self.batch_size, len(self.prompts))
             runs = calls * len(self.prompts) / self.steps
             text = f"at most {calls * self.batches} model calls with {size} prompts each"
-            print(f"calibration: {text}, the cost of {runs:.0f} uncached results", file=sys.stderr)
+            cost = f"the cost of {runs:.0f} uncached results"
+            print(f"calibration: {text}, {cost}; Ctrl-C and the same again go on", file=sys.stderr)
 
     def called(self, calls: int = 1) -> None:
         """Count model calls of this process; after the second one, say how long the calibration may take."""
-        self.bar.update(calls)
+        self.progress.update(calls)
         self.clock = [*self.clock, time.monotonic()][:3]
-        if len(self.clock) == 2 and self.bar.total > self.bar.n and not self.silent:
-            left = (self.clock[1] - self.clock[0]) * (self.bar.total - self.bar.n) / calls
+        calls_left = self.progress.total - self.progress.n
+        if len(self.clock) == 2 and calls_left and not self.silent:
+            left = (self.clock[1] - self.clock[0]) * calls_left / calls
             print(f"calibration: at most {duration(left)}", file=sys.stderr)
 
     def spare(self, calls: int) -> None:
         """Take back announced model calls of this process that are not needed."""
-        self.bar.total = max(self.bar.n, self.bar.total - calls)
-        self.bar.refresh()
+        self.progress.expect(-calls)
 
     def require_finite(self, z: torch.Tensor, batch: int, step: int, source: str = "the model gave") -> None:
         """Refuse a model output, or latents, [B, …] with a non-finite value; the message names source and prompt."""
@@ -155,7 +178,7 @@ class CalibrationSession:
 
     def finish(self, checkpoints: Checkpoints) -> None:
         """Close the progress bar and delete the checkpoints; call it once the plans are saved."""
-        self.bar.close()
+        self.progress.close()
         checkpoints.remove()
 
 

@@ -212,10 +212,10 @@ class ThresholdCalibration:
             whole: If not, Algorithm 2 has two passes over the prompts, K and B are fitted in the second of them, and
                 the plans that would need further passes are left out.
         """
-        self.session.bar.set_description(f"calibrate λ={threshold:g}")
+        self.session.progress.begin(f"calibration, λ = {threshold:g}")
         cached, sums = self.search_policy(self.watch(WatchedSchedule(), pairs=True), threshold, whole)
         policy = ThresholdPlan(
-            requirements=self.session.requirements,
+            requirements=self.session.calibrated,
             threshold=float(threshold),
             cached=cached,
             site=self.site,

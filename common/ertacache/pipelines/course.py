@@ -38,6 +38,7 @@ class Course:
         self.replayed: frozenset[int] = frozenset()  # computed steps whose velocities are known (calibration)
         self.monitor = None  # of the drift (plans/drift.py)
         self.drifting = self.drifted = False  # whether the last planned step was beyond the limit, and the one before
+        self.looked = False  # whether its first model call was compared with the plan's conditions
         self.clock: list[float] = []  # seconds at each computed step
         self.times = CallTimes()
         self.outputs = outputs

@@ -69,6 +69,8 @@ class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
         course = self._enabled.course
         if course is None or not course.takes(args, kwargs):
             return self._denoiser(*args, **kwargs)
+        if course.step is None:
+            self._enabled.look(course, args, kwargs)
         return course.outputs.of(course, self._denoiser, args, kwargs)
 
     def _cache_context(self, name: str, **where):

@@ -1,10 +1,12 @@
 """What one `enable` sets up: the stand-ins of a pipeline's scheduler and denoisers share it, and so do their copies."""
 
 import threading
+import warnings
 
 import torch
 
 from ertacache.pipelines.block_residuals import BlockResiduals
+from ertacache.pipelines.conditions import conditions_of, difference
 from ertacache.pipelines.course import Course
 from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
@@ -48,6 +50,16 @@ class Enabled:
     def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Return the noise levels of a run [T+1] and its computed steps, for the scheduler's own levels."""
         return self.plan.on(native)
+
+    def look(self, course: Course, args: tuple, kwargs: dict) -> None:
+        """Warn once where a call's first model call shows that the plan was calibrated under other conditions."""
+        if course.looked or self.plan is None or "conditions" in self.warned:
+            return
+        course.looked = True
+        text = difference(self.plan.requirements.settings, conditions_of(args, kwargs, self.pipe()))
+        if text:
+            self.warned.add("conditions")
+            warnings.warn(f"{text}, or calibrate a plan for it", stacklevel=4)
 
     @property
     def around_blocks(self) -> bool:

@@ -156,12 +156,12 @@ class Study:
         steps = self.settings["steps"]
         for budget in self.budgets:
             plan = self.stored(budget)
-            limit, everywhere = Monitor(plan).limit(), []
+            limits, everywhere = Monitor(plan).limits(), []
             for name, (prompts, changes) in situations.items():
                 samples = list(self.drift_samples(plan, prompts, {**self.settings, **changes}))
                 everywhere += samples
-                yield {"calls": f"{budget} of {steps}", "runs": name} | drift_row(samples, limit)
-            yield {"calls": f"{budget} of {steps}", "runs": "**all of these**"} | drift_row(everywhere, limit)
+                yield {"calls": f"{budget} of {steps}", "runs": name} | drift_row(samples, limits)
+            yield {"calls": f"{budget} of {steps}", "runs": "**all of these**"} | drift_row(everywhere, limits)
 
     def drift_samples(self, plan, prompts, settings):
         """Yield per prompt: drift, squared error of the latents without and with extra steps, extra steps."""
@@ -190,13 +190,13 @@ class Study:
         return media.sheet(self.held_out, columns)
 
 
-def drift_row(samples, limit):
+def drift_row(samples, limits):
     """Summarise (drift, error, error with extra steps, extra steps) of each sample."""
     drift, error, corrected, extra = (np.array(column) for column in zip(*samples, strict=True))
     return {
         "samples": len(samples),
         "drift, median": float(np.median(drift)),
-        "warned": f"{100 * np.mean(drift > limit):.0f} %",
+        "warned": f"{100 * np.mean((drift < limits[0]) | (drift > limits[1])):.0f} %",
         "ρ": float(spearmanr(drift, error).statistic),
         "error": f"{np.sqrt(np.mean(error)):.2g}",
         "error with extra steps": f"{np.sqrt(np.mean(corrected)):.2g}",

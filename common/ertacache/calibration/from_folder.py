@@ -251,9 +251,13 @@ def calibrate_thresholds(
         site: "output" or "blocks".
         store: For the plans.
     """
-    calibration = ThresholdCalibration(session_of(effort_of(effort).threshold_prompts), site)
-    with goes_on():
-        return _save(calibration, calibration.plans(thresholds, effort), store)
+    session = session_of(effort_of(effort).threshold_prompts)
+    paths = [store.path(threshold_name(session.model, session.steps, threshold, site)) for threshold in thresholds]
+    with goes_on(), session.exclusive() as waited:
+        if waited and all(map(_is_plan, paths)):
+            return [(Plan.load(path), path) for path in paths]
+        calibration = ThresholdCalibration(session, site)
+        return _save(calibration, calibration.plans(thresholds, effort), paths)
 
 
 def calibrate_budgets(
@@ -267,23 +271,26 @@ def calibrate_budgets(
 
     Ctrl-C stores the best plan so far of the one in progress. Arguments: as of `calibrate_thresholds`, and the target.
     """
-    calibration = BudgetCalibration(session_of(effort_of(effort).prompts), target)
+    session = session_of(effort_of(effort).prompts)
+    paths = {budget: store.path(budget_name(session.model, session.steps, budget, target)) for budget in budgets}
     try:
-        with goes_on():
-            return _save(calibration, calibration.each_plan(budgets, effort), store)
+        with goes_on(), session.exclusive() as waited:
+            if waited and all(map(_is_plan, paths.values())):
+                return [(Plan.load(path), path) for path in paths.values()]
+            calibration = BudgetCalibration(session, target)
+            return _save(calibration, calibration.each_plan(list(paths), effort), list(paths.values()))
     except Interrupted as stop:
         if parallel.is_main():
-            keep_unfinished(stop.plan, store.path(stop.plan.file_name(calibration.session.identity["model"])))
+            keep_unfinished(stop.plan, paths[stop.plan.nfe])
         raise
 
 
-def _save(calibration, plans: Iterable[Plan], store: PlanStore | PlainFolder) -> list[tuple[Plan, Path]]:
+def _save(calibration, plans: Iterable[Plan], paths: Sequence[Path]) -> list[tuple[Plan, Path]]:
     """Save each plan once it is there, by rank 0 (all ranks have the same plans); then delete the checkpoints."""
-    ensure_writable(store.folder)
-    stored = []
-    for plan in plans:
-        stored.append((plan, store.path(plan.file_name(calibration.session.identity["model"]))))
+    saved = []
+    for plan, path in zip(plans, paths, strict=True):
+        saved.append((plan, path))
         if parallel.is_main():
-            plan.save(stored[-1][1])
+            plan.save(path)
     calibration.finish()
-    return stored
+    return saved

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
+from ertacache.utils import parallel
 from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, check_seed, steps_problem
 from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import ensure_writable
@@ -24,7 +25,7 @@ from ertacache.utils.files import ensure_writable
 FOLDER = ".ertacache"  # in the current folder: checkpoints of an interrupted calibration
 UNFINISHED = "interrupted-"  # names of plans in it begin so
 SET_BY_CALIBRATE = ("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt")
-UNRECORDED = ("num_inference_steps", "output_type", "return_dict")  # no settings of a plan
+UNRECORDED = (*SET_BY_CALIBRATE, "num_inference_steps", "output_type", "return_dict")  # no settings of a plan
 
 
 def calibrate(
@@ -73,6 +74,25 @@ def calibrate(
         >>> plans = ertacache.calibrate(pipe, prompts, speedups=[2, 3], num_inference_steps=30, guidance_scale=3.5)
         >>> ertacache.enable(pipe, plans[2])
     """
+    options = {"seed": seed, "batch_size": batch_size, "effort": effort, "target": target, "work": work}
+    return make_plans(pipe, prompts, speedups, None, progress=progress, call_kwargs=call_kwargs, **options)
+
+
+def make_plans(
+    pipe,
+    prompts: Sequence[str],
+    speedups: Sequence[float],
+    save: Callable[[dict[float, BudgetPlan]], None] | None,
+    *,
+    seed: int,
+    batch_size: int,
+    effort: str,
+    target: str = "reference",
+    work: str | Path | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any],
+) -> dict[float, BudgetPlan]:
+    """Calibrate as `calibrate` does; save(plans) is called by rank 0 before the work is deleted."""
     prompts = _check_prompts(prompts)[: effort_of(effort).prompts]
     check_seed(seed, "seed")
     steps = _check(pipe, prompts, speedups, target, batch_size, call_kwargs)
@@ -84,13 +104,13 @@ def calibrate(
             pipe,
             prompts,
             range(seed, seed + len(prompts)),
-            settings={"steps": steps, "pipeline": type(pipe).__name__, **_recorded(call_kwargs)},
+            settings={"steps": steps, "pipeline": type(pipe).__name__, **_recorded(pipe, call_kwargs)},
             batch_size=batch_size,
             work=folder,
             model_id=_name_of(pipe),
             progress=progress,
         )
-        with contextlib.closing(session.bar), goes_on():
+        with contextlib.closing(session.progress), goes_on(), session.exclusive():
             calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
             if total != steps:
@@ -100,7 +120,10 @@ def calibrate(
                 text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
                 raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
             budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
-            plans = calibration.plans(list(budgets.values()), effort)
+            made = calibration.plans(list(dict.fromkeys(budgets.values())), effort)
+            plans = {speedup: made[budget] for speedup, budget in budgets.items()}
+            if save is not None and parallel.is_main():
+                save(plans)
             calibration.finish()
         for unfinished in folder.glob(f"{UNFINISHED}*"):
             unfinished.unlink()
@@ -111,7 +134,7 @@ def calibrate(
         if work is None:
             with contextlib.suppress(OSError):  # what lies in it belongs to an interrupted calibration
                 folder.rmdir()
-    return {speedup: plans[budget] for speedup, budget in budgets.items()}
+    return plans
 
 
 def _check_prompts(prompts) -> list[str]:
@@ -170,10 +193,14 @@ def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
     return steps
 
 
-def _recorded(call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the call's arguments as settings of a plan; of what is no JSON value (images, tensors) type and hash."""
+def _recorded(pipe, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the call uses as settings of a plan, given ones and numbers that are its defaults.
+
+    Of what is no JSON value (images, tensors) type and hash.
+    """
+    defaults = {name: value for name, value in arguments_of_call(pipe)[0].items() if type(value) in (int, float)}
     recorded = {}
-    for name, value in call_kwargs.items():
+    for name, value in {**defaults, **call_kwargs}.items():
         if name in UNRECORDED:
             continue
         try:

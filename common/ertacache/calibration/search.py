@@ -46,7 +46,7 @@ class Search:
         self.chosen, self.errors, self.tried = "", {}, set()
 
     def __iter__(self):
-        self.calibration.session.bar.set_description(f"calibrate N={self.budget}")
+        self.calibration.session.progress.begin(f"calibration, N = {self.budget}")
         for schedule, history_length, name in self.proposals():
             cost = parallel.share(self.calibration.cost(schedule, history_length, self.best))
             if cost > self.left:

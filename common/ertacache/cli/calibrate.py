@@ -1,36 +1,54 @@
 """`ertacache calibrate`: plans from the pipeline's own call, as files."""
 
+import os
 import shlex
+import sys
 from pathlib import Path
 
-from ertacache.calibration.from_pipeline import calibrate
+from ertacache.calibration.from_pipeline import make_plans
 from ertacache.cli.arguments import parse_list
 from ertacache.cli.request import Request
 from ertacache.plans import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups, short_name
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable
+from ertacache.utils.files import ensure_writable, write_atomically
+
+SAVING = ".saving-plans-"
 
 
 def run(request: Request, out: Path, speedups: str, seed: int, effort: str, force: bool) -> None:
     """Calibrate and save, in one process or in each of several that a launcher has started."""
+    paths: dict[float, Path] = {}
+
+    def save(plans: dict[float, BudgetPlan]) -> None:
+        """Save all plans; a note says which, so that the same command goes on if it is killed in between."""
+        note = out / f"{SAVING}{os.getpid()}"
+        write_atomically(note, "\n".join(path.name for path in paths.values()).encode())
+        for speedup, path in paths.items():
+            plans[speedup].save(path)
+        for note in out.glob(f"{SAVING}*"):  # earlier ones too
+            note.unlink()
 
     def main() -> None:
+        nonlocal paths
         targets = parse_list(speedups)
         check_speedups(targets)
         paths = plan_paths(request, out, targets)
-        existing = [path for path in paths.values() if path.exists()]
+        written = {path for note in out.glob(f"{SAVING}*") for path in note.read_text("utf-8").splitlines()}
+        existing = [path for path in paths.values() if path.exists() and path.name not in written]
         if existing and not force:
             raise UserError(f"{existing[0]} is there already: give --force to write over it, or another --out")
         ensure_writable(out)
         options = {"seed": seed, "batch_size": request.batch_size, "effort": effort, "work": out}
         pipe = request.load()
+        if parallel.is_main():
+            print(f"calibrating {', '.join(map(str, paths.values()))}", file=sys.stderr)
         with request.calling():
-            plans = calibrate(pipe, request.prompts, list(paths), **options, **request.arguments)
+            plans = make_plans(pipe, request.prompts, list(paths), save, **options, call_kwargs=request.arguments)
         if parallel.is_main():
             for speedup, path in paths.items():
-                print(line_about(plans[speedup], plans[speedup].save(path)))
+                print(line_about(plans[speedup], path))
             print(f"next: {next_command(request, next(iter(paths.values())))}")
 
     parallel.run_on_all_ranks(main)
@@ -42,7 +60,7 @@ def plan_paths(request: Request, out: Path, speedups: list[float]) -> dict[float
     name = short_name(source.resolve() if source.is_dir() else source)
     paths: dict[float, Path] = {}
     for speedup in speedups:
-        path = out / f"{name}-{budget_of(request.steps, speedup)}-of-{request.steps}.json"
+        path = out / f"{name}-{budget_of(request.steps, speedup, '--speedups')}-of-{request.steps}.json"
         if path not in paths.values():
             paths[speedup] = path
     return paths

@@ -54,7 +54,7 @@ def calibrate(
 
 @app.command("inspect")
 def inspect_plan(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="a plan file, a folder with one, or a Hub id")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="a plan file, a folder with one, or hf://OWNER/NAME")],
     json: Annotated[bool, typer.Option("--json", help="the whole plan as JSON")] = False,
 ) -> None:
     """Draw a plan's schedule, and show what it is for and how it was made."""

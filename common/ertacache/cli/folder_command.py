@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
@@ -26,6 +25,7 @@ from ertacache.utils import media
 from ertacache.utils.devices import synchronize
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable, relative
+from ertacache.utils.progress import Progress
 
 SETTINGS = {  # settings that a model folder may offer, with the type and help of their flag
     "steps": (int, "T, steps of the uncached run"),
@@ -175,14 +175,16 @@ def run_interleaved(
     seeds = range(args.seed, args.seed + len(prompts))
     inputs = [sampler.prepare(pipe, prompts[part], seeds[part], **settings) for part in parts]
     rounds = args.repeats + (len(methods) > 1)
-    bar = tqdm(total=rounds * len(methods) * len(parts) * settings["steps"], unit="step", disable=None)
+    progress = Progress("step")
+    calls = sum(plan.nfe if plan and plan.kind == "budget" else settings["steps"] for plan in methods.values())
+    progress.expect(rounds * len(parts) * calls)
 
     def on_step(i, x, v):
-        bar.update()
+        progress.update()
 
     for number in range(rounds):
         for name, plan in methods.items():
-            bar.set_description(name)
+            progress.begin(name)
             start = time.perf_counter()
             latents = [sampler.denoise(pipe, part, plan, on_step) for part in inputs]
             synchronize(pipe)
@@ -191,7 +193,7 @@ def run_interleaved(
             if number == 0:
                 images = [sampler.decode(pipe, z, part) for z, part in zip(latents, inputs, strict=True)]
                 runs[name].images = np.concatenate(images)
-    bar.close()
+    progress.close()
     return runs
 
 

@@ -124,28 +124,39 @@ class Request:
         return steps
 
     def plan(self, source: str | None) -> "Plan | None":
-        """Return the plan at `source` (None: none), checked against T.
-
-        Warns when the call's settings differ from those of the calibration.
-        """
+        """Return the plan at `source` (None: none), checked against T."""
         from ertacache.pipelines.enable import read_plan
-        from ertacache.pipelines.uncached import CALL_NAMES
         from ertacache.plans.requirements import Requirements
 
         steps = self.steps
         if source is None:
             return None
         plan = read_plan(source)
+        remedy = f"give --steps {plan.steps}, or make another plan with `{self.calibrate} …`"
+        plan.check(Requirements(steps, {}, {}), remedy)
+        return plan
+
+    @property
+    def calibrate(self) -> str:
+        """The command that makes a plan for this model and T."""
+        return shlex.join(["ertacache", "calibrate", self.model, "--steps", str(self.steps)])
+
+    def other_settings(self, plan: "Plan") -> str | None:
+        """Return how the call's settings, defaults too, differ from those of a plan's calibration, with what to do."""
+        from ertacache.pipelines.uncached import CALL_NAMES
+        from ertacache.plans.requirements import differences
+
         known = inspect.signature(self.pipeline.__call__).parameters.items()
         call = {name: p.default for name, p in known if p.default not in (None, inspect.Parameter.empty)}
         call |= self.arguments
-        settings = call | {name: call[argument] for name, argument in CALL_NAMES.items() if argument in call}
-        command = shlex.join(["ertacache", "calibrate", self.model, "--steps", str(steps)])
-        remedy = f"give what it was made for, or make another plan with `{command} …`"
-        if plan.steps != steps:
-            remedy = f"give --steps {plan.steps}, or make another plan with `{command} …`"
-        plan.check(Requirements(steps, {}, {}, settings), remedy)
-        return plan
+        present = call | {name: call[argument] for name, argument in CALL_NAMES.items() if argument in call}
+        recorded = plan.requirements.settings
+        names = differences(recorded, present)
+        if not names:
+            return None
+        pairs = ", ".join(f"{name} {recorded[name]}, now {present[name]}" for name in names)
+        text = f"the plan was calibrated at {pairs}; quality may be lower"
+        return f"{text}: give what it was made for, or make another plan with `{self.calibrate} …`"
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
 

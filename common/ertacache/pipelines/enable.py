@@ -13,9 +13,9 @@ from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.scheduler import PlannedScheduler
 from ertacache.plans import Plan
 from ertacache.plans.drift import LIMITS
-from ertacache.plans.names import HUB_ID
+from ertacache.plans.names import HUB_ID, HUB_PREFIX
 from ertacache.plans.requirements import Requirements, transformer_of
-from ertacache.utils.errors import PlanError, UserError
+from ertacache.utils.errors import PlanError, UserError, reason_of, shown
 from ertacache.utils.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
@@ -38,7 +38,7 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
 
     Args:
         pipe: A pipeline with a `transformer` and a scheduler that plans know (numerics/schedulers.py).
-        plan: A plan; the path of one, or of a directory with a plan.json; or a Hub id like OWNER/NAME.
+        plan: A plan; the path of one, or of a directory with a plan.json; or hf://OWNER/NAME for one on the Hub.
         on_drift: What is done where a run is unlike those of the calibration (drift.py). "warn": one warning, at the
             end of the first run whose drift is beyond the limit. "compute": where the prediction of a computed step is
             beyond the limit, every step up to the plan's next one is computed. "ignore": nothing.
@@ -55,8 +55,10 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
     """
     if on_drift not in ON_DRIFT:
         raise UserError(f"on_drift = {on_drift!r}: give one of {', '.join(map(repr, ON_DRIFT))}")
-    if drift_limit is not None and not drift_limit > 0:
-        raise UserError(f"drift_limit = {drift_limit}: give a number above 0")
+    if drift_limit is not None and not (isinstance(drift_limit, int | float) and drift_limit > 0):
+        raise UserError(f"drift_limit = {shown(drift_limit)}: give a number above 0")
+    if isinstance(pipe, Plan | str | Path):
+        raise UserError(f"enable({shown(pipe)}, …): give the pipeline first, then the plan")
     check_pipeline(pipe)
     plan = read_plan(plan)
     if type(pipe).__name__ in PER_TOKEN and plan.requirements.settings.get("pipeline") != type(pipe).__name__:
@@ -137,12 +139,22 @@ def check_pipeline(pipe) -> None:
 
 
 def read_plan(source: Plan | str | Path) -> Plan:
-    """Return a plan itself, or read it from a file, a directory or the Hub."""
+    """Return a plan itself, or read it from a file, a directory or (hf://OWNER/NAME) the Hub."""
     if isinstance(source, Plan):
         return source
+    if not isinstance(source, str | Path):
+        raise UserError(f"plan = {shown(source)}: give a plan, the path of one, or {HUB_PREFIX}OWNER/NAME")
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+        return Plan.from_pretrained(source.removeprefix(HUB_PREFIX))
     path = Path(source).expanduser()
-    if path.is_dir() or (isinstance(source, str) and not path.exists() and HUB_ID.fullmatch(source)):
-        return Plan.from_pretrained(source)
+    try:
+        if path.is_dir():
+            return Plan.from_pretrained(path)
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read plan {shown(str(source))} ({reason_of(error)}): check the path") from error
+    if not there and isinstance(source, str) and HUB_ID.fullmatch(source):
+        raise PlanError(f"no plan {source} here: check the path; one on the Hub is {HUB_PREFIX}{source}")
     return Plan.load(path)
 
 

@@ -1,11 +1,13 @@
 """One scheduler's way through one call of a pipeline that follows a plan."""
 
+import textwrap
 import threading
 
 import torch
 
 from ertacache.numerics.schedulers import solver_of
 from ertacache.pipelines.enabled import Enabled
+from ertacache.plans.schema import grid_problem
 from ertacache.utils.errors import UserError
 
 
@@ -23,11 +25,17 @@ class PlannedRun:
         self.solver, self.steps = solver_of(scheduler), len(scheduler.timesteps)
         native = self.solver.sigmas
         self.native = native.tolist()  # [T+1]
+        problem = grid_problem("the noise levels of this run", self.native, bool(scheduler.config.get("invert_sigmas")))
+        if problem:
+            shown = ", ".join(f"{level:.3g}" for level in self.native)
+            remedy = "give the call another size, or other sigmas"
+            raise UserError(f"{problem}, and are {textwrap.shorten(shown, 80, placeholder=' …')}: {remedy}")
         levels, self.planned = enabled.on(native)
         self.shows_own_grid = levels is native
         if not (self.shows_own_grid or shown):
             self.solver.show(levels)
         self.next: int | None = None
+        self.finite: list[tuple[int, torch.Tensor]] = []  # whether the model's outputs are, by computed step
         self.course = enabled.join(self, begun=shown)
 
     @property
@@ -62,6 +70,7 @@ class PlannedRun:
             raise UserError(f"the pipeline makes step {i} where step {self.next} is due: disable the plan")
         if self.leads and self.course.computes(i):
             self.course.tick()
+            self.finite.append((i, v.isfinite().all()))  # stays on the device
         self.missed = not self.course.computes(i) and self.course.outputs.step != i
         x = self.way.step(i, x, v, options)
         self.next = i + 1
@@ -93,8 +102,17 @@ class PlannedRun:
         self.way = self.enabled.steps_of(self)
 
     def end(self, x: torch.Tensor) -> None:
-        """Let go of the tensors that the run has kept."""
+        """Let go of the tensors that the run has kept.
+
+        Raises:
+            UserError: The run has led to latents that are not finite.
+        """
         self.way.end(x)
         if self.course.step == self.steps:
             self.course.outputs = None
             self.enabled.end(self.course)
+        if not x.isfinite().all():
+            step = next((i for i, finite in self.finite if not finite), None)
+            what = "the plan's jumps led to" if step is None else f"the model gave, at step {step},"
+            remedy = "look whether it does so without a plan too (ertacache.disable(pipe)), and try another dtype"
+            raise UserError(f"{what} numbers that are not finite: {remedy}")

@@ -94,7 +94,7 @@ class PlannedScheduler:
             text = f"no model call was skipped at step {self.run.next - 1}, as the plan has it"
             self.warn("missed", f"{text}: was the model put in after ertacache.enable? Call it again")
         if self.run.next == self.run.steps:
-            self.warn_at_the_end(x)
+            self.warn_at_the_end()
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     # --- warnings, each kind once ------------------------------------------------------------------------------------
@@ -114,20 +114,16 @@ class PlannedScheduler:
             values = f"step {i} is at {here[i]:.3g}, in the calibration at {there[i]:.3g}"
             self.warn("levels", f"this run has other noise levels than the plan's calibration ({values}); {QUALITY}")
 
-    def warn_at_the_end(self, x) -> None:
-        """Warn of a run that is unlike those of the plan's calibration, or that ended in no numbers."""
+    def warn_at_the_end(self) -> None:
+        """Warn of a run that is unlike those of the plan's calibration."""
         monitor = self.run.course.monitor
         if self.enabled.on_drift == "warn" and monitor is not None and "drift" not in self.enabled.warned:
-            drift = max((reading.drift for reading in monitor.readings()), default=0.0)
-            if drift > monitor.limit(self.enabled.drift_limit):
-                text = (
-                    f"drift {drift:.2g}, the calibration prompts reach {monitor.calibrated.max():.2g}: the plan was not"
-                )
+            unusual = monitor.unusual(self.enabled.drift_limit)
+            if unusual is not None:
+                least, largest = monitor.calibrated.min(), monitor.calibrated.max()
+                text = f"drift {unusual:.2g}, on the calibration prompts {least:.2g} to {largest:.2g}: the plan was not"
                 remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
                 self.warn("drift", f"{text} made for a run like this one, quality may be lower; {remedy}")
-        if not x.isfinite().all():
-            text = "the run ended in latents that are not finite: look whether it does so without a plan too"
-            self.warn("finite", f"{text} (ertacache.disable(pipe)), and try another dtype or scheduler")
 
 
 def _like(original, replacement):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ertacache.plans.names import HUB_ID, TARGETS
+from ertacache.plans.names import HUB_ID, HUB_PREFIX, TARGETS
 from ertacache.utils.errors import printable
 from ertacache.utils.tables import MISSING, code, escaped, markdown
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SCHEDULE_IMAGE = "schedule.png"
 ARGUMENT_NAMES = {"guidance": "guidance_scale", "frames": "num_frames"}  # setting of a model folder → pipeline argument
 OTHER_PIPELINES = {"STDiT3Transformer3DModel": ("opensora12", "OpenSoraPipeline")}  # not in diffusers; by transformer
+NO_ARGUMENTS = ("dtype", "pipeline", "steps", "latents", "text_length")  # settings that a call does not take
 HASHED_INPUT = re.compile(r"\w+ [0-9a-f]{16}")  # type and hash: how a plan records an image or a tensor of its calls
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MARGIN, INK, FILLED = 36, "#2b2b28", "#2563eb"  # pixels; colours
@@ -128,11 +129,12 @@ def _snippet(plan, source: str, model: str) -> list[str]:
 
     The plan may be a stranger's: whatever of it is neither a name nor a value of Python is left out.
     """
+    source = HUB_PREFIX + source if HUB_ID.fullmatch(source) else source
     settings = plan.requirements.settings
     model_class = str(plan.requirements.model.get("class"))
     library, pipeline = OTHER_PIPELINES.get(model_class, ("diffusers", _pipeline(settings)))
     dtype = f", dtype=torch.{settings['dtype']}" if settings.get("dtype") in DTYPES else ""
-    arguments = {ARGUMENT_NAMES.get(k, k): v for k, v in settings.items() if k not in ("dtype", "pipeline", "steps")}
+    arguments = {ARGUMENT_NAMES.get(k, k): v for k, v in settings.items() if k not in NO_ARGUMENTS}
     arguments = {name: value for name, value in arguments.items() if name.isidentifier() and not iskeyword(name)}
     hashed = [name for name, value in arguments.items() if isinstance(value, str) and HASHED_INPUT.fullmatch(value)]
     words = [f"{name}={name if name in hashed else _quoted(value)}" for name, value in arguments.items()]

@@ -81,13 +81,21 @@ class Monitor:
         drifts = self.drifts({k: e.cpu().double().numpy() * self.mean_weight**0.5 for k, e in self.norms.items()})
         return tuple(Reading(float(d), float(100 * np.mean(self.calibrated < d))) for d in drifts)
 
-    def limit(self, factor: float | None = None) -> float:
-        """Return the drift beyond which a run gets a warning.
+    def limits(self, factor: float | None = None) -> tuple[float, float]:
+        """Return the drift below and above which a run gets a warning: both say that it is another kind of run.
 
         Args:
-            factor: In multiples of the worst calibration prompt; by default LIMITS["warn"].
+            factor: Between them and the least and the largest of the calibration prompts; by default LIMITS["warn"].
         """
-        return (LIMITS["warn"] if factor is None else factor) * float(self.calibrated.max())
+        factor = LIMITS["warn"] if factor is None else factor
+        return float(self.calibrated.min()) / factor, factor * float(self.calibrated.max())
+
+    def unusual(self, factor: float | None = None) -> float | None:
+        """Return the drift of the sample that is farthest beyond the limits; None where all are within."""
+        least, largest = self.limits(factor)
+        drifts = [reading.drift for reading in self.readings()]
+        beyond = [drift for drift in drifts if not least <= drift <= largest]  # NaN too
+        return max(beyond, key=lambda drift: abs(np.log(drift / least)) if drift > 0 else np.inf, default=None)
 
     def beyond(self, factor: float) -> bool:
         """Return whether any sample's newest prediction error exceeds `factor` times the worst prompt's at that step.
@@ -97,4 +105,5 @@ class Monitor:
         if not self.norms:
             return False
         k = max(self.norms)
-        return self.norms[k].max().item() * self.mean_weight**0.5 > factor * self.errors[:, k].max()
+        error = self.norms[k].max().item() * self.mean_weight**0.5
+        return not error <= factor * self.errors[:, k].max()  # NaN is beyond it too

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ertacache.plans.names import HUB_ID
+from ertacache.plans.names import HUB_ID, HUB_PREFIX
 from ertacache.utils.errors import UserError, reason_of
 from ertacache.utils.files import unwritable, write_atomically
 
@@ -101,6 +101,7 @@ class HubMixin:
         if not folder.is_dir():
             if folder.exists():
                 raise UserError(f"{name} is a file: give its folder, or read it with {cls.__name__}.load")
+            name = str(name).removeprefix(HUB_PREFIX) if isinstance(name, str) else name
             if not (isinstance(name, str) and HUB_ID.fullmatch(name)):
                 raise UserError(f"{str(name)!r} is neither a folder nor a Hub id: check the path, or give OWNER/NAME")
             options = {"force_download": force_download, "token": token, "cache_dir": cache_dir}

@@ -10,6 +10,7 @@ from typing import Any
 from ertacache.utils.errors import UserError, shown
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)(?<!\.safetensors)")
+HUB_PREFIX = "hf://"  # before the Hub id of a plan that is read where paths are too
 LEAST_BUDGET = 2  # computed steps of a budget plan
 TARGETS = {  # what a plan imitates, in words
     "reference": "the uncached run",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ertacache.utils import parallel
@@ -40,8 +41,9 @@ class Checkpoints:
     def value(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return the JSON value stored under `key`, or compute and store it."""
         path = self.path(key, ".json")
-        if parallel.share(path.exists()):
-            return json.loads(path.read_text("utf-8"))
+        known = parallel.share(_read(lambda: [json.loads(path.read_text("utf-8"))]))
+        if known:
+            return known[0]
         value = parallel.share(compute())
         self._write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
         return value
@@ -49,8 +51,9 @@ class Checkpoints:
     def arrays(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
         """Return the named arrays stored under `key`, or compute and store them. All ranks take part in `compute`."""
         path = self.path(key, ".safetensors")
-        if parallel.share(path.exists()):
-            return load_file(path)
+        known = parallel.share(_read(lambda: load_file(path)))
+        if known is not None:
+            return known
         arrays = {name: np.asarray(array, order="C") for name, array in compute().items()}
         self._write(path, save(arrays))
         return arrays
@@ -93,8 +96,22 @@ class Checkpoints:
         parallel.barrier()
 
     def _stored_sums(self, key: Any) -> Arrays:
-        path = self.path(key, ".safetensors")
-        return load_file(path) if path.exists() else {}
+        return _read(lambda: load_file(self.path(key, ".safetensors"))) or {}
+
+    def forget(self, key: Any) -> None:
+        """Delete the sums stored under `key`."""
+        parallel.barrier()
+        if parallel.is_main():
+            self.path(key, ".safetensors").unlink(missing_ok=True)
+        parallel.barrier()
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    """Return what is stored; None where there is nothing, or what a power failure has left of it."""
+    try:
+        return read()
+    except (OSError, ValueError, SafetensorError):
+        return None
 
 
 def _finished(total: Arrays) -> int:

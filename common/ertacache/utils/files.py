@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ertacache.utils.errors import UserError
 
-
 REMEDIES = {  # of what keeps a file from being written
     errno.ENOSPC: "make room on the disk, or choose another folder",
     errno.EDQUOT: "make room in your quota, or choose another folder",

@@ -239,9 +239,9 @@ def test_what_it_costs_is_said_before_and_after_the_first_calls(tmp_path, capsys
     session = CalibrationSession(Slow(), Pipe(A), ["p"] * 8, range(8), **options)
     BudgetCalibration(session).plans([6], "normal")
     bound = 3 * (STEPS + 8 * 6)
-    text = f"calibration: at most {bound} model calls with 3 prompts each, the cost of 40 uncached results\n"
-    assert lines[0].endswith(text) and "calibration: at most" in lines[1]
-    assert session.pipe.transformer.calls <= bound and session.bar.total == session.pipe.transformer.calls
+    text = f"calibration: at most {bound} model calls with 3 prompts each, the cost of 40 uncached results; "
+    assert text in lines[0] and "calibration: at most" in lines[1]
+    assert session.pipe.transformer.calls <= bound and session.progress.total == session.pipe.transformer.calls
 
 
 def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_call_goes_on(tmp_path):

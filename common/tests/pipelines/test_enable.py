@@ -267,10 +267,12 @@ def test_a_plan_from_a_file_a_directory_and_the_hub(tmp_path, monkeypatch):
         ertacache.enable(tiny.pipe, source)
         assert tiny.pipe.scheduler.plan == plan
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: {"someone/plan": str(tmp_path)}[repo])
-    ertacache.enable(tiny.pipe, "someone/plan")
+    ertacache.enable(tiny.pipe, "hf://someone/plan")
     assert tiny.pipe.scheduler.plan == plan
     with refused("someone/else", "check the id"):
-        ertacache.enable(tiny.pipe, "someone/else")
+        ertacache.enable(tiny.pipe, "hf://someone/else")
+    with refused("no plan someone/plan here", "hf://someone/plan", error=PlanError):  # a path that is not there
+        ertacache.enable(tiny.pipe, "someone/plan")
     for missing in ("plans/none.json", "../none", str(tmp_path / "none.json")):
         with refused(missing, "check the path", error=PlanError):
             ertacache.enable(tiny.pipe, missing)

@@ -160,15 +160,21 @@ def rows(plan, count):
     return changes | {"prediction_errors": tuple((row * count)[:count] for row in plan.prediction_errors)}
 
 
-def test_a_run_that_ends_in_no_numbers_is_one_warning():
-    tiny = sd3()
-    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
-    with torch.no_grad():
-        tiny.pipe.transformer.proj_out.bias.fill_(torch.nan)
-    with pytest.warns(UserWarning, match="not finite.*ertacache.disable") as caught:
-        tiny.run()
-        tiny.run()
-    assert len([w for w in caught if "not finite" in str(w.message)]) == 1
+@pytest.mark.parametrize(("plan_of", "steps_of_plan", "broken"), [(budget_plan, HALF, 3), (threshold_plan, (1, 3), 4)])
+def test_a_run_that_ends_in_no_numbers_is_an_error_that_names_the_step(plan_of, steps_of_plan, broken):
+    tiny, steps = sd3(), []
+    ertacache.enable(tiny.pipe, plan_of(tiny, steps_of_plan))
+
+    def break_the_model(pipe, i, t, tensors):
+        steps.append(i)
+        if i == 2:
+            with torch.no_grad():
+                pipe.transformer.proj_out.bias.fill_(torch.nan)
+        return tensors
+
+    with refused(f"at step {broken}", "not finite", "ertacache.disable"):
+        tiny.run(callback_on_step_end=break_the_model)
+    assert steps[-1] == STEPS - 2  # nothing is handed out
 
 
 # --- models and devices with habits --------------------------------------------------------------------------------

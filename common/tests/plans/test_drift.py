@@ -66,7 +66,8 @@ def test_the_predictor_is_least_squares_over_the_fitted_prompts():
 def test_drift_is_the_geometric_mean_of_the_ratios():
     """Calibration prompts that miss by 1 and by 4: the usual error is 2. A sample misses by 2, then by 8: drift 2."""
     monitor = Monitor(drifting(flux(), [1.0, 4.0], computed=(0, 4, 6)))
-    assert np.allclose(monitor.calibrated, [0.5, 2.0]) and monitor.limit() == pytest.approx(2 * LIMITS["warn"])
+    assert np.allclose(monitor.calibrated, [0.5, 2.0])
+    assert monitor.limits() == pytest.approx((0.5 / LIMITS["warn"], 2 * LIMITS["warn"]))
     assert monitor.readings() == ()
     one, three = torch.ones(1, 6), torch.full((1, 6), 3.0)
     monitor.see(0, one, [])
@@ -117,10 +118,11 @@ def test_a_correction_and_the_rest_of_a_jump_are_the_jump():
 # --- pipelines ---------------------------------------------------------------------------------------------------
 
 
-def test_a_warning_comes_once_and_only_beyond_the_limit():
+def test_a_warning_comes_once_and_only_beyond_the_limits():
     tiny = flux()
     usual = enabled(tiny, drifting(tiny, [1.0]), on_drift="ignore")[2].drift[0].drift
-    for share, limit, count in ((1.1, 1.0, 0), (0.9, 1.0, 1), (0.9, None, 0), (0.7, None, 1)):
+    cases = ((1.1, 1.0, 1), (0.9, 1.0, 1), (0.9, None, 0), (0.7, None, 1), (1.1, None, 0), (1.5, None, 1))
+    for share, limit, count in cases:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             enabled(tiny, drifting(tiny, [share * usual]), drift_limit=limit)

@@ -114,7 +114,7 @@ def test_a_pipeline_follows_a_folder_and_a_repository(hub, tmp_path, demo):
     plan.save_pretrained(tmp_path / "flux-2x")
     plan.push_to_hub("flux-2x", private=True)
     try:
-        for source in (tmp_path / "flux-2x", str(tmp_path / "flux-2x"), "someone/flux-2x"):
+        for source in (tmp_path / "flux-2x", str(tmp_path / "flux-2x"), "hf://someone/flux-2x"):
             ertacache.disable(demo)
             ertacache.enable(demo, source)
             assert demo.scheduler.plan == plan
@@ -155,7 +155,7 @@ def test_saving_can_push(hub, tmp_path):
     assert Plan.from_pretrained("someone/lambda") == Plan.from_pretrained(tmp_path / "lambda") == plan
     plan.save_pretrained(tmp_path / "lambda", repo_id="other/name", push_to_hub=True)
     for folder in (tmp_path / "lambda", hub.root / "other/name/main"):
-        assert 'enable(pipe, "other/name")' in (folder / "README.md").read_text()
+        assert 'enable(pipe, "hf://other/name")' in (folder / "README.md").read_text()
     with refused("private, token", "push_to_hub=True"):
         plan.save_pretrained(tmp_path / "again", private=True, token="hf_a")
     assert not (tmp_path / "again").exists()
@@ -221,7 +221,7 @@ def test_the_card_says_what_the_plan_says():
         "FluxTransformer2DModel of `black-forest-labs/FLUX.1-dev` with FlowMatchEulerDiscreteScheduler",
         f"Computed steps: {', '.join(map(str, shipped('budget').computed))}.",
         "](schedule.png)",
-        'ertacache.enable(pipe, "someone/flux-2x")',
+        'ertacache.enable(pipe, "hf://someone/flux-2x")',
         "Geometric mean over prompts of the mean squared error of the final latents to the uncached run:",
         f"| calibration | 24 | {plan.predicted_error:.3g} |",
         f"| held out of the fit | 8 | {plan.held_out_error:.3g} |",
@@ -375,7 +375,7 @@ def test_errors_of_the_hub_are_one_line(kind, remedy, hub, demo):
     hub.failure = failure(kind)
     for attempt in (
         lambda: Plan.from_pretrained("a/b"),
-        lambda: ertacache.enable(demo, "a/b"),
+        lambda: ertacache.enable(demo, "hf://a/b"),
         lambda: shipped("budget").push_to_hub("a/b"),
     ):
         with refused("a/b", *remedy):

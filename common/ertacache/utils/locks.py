@@ -1,0 +1,40 @@
+"""One process at a time."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ertacache.utils import parallel
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[bool]:
+    """Hold a lock, of which rank 0 takes care for all ranks; a process that ends in any way lets go of it.
+
+    Args:
+        path: Of the lock's file, which is there as long as it is held.
+        what: Only one process may do, for the line that says that this one waits.
+
+    Yields:
+        Whether it had to wait.
+    """
+    if not parallel.is_main():
+        yield parallel.share(False)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(path), False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waited = True
+        print(f"another process is {what}: waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield parallel.share(waited)
+    finally:
+        with contextlib.suppress(OSError):  # on Windows, where it is open
+            path.unlink()
+        lock.release()

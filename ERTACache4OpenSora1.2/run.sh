@@ -2,6 +2,8 @@
 # ERTACache for Open-Sora 1.2: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
 set -eu
 cd -- "$(dirname -- "$0")"
+[ -z "${SPEEDUP:-}${BUDGET:-}" ] || [ -z "${LAMBDA:-}${SITE:-}" ] || {
+    echo "error: LAMBDA and SITE are of threshold plans: leave them out beside SPEEDUP or BUDGET" >&2; exit 2; }
 MODEL=${MODEL:-demo}          # demo, a local directory, or hpcai-tech/OpenSora-STDiT-v3
 PROMPT=${PROMPT:-}            # one prompt; empty: the prompts of PROMPTS
 PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: prompts/demo.txt, or prompts/examples.txt
@@ -13,17 +15,21 @@ SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of t
 BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
-COMPARE=${COMPARE:-yes}       # yes: also run uncached, time both, write comparison.png
+COMPARE=${COMPARE:-yes}       # yes or no: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
 BATCH=${BATCH:-4}             # prompts per call
 FPS=${FPS:-8}                 # frames per second of the .mp4 files; Open-Sora's own rate: 24
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower
 OUT=${OUT:-sample}
-[ -n "$BUDGET$SPEEDUP" ] || set -- --threshold "$LAMBDA" "$@"
+[ -n "$BUDGET$SPEEDUP" ] || set -- --threshold "$LAMBDA" --site "$SITE" "$@"
 set -- ${BUDGET:+--budget "$BUDGET"} ${SPEEDUP:+--speedup "$SPEEDUP"} "$@"
-[ "$COMPARE" != yes ] || set -- --compare --repeats "$REPEATS" "$@"
+case $COMPARE in
+    yes) set -- --compare --repeats "$REPEATS" "$@" ;;
+    no) ;;
+    *) echo "error: COMPARE=$COMPARE: give yes or no" >&2; exit 2 ;;
+esac
 [ -z "$PROMPT" ] || set -- --prompt "$PROMPT" "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 sh ../scripts/setup.sh
 exec ../.venv/bin/python generate.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --guidance "$GUIDANCE" \
-    --effort "$EFFORT" --site "$SITE" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"
+    --effort "$EFFORT" --batch-size "$BATCH" --fps "$FPS" --offload "$OFFLOAD" --out "$OUT" "$@"

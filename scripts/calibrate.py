@@ -43,6 +43,10 @@ def main():
     options = folder_command.parse_arguments(sampler, rest, effort="normal")
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
+    if options.site and not args.thresholds:
+        raise UserError(f"--site {options.site}: only threshold plans have one, leave it out or give --thresholds")
+    if options.target and not args.speedups:
+        raise UserError(f"--target {options.target}: only budget plans have one, leave it out or give --speedups")
     thresholds, speedups = (parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
     check_speedups(speedups)
     for threshold in thresholds:
@@ -55,10 +59,10 @@ def main():
     session_of = partial(open_session, sampler, pipe, settings, options.model, calibration, store.folder)
     plans = []
     if thresholds:
-        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site, store)
+        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site or "output", store)
     if speedups:
         budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target, store)
+        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target or "reference", store)
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

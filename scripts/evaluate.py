@@ -34,7 +34,7 @@ from ertacache.evaluation.runner import Evaluation
 from ertacache.plans.names import check_speedups
 from ertacache.utils import parallel
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import check_file, ensure_writable, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (
@@ -123,6 +123,10 @@ def parse_arguments():
     args.speedups = parse_list(args.speedups) if args.speedups else []
     args.thresholds = parse_list(args.thresholds) if args.thresholds else []
     check_speedups(args.speedups)
+    for path in filter(None, (args.json, args.csv)):
+        check_file(path)
+    if args.json and args.samples and not args.work.resolve().is_relative_to(args.json.resolve().parent):
+        raise UserError(f"--json {args.json} with --samples: give a file in a folder that holds --work {args.work} too")
     return args, rest
 
 
@@ -130,7 +134,7 @@ def open_folder(args, sampler, options, captions: str) -> MethodRows:
     """Return the rows of one model folder, with its pipeline, prompts and settings."""
     if not options.prompts and options.model != "demo":
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
-    sites = args.sites.split(",") if args.sites else [options.site]
+    sites = args.sites.split(",") if args.sites else [options.site or "output"]
     if any(site not in ("output", "blocks") for site in sites):
         raise UserError(f"--sites {args.sites}: choose from output, blocks")
     options.device = parallel.device(options.device)
@@ -150,9 +154,8 @@ def open_folder(args, sampler, options, captions: str) -> MethodRows:
     measured |= {"fps": getattr(options, "fps", None)}
     evaluation = Evaluation(sampler, pipe, prompts, seeds, settings, **measured)
     calibration = folder_command.calibration_options(options)
-    return MethodRows(
-        evaluation, calibration, sites, args.plans or sampler.FOLDER / "cache", options.target, args.store
-    )
+    folder, target = args.plans or sampler.FOLDER / "cache", options.target or "reference"
+    return MethodRows(evaluation, calibration, sites, folder, target, args.store)
 
 
 def main():

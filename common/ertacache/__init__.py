@@ -11,12 +11,9 @@ if TYPE_CHECKING:
     from ertacache.plans.requirements import Requirements
     from ertacache.utils.errors import PlanError, UserError
 
-    Conditions = Requirements
-
 __version__ = "0.1.0"
 __all__ = [
     "BudgetPlan",
-    "Conditions",
     "Plan",
     "PlanError",
     "Requirements",
@@ -40,12 +37,14 @@ _MODULES = {
     "PlanError": "utils.errors",
     "UserError": "utils.errors",
 }
-_FORMER_NAMES = {"Conditions": "Requirements"}
 
 
 def __getattr__(name: str):
     """Import names when they are used, so that importing the package costs nothing."""
-    name = _FORMER_NAMES.get(name, name)
     if name not in _MODULES:
         raise AttributeError(f"module 'ertacache' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ertacache.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

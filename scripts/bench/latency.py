@@ -26,6 +26,7 @@ import torch
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
+from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions
@@ -95,8 +96,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--backend", default="inductor", help="of torch.compile (default: inductor)")
     add("--steps", type=int, help="T (default: the paper's, 30 or 50)")
     add("--repeats", type=int, default=5, help="timed runs of each method; the median counts")
-    add("--device", choices=("cuda", "cpu"), help="default: cuda when there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
+    add("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU when there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--json", type=Path, metavar="FILE", help="where to write the rows")
     return checked(parser.parse_args(arguments))
 
@@ -113,9 +114,8 @@ def checked(args: Namespace) -> Namespace:
         raise UserError(f"--steps {args.steps}: give a whole number of at least 4")
     if args.backend not in torch._dynamo.list_backends(None):
         raise UserError(f"--backend {args.backend}: choose from {', '.join(torch._dynamo.list_backends(None))}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no CUDA device is visible here; use --device cpu --size small")
+    args.device = args.device or default_device()
+    checked_device(args.device)
     if args.size == "full" and args.device == "cpu":
         raise UserError("--size full: the published sizes need a GPU; use --size small, which any machine can run")
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")

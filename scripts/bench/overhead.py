@@ -47,7 +47,7 @@ class Overhead:
     def bare(self) -> float:
         start = time.perf_counter()
         self.sampler.denoise(self.pipe, self.inputs, self.plan)
-        synchronize(self.pipe)
+        synchronize(self.pipe._execution_device)
         return time.perf_counter() - start
 
     def planned(self) -> float:

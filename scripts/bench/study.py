@@ -74,7 +74,7 @@ class Study:
         options = {"settings": settings, "batch_size": self.options.batch_size, "model_id": self.options.model}
         seeds = range(first_seed, first_seed + len(prompts))
         session = CalibrationSession(self.sampler, self.pipe, prompts, seeds, work=ROOT / "runs", **options)
-        calibration = BudgetCalibration(session, self.options.target)
+        calibration = BudgetCalibration(session, self.options.target or "reference")
         plans = calibration.plans(self.budgets, effort or self.options.effort)
         calibration.finish()
         return plans

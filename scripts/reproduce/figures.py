@@ -116,7 +116,7 @@ def figure2(args) -> None:
     session = open_session(
         sampler, pipe, settings, options.model, folder_command.calibration_options(options), args.out
     )
-    calibration = ThresholdCalibration(session, options.site)
+    calibration = ThresholdCalibration(session, options.site or "output")
     prompts = read_prompts(args.prompts)[: args.count] if args.prompts else captions(sampler, args.count, held_out=True)
     inputs = [sampler.prepare(pipe, [p], [options.seed + n], **settings) for n, p in enumerate(prompts)]
     about = {"folder": folder, "model": options.model, "settings": settings, "prompts": prompts}

@@ -11,6 +11,7 @@ from ertacache.cli.request import Request
 from ertacache.plans import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups, short_name
 from ertacache.utils import parallel
+from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable, write_atomically
 
@@ -19,6 +20,7 @@ SAVING = ".saving-plans-"
 
 def run(request: Request, out: Path, speedups: str, seed: int, effort: str, force: bool) -> None:
     """Calibrate and save, in one process or in each of several that a launcher has started."""
+    check_seed(seed)
     paths: dict[float, Path] = {}
 
     def save(plans: dict[float, BudgetPlan]) -> None:

@@ -76,4 +76,8 @@ class Calls:
         images = getattr(result, "images", getattr(result, "frames", None))
         if images is None:
             raise UserError(f"{type(self.pipe).__name__} makes neither images nor videos: use ertacache.enable")
-        return np.asarray(images, np.float32), seconds
+        images = np.asarray(images, np.float32)
+        if not np.isfinite(images).all():
+            remedy = "try another --dtype, or check the arguments of the call"
+            raise UserError(f"{call.name}: the result holds numbers that are not finite: {remedy}")
+        return images, seconds

@@ -1,6 +1,7 @@
 """`ertacache evaluate`: plans, and plainly fewer steps, against the uncached run."""
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,39 +9,47 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ertacache.cli.calls import Call, Calls
 from ertacache.cli.request import Request
-from ertacache.evaluation.metrics import quality
+from ertacache.evaluation.comparison import doubt
+from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail, quality
 from ertacache.plans import Plan
+from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import check_file, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 
-MEASURES = ("psnr", "ssim")
+MEASURES = ("psnr", "psnr_8bit", "ssim")
 HINT = "TeaCache, first-block cache and others on the same model: scripts/evaluate.py in a clone of the repository"
 
 
 def run(request: Request, sources: Sequence[str], seed: int, repeats: int, file: Path | None) -> None:
     """Print the table, and write the rows as JSON to `file`."""
+    check_seed(seed)
     plans = {source: request.plan(source) for source in sources}
     fixed = [name for name in ("sigmas", "timesteps") if name in request.arguments]
     if fixed:
         raise UserError(f"--set {fixed[0]} fixes the steps, fewer of them cannot be compared: leave it out")
     if file:
-        ensure_writable(file.parent)
+        check_file(file)
     calls = Calls(request, seed)
     rows = measure(calls, methods_of(calls, plans), repeats)
     facts = {"model": request.model, "prompts": len(request.prompts), "seed": seed, "batch_size": request.batch_size}
     facts |= {"settings": request.arguments, "repeats": repeats, "machine": machine()}
     facts |= {"libraries": library_versions(), "date": date.today().isoformat()}
+    Console().print(table(rows, len(request.prompts)))
+    for row in rows[1:]:
+        reason = doubt([rows[0]["repeats_s"], row["repeats_s"]], row["speedup_nfe"])
+        if reason:
+            print(f"{row['label']}, {row['speedup_end_to_end']:.2f}×{reason}")
     if file:
         text = json.dumps([row | facts for row in rows], indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(file, (text + "\n").encode())
-    Console().print(table(rows, len(request.prompts)))
     if any(plan.target == "exact" for plan in plans.values()):
         print("a plan aims at the exact solution, PSNR and SSIM are to the uncached run", file=sys.stderr)
     print(HINT)
@@ -73,17 +82,27 @@ def measure(calls: Calls, methods: Sequence[Call], repeats: int) -> list[dict[st
     for _ in range(repeats):
         for method, times in zip(methods, seconds, strict=True):
             times.append(calls.run(method, calls.batches[0])[1])
-    medians = [statistics.median(times) for times in seconds]
-    rows = zip(methods, medians, measured, strict=True)
-    return [row(calls.request, method, time, medians[0] / time, values) for method, time, values in rows]
+    rows = zip(methods, seconds, measured, strict=True)
+    return [row(calls.request, method, times, seconds[0], values) for method, times, values in rows]
 
 
-def row(request: Request, method: Call, seconds: float, speedup: float, values: Mapping[str, list]) -> dict[str, Any]:
-    """Return a row; names as in common/docs/reference/rows.md. A PSNR of equal images is None."""
+def row(
+    request: Request, method: Call, times: list[float], uncached: list[float], values: Mapping[str, list]
+) -> dict[str, Any]:
+    """Return a row; names as in common/docs/reference/rows.md. A PSNR of equal images is None.
+
+    Args:
+        request: Of the calls.
+        method: What was called.
+        times, uncached: Seconds of its repeats, and of the uncached run's.
+        values: MEASURES of each image or video.
+    """
     steps = method.arguments.get("num_inference_steps", request.steps)
     nfe = method.plan.nfe if method.plan else steps
     name = method.plan.method if method.plan else "none" if steps == request.steps else "fewer-steps"
-    means = {n: statistics.fmean(v) if v and None not in v else None for n, v in values.items()}
+    found = {n: [math.inf if value is None else value for value in v] for n, v in values.items()}
+    means = {n: finite(np.mean(v)) if v else None for n, v in found.items()}
+    means |= mean_and_tail(np.array(found["psnr"])) if found["psnr"] else dict.fromkeys(PSNRS)
     return {
         "method": name,
         "label": method.name,
@@ -91,8 +110,9 @@ def row(request: Request, method: Call, seconds: float, speedup: float, values: 
         "steps": steps,
         "nfe": nfe,
         "speedup_nfe": request.steps / nfe,
-        "end_to_end_s": seconds,
-        "speedup_end_to_end": speedup,
+        "repeats_s": times,
+        "end_to_end_s": statistics.median(times),
+        "speedup_end_to_end": statistics.median(uncached) / statistics.median(times),
         **means,
     }
 
@@ -102,14 +122,21 @@ def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
     title = f"against the uncached run, {prompts} prompt{'s' if prompts > 1 else ''}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("", overflow="fold")
-    for head in ("calls", "T/N", "s per call", "speed-up", "PSNR dB", "SSIM"):
+    for head in ("calls", "T/N", "s per call", "speed-up", "PSNR dB", "worst", "8 bits", "below 30 dB", "SSIM"):
         table.add_column(head, justify="right", no_wrap=True)
     steps = rows[0]["steps"]
     for r in rows:
         calls = (f"{r['nfe']} of {steps}", f"{r['speedup_nfe']:.2f}×")
         speed = (f"{r['end_to_end_s']:.3g}", f"{r['speedup_end_to_end']:.2f}×")
-        table.add_row(Text(r["label"]), *calls, *speed, _number(r["psnr"], 1), _number(r["ssim"], 4))
+        table.add_row(Text(r["label"]), *calls, *speed, *quality_cells(r))
     return table
+
+
+def quality_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return mean and worst PSNR, PSNR of 8-bit files, share below 30 dB, and SSIM."""
+    psnrs = [_number(row[name], 1) for name in ("psnr", "psnr_worst", "psnr_8bit")]
+    share = "–" if row["below_30db"] is None else f"{100 * row['below_30db']:.0f} %"
+    return [*psnrs, share, _number(row["ssim"], 4)]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,11 +1,13 @@
 """The command line of a model folder's `generate.py`: what runs, and what is written."""
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
 from ertacache.cli.arguments import ArgumentParser, prompts_of
 from ertacache.demos.model_folder import Sampler, makes_videos, settings_parameters
-from ertacache.evaluation.comparison import compare
+from ertacache.evaluation.comparison import compare, doubt
 from ertacache.evaluation.metrics import METRICS, Lpips
 from ertacache.plans import Plan
 from ertacache.plans.names import TARGETS
 from ertacache.plans.threshold import SITES
 from ertacache.utils import media
-from ertacache.utils.devices import synchronize
+from ertacache.utils.checks import check_seed
+from ertacache.utils.devices import default_device, dtype_for, synchronize
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable, relative
 from ertacache.utils.progress import Progress
+from ertacache.utils.provenance import library_versions, machine
 
 SETTINGS = {  # settings that a model folder may offer, with the type and help of their flag
     "steps": (int, "T, steps of the uncached run"),
@@ -65,17 +69,17 @@ def parse_arguments(
     choice.add_argument("--budget", type=int, metavar="N", help="compute exactly N steps, where they matter most")
     choice.add_argument("--plan", type=Path, metavar="FILE", help="cache by this plan file")
     choice.add_argument("--baseline", action="store_true", help="the uncached run only")
-    add("--site", choices=SITES, default="output", help="where the residual is cached")
+    add("--site", choices=SITES, help="where a threshold plan caches the residual (default: output)")
     add("--compare", action="store_true", help="also run uncached, and compare")
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
     add("--batch-size", type=int, default=4, help="prompts per call")
     add("--calibration-prompts", type=Path, metavar="FILE", help="prompts for a plan that is not stored yet")
     add("--effort", default=effort, choices=EFFORTS, help="what calibrating a plan may cost, where none is stored")
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
-    add("--target", choices=tuple(TARGETS), default="reference", help=aims)
+    add("--target", choices=tuple(TARGETS), help=f"{aims} (default: reference)")
     add("--out", type=Path, default=Path("sample"), help="output folder (default: sample)")
-    add("--device", help="cuda or cpu (default: cuda when there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, float32 on the CPU")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU when there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory, slower")
     return parser.parse_args(arguments)
 
@@ -87,7 +91,12 @@ def plan_request(args: argparse.Namespace) -> PlanRequest | None:
     ways = {"threshold": args.threshold, "speedup": args.speedup, "budget": args.budget, "file": args.plan}
     if all(value is None for value in ways.values()):
         raise UserError("nothing to do: give --threshold λ, --speedup S, --budget N, --plan FILE or --baseline")
-    return PlanRequest(args.model, args.steps, site=args.site, target=args.target, **ways)
+    if args.site and args.threshold is None:
+        raise UserError(f"--site {args.site}: only threshold plans have one, leave it out or give --threshold")
+    if args.target and args.speedup is None and args.budget is None:
+        raise UserError(f"--target {args.target}: only budget plans have one, leave it out or give --speedup")
+    site, target = args.site or "output", args.target or "reference"
+    return PlanRequest(args.model, args.steps, site=site, target=target, **ways)
 
 
 def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
@@ -106,9 +115,10 @@ def open_pipeline(sampler: Sampler, args: argparse.Namespace):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    return sampler.load(args.model, device, getattr(torch, dtype), args.offload)
+    device = args.device or default_device()
+    if args.model == "demo" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # a small model is no reason to take them all
+    return sampler.load(args.model, device, dtype_for(device, args.dtype), args.offload)
 
 
 def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
@@ -124,6 +134,7 @@ def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(sampler, arguments)
     default = sampler.FOLDER / "prompts" / ("demo.txt" if args.model == "demo" else "examples.txt")
     prompts = prompts_of(args.prompt, args.prompts, default)
+    check_seed(args.seed)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give a whole number of at least 1")
     request, options = plan_request(args), calibration_options(args)
@@ -138,7 +149,7 @@ def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
     runs = run_interleaved(sampler, pipe, prompts, args, settings, methods)
     for method, run in runs.items():
         media.save_results(out, run.images, method, getattr(args, "fps", None))
-    report(sampler, pipe, args, prompts, runs, plan, path)
+    report(sampler, pipe, args, settings, prompts, runs, plan, path)
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
@@ -187,7 +198,7 @@ def run_interleaved(
             progress.begin(name)
             start = time.perf_counter()
             latents = [sampler.denoise(pipe, part, plan, on_step) for part in inputs]
-            synchronize(pipe)
+            synchronize(pipe._execution_device)
             if number or rounds == args.repeats:
                 runs[name].times.append(time.perf_counter() - start)
             if number == 0:
@@ -201,6 +212,7 @@ def report(
     sampler: Sampler,
     pipe,
     args: argparse.Namespace,
+    settings: Mapping[str, Any],
     prompts: Sequence[str],
     runs: Mapping[str, TimedRun],
     plan: Plan | None,
@@ -215,16 +227,23 @@ def report(
         quality = dict(comparison.quality)
     quality["prompt_accuracy"] = _prompt_accuracy(sampler, pipe, args.model, prompts, runs)
     metrics = {
-        "schema": 1,
+        "schema": 2,
         "model": args.model,
         "method": plan.method if plan else "baseline",
         "plan": relative(path, sampler.FOLDER) if plan else None,
         "steps": args.steps,
         "nfe": plan.nfe if plan else args.steps,
+        "settings": settings,
         "prompts": len(prompts),
+        "seeds": [args.seed, args.seed + len(prompts) - 1],
+        "repeats_s": {"baseline": [], "cached": []} | {_role(name): run.times for name, run in runs.items()},
         "latency_s": seconds,
         "speedup": seconds["baseline"] / seconds["cached"] if both else None,
         "quality": quality,
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "libraries": library_versions(),
+        "date": date.today().isoformat(),
     }
     media.save_metrics(args.out, metrics)
     kind = "videos" if makes_videos(sampler) else "images"
@@ -236,8 +255,8 @@ def report(
         print("PSNR has no number: a cached image equals the uncached one", file=sys.stderr)
     print(
         f"{len(prompts)} {kind} in {args.out}/: {plan.nfe} of {args.steps} steps computed, "
-        f"{metrics['speedup']:.2f}× faster denoising ({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s), "
-        f"{comparison}"
+        f"{metrics['speedup']:.2f}× faster denoising ({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s"
+        f"{doubt([run.times for run in runs.values()], args.steps / plan.nfe)}), {comparison}"
     )
 
 

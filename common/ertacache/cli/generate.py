@@ -10,12 +10,14 @@ from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import compare
 from ertacache.pipelines.summary import summary
 from ertacache.utils import media
+from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable
 
 
 def run(request: Request, source: str | None, seed: int, out: Path, comparing: bool, fps: int, on_drift: str) -> None:
     """Generate; to compare, both methods run once before, to warm up."""
+    check_seed(seed)
     if comparing and source is None:
         raise UserError("--compare without --plan: give the plan that is compared with the uncached run")
     plan = request.plan(source)

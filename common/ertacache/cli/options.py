@@ -36,9 +36,9 @@ def request_of(
         list[str] | None, _option("any other; VALUE is JSON or text", CALL, "--set", metavar="NAME=VALUE")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, _option("default: bfloat16 on cuda, float32 on the CPU", LOAD)
+        Literal["float32", "bfloat16", "float16"] | None, _option("default: float32 on the CPU, else bfloat16", LOAD)
     ] = None,
-    device: Annotated[str | None, _option("default: cuda when there is one, else cpu", LOAD)] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:N or mps; default: a GPU when there is one", LOAD)] = None,
     offload: Annotated[Literal["none", "model", "sequential"], _option("save GPU memory, slower", LOAD)] = "none",
     revision: Annotated[str | None, _option("branch, tag or commit on the Hub", LOAD)] = None,
 ) -> Request:

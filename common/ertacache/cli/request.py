@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +97,8 @@ class Request:
         arguments: dict[str, Any] = {}
         for flag, name, value in given:
             self.check_name(flag, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag}: {name} = {value}, give a finite number")
             if name in arguments:
                 raise UserError(f"{flag}: {name} is given twice, leave one of them out")
             arguments[name] = value
@@ -168,13 +171,12 @@ class Request:
 
     def load(self):
         """Load the pipeline onto its device."""
-        import torch
-
         from ertacache.pipelines.load import load_pipeline
         from ertacache.utils import parallel
+        from ertacache.utils.devices import dtype_for
 
         device = parallel.device(self.device)
-        dtype = getattr(torch, self.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+        dtype = dtype_for(device, self.dtype)
         return load_pipeline(self.pipeline, self.source, device, dtype, self.offload, revision=self.revision)
 
     @contextlib.contextmanager
@@ -184,7 +186,7 @@ class Request:
             yield
         except UserError:
             raise
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
             remedy = "check its arguments, or save memory with --offload model or a smaller --batch-size"
             raise UserError(f"{self.pipeline.__name__}'s call failed ({reason_of(error)}): {remedy}") from error
 

@@ -129,7 +129,7 @@ class Sampler(StepwiseSampler, Protocol):
 
         Args:
             model: "demo", a local directory in diffusers' format, or a Hub id.
-            device: "cpu", "cuda" or "cuda:N".
+            device: "cpu", "cuda", "cuda:N" or "mps".
             dtype: Of the weights.
             offload: "none", "model" or "sequential".
         """

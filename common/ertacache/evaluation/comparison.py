@@ -1,6 +1,7 @@
 """Comparison of an uncached and a cached run: their distance, an image of both, and a sentence."""
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ertacache.utils import media
 
 BRIGHT = 0.5  # of full scale: how bright the largest differences are shown
 LARGEST_GAIN = 1024
+SCATTER = 0.2  # between the fastest and the slowest repeat, beyond which a speed-up is doubtful
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,21 @@ class Comparison:
     Attributes:
         quality: Means over images, or over frames, by the names of METRICS; a PSNR is None when a pair is equal.
         sheet: Uncached, cached and amplified difference, one line per prompt.
+        count: Number of prompts.
     """
 
     quality: dict[str, float | None]
     sheet: Image.Image
+    count: int
 
     def __str__(self) -> str:
-        psnr = self.quality["psnr"]
-        distance = "equal to the uncached run" if psnr is None else f"PSNR {psnr:.1f} dB"
-        return f"{distance}, SSIM {self.quality['ssim']:.4f}"
+        psnr, worst, files = (self.quality[name] for name in ("psnr", "psnr_worst", "psnr_8bit"))
+        if psnr is None:
+            return f"equal to the uncached run, SSIM {self.quality['ssim']:.4f}"
+        more = [f"worst {worst:.1f}"] if worst is not None and self.count > 1 else []
+        more += [f"of the 8-bit files {files:.1f}"] if files is not None else []
+        more = f" ({', '.join(more)})" if more else ""
+        return f"PSNR {psnr:.1f} dB{more}, SSIM {self.quality['ssim']:.4f}"
 
 
 def compare(
@@ -56,7 +64,22 @@ def compare(
         f"ERTACache {plan.title}, {plan.nfe} computed": cached,
         f"difference x{gain}": media.difference(cached, uncached, gain),
     }
-    return Comparison(quality(uncached, cached, lpips), media.sheet(list(prompts), columns))
+    return Comparison(quality(uncached, cached, lpips), media.sheet(list(prompts), columns), len(prompts))
+
+
+def doubt(times: Sequence[Sequence[float]], calls_ratio: float) -> str:
+    """Return why a measured speed-up is to be doubted, for the line that says it; "" where it is not.
+
+    Args:
+        times: Seconds of the repeats of each method.
+        calls_ratio: T/N, beyond which no plan is faster.
+    """
+    medians = [statistics.median(repeats) for repeats in times]
+    scatter = max(max(repeats) / min(repeats) for repeats in times)
+    reasons = [f"repeats differ by {100 * (scatter - 1):.0f} %"] if scatter > 1 + SCATTER else []
+    if medians[0] / medians[1] > calls_ratio * (1 + SCATTER / 2):
+        reasons.append(f"it cannot be above {calls_ratio:.2f}×")
+    return f"; {', '.join(reasons)}: measure again on an idle machine" if reasons else ""
 
 
 def difference_gain(uncached: np.ndarray, cached: np.ndarray) -> int:

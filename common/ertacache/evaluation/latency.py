@@ -28,7 +28,7 @@ from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of
 from ertacache.plans.requirements import Requirements
 from ertacache.plans.threshold import ThresholdPlan
-from ertacache.utils.devices import peak_memory, reset_peak_memory
+from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.errors import UserError
 
 SPEEDUP = 2  # T/N of every method
@@ -232,19 +232,15 @@ class Latency:
 
     def loop(self, plan=None) -> float:
         inputs = self.inputs
-        self.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         self.sampler.denoise(self.pipe, inputs, plan)
-        self.synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def stock(self, cache=nullcontext) -> float:
         with cache():
             return uncached_latents(self.pipe, [PROMPT], [0], self.settings)[1]
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def threshold_of(self, name: str) -> float:
         """Return the threshold at which a cache computes about T/SPEEDUP steps, if possible within a twentieth of T."""

@@ -154,6 +154,13 @@ def share_below(psnrs: np.ndarray) -> float:
     return float(np.mean(psnrs < OTHER_IMAGE))
 
 
+def mean_and_tail(psnrs: np.ndarray) -> dict[str, float | None]:
+    """Return psnr, psnr_p10, psnr_worst and below_30db of the PSNRs of single images or videos, [N]."""
+    with np.errstate(invalid="ignore"):  # between two that are ∞
+        values = {"psnr": np.mean(psnrs), "psnr_p10": np.quantile(psnrs, 0.1), "psnr_worst": np.min(psnrs)}
+    return {name: finite(value) for name, value in values.items()} | {"below_30db": share_below(psnrs)}
+
+
 def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = None) -> dict[str, float | None]:
     """Measure the METRICS: means over images or videos, and the tail of their PSNR.
 
@@ -167,11 +174,7 @@ def quality(references: np.ndarray, results: np.ndarray, lpips: Lpips | None = N
         psnr_worst and below_30db are the 10th percentile, the least, and the share of them below 30 dB; psnr_8bit is
         the mean of what is stored, rounded to 8 bits.
     """
-    every = each(psnr, references, results)
-    with np.errstate(invalid="ignore"):  # between two that are ∞
-        tail = np.quantile(every, 0.1)
-    values = {"psnr": finite(np.mean(every)), "psnr_p10": finite(tail), "psnr_worst": finite(every.min())}
-    values["below_30db"] = share_below(every)
+    values: dict[str, float | None] = {**mean_and_tail(each(psnr, references, results))}
     values["psnr_8bit"] = mean(psnr, *(media.to_uint8(images) / 255 for images in (references, results)))
     values["ssim"] = mean(ssim, references, results)
     values["lpips"] = mean(lpips, references, results) if lpips and lpips.network is not None else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 from ertacache.evaluation.ranking import FAMILIES, TITLES
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, shown
 
 
 class Timeline(TypedDict):
@@ -114,7 +114,7 @@ def read_source(path: Path) -> Source:
         raise UserError(f"{path} holds no list of rows: {REMEDY}")
     for number, row in enumerate(rows, 1):
         check_row(row, f"row {number} of {path}")
-        row["samples"] = [sample_path(path.parent / name) for name in row.get("samples") or ()]
+        row["samples"] = [sample_path(path.parent, name) for name in row.get("samples") or ()]
     return Source(path.name, hashlib.sha256(data).hexdigest(), rows)
 
 
@@ -147,8 +147,11 @@ def check_row(row: Any, where: str) -> None:
     _check_timeline(row.get("timeline"), where)
 
 
-def sample_path(path: Path) -> Path:
-    """Return the path of a sample, which must be there."""
+def sample_path(folder: Path, name: str) -> Path:
+    """Return the path of a sample, which must be there, within the folder of the rows: they may be a stranger's."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"sample {shown(name)} lies outside of {folder}: keep the samples next to the file of rows")
     if path.suffix not in MEDIA:
         raise UserError(f"sample {path} is neither .png nor .mp4: {REMEDY} and --samples N")
     if not path.is_file():

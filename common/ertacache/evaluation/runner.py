@@ -104,7 +104,7 @@ class Evaluation:
             inputs = self.inputs(part, settings, shift)
             start = time.perf_counter()
             latents = self.sampler.denoise(self.pipe, inputs, plan, on_step)
-            synchronize(self.pipe)
+            synchronize(self.pipe._execution_device)
             return MethodRun(latents, inputs, time.perf_counter() - start)
 
         return run
@@ -290,7 +290,7 @@ class Evaluation:
         start = time.perf_counter()
         batch = run(part)
         self.decode(batch if batch.inputs is not None else batch._replace(inputs=inputs), part)
-        synchronize(self.pipe)
+        synchronize(self.pipe._execution_device)
         return batch.seconds, time.perf_counter() - start
 
     def prompt_accuracy(self, outcome: Outcome) -> float | None:

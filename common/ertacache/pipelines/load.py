@@ -22,7 +22,7 @@ def load_pipeline(
     Args:
         pipeline_class: Of diffusers, or like one.
         model: A local directory, or a Hub id OWNER/NAME.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "cuda:N" or "mps".
         dtype: Of the weights.
         offload: "none"; "model" or "sequential" move parts of the model to a GPU in turn.
         read: read(model, dtype=…) loads what is not in diffusers' format, in place of from_pretrained.
@@ -31,14 +31,13 @@ def load_pipeline(
     Raises:
         UserError: No such device, directory or Hub id; a partly downloaded or damaged model.
     """
-    import torch
     from diffusers.utils import logging
+
+    from ertacache.utils.devices import checked_device
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # an error is one line, below
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA device is visible here; use --device cpu")
+    device = checked_device(device)
     if offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {offload} moves parts of the model to a GPU in turn: it needs --device cuda")
     path = Path(model).expanduser()

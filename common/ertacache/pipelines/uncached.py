@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ertacache.utils.devices import synchronize
+
 CALL_NAMES = {  # settings of a model folder, by the name of the pipeline's argument where that is another
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -19,7 +21,7 @@ class Stopwatch:
 
     def __init__(self, pipe):
         self.start, self.seconds = None, None
-        self.on_gpu = pipe._execution_device.type == "cuda"  # once: it goes through all modules
+        self.device = pipe._execution_device  # once: it goes through all modules
         self.handle = pipe.transformer.register_forward_pre_hook(self.begin)
 
     def begin(self, *_):
@@ -31,8 +33,7 @@ class Stopwatch:
         return tensors
 
     def now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter()
 
 

@@ -111,6 +111,6 @@ def grid_problem(name: str, levels: Sequence[float], rises: bool = False) -> str
     The last one may equal the one before, as some pipelines set it.
     """
     lengths = np.diff(levels) * (1 if rises else -1)
-    if np.any(lengths[:-1] <= 0) or np.any(lengths < 0):
+    if not (np.all(lengths[:-1] > 0) and np.all(lengths >= 0)):  # NaN too
         return f"{name} must {'rise' if rises else 'fall'} from noise to data"
     return None

@@ -1,12 +1,43 @@
-"""Synchronization and peak memory of the device that a pipeline runs on."""
+"""The device that a pipeline runs on: its name, synchronization, peak memory."""
 
 import torch
 
+from ertacache.utils.errors import UserError, shown
 
-def synchronize(pipe) -> None:
-    """Wait for the GPU of a pipeline; does nothing on other devices."""
-    if pipe._execution_device.type == "cuda":
-        torch.cuda.synchronize()
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, "mps" on a Mac that has one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(name: str) -> torch.device:
+    """Return a device that is here.
+
+    Raises:
+        UserError: No such device, or none that models run on.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"--device {shown(name)}: give cpu, cuda, cuda:N or mps") from error
+    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in present or (device.index or 0) >= present[device.type]:
+        here = [kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}" for kind, count in present.items() if count]
+        raise UserError(f"--device {name}: no such device is visible here; use one of {', '.join(here)}")
+    return device
+
+
+def dtype_for(device: str, name: str | None = None) -> torch.dtype:
+    """Return the dtype of this name; by default bfloat16 on a GPU and float32 on the CPU."""
+    return getattr(torch, name or ("float32" if device.startswith("cpu") else "bfloat16"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; does nothing on the CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def reset_peak_memory(device: torch.device) -> None:

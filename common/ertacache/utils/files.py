@@ -76,6 +76,14 @@ def ensure_writable(folder: str | Path) -> Path:
     return folder
 
 
+def check_file(path: str | Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    path = Path(path)
+    ensure_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"cannot write to {path}, which is a folder: name a file")
+
+
 def unwritable(path: Path, error: Exception) -> UserError:
     """Return the UserError for a path that cannot be written."""
     number = getattr(error, "errno", None)

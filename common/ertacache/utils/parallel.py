@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ertacache.utils.devices import default_device
 from ertacache.utils.errors import UserError
 
 LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # environment variables that a launcher sets
@@ -89,12 +90,12 @@ def device(requested: str | None = None) -> str:
     """Return the device that this process loads its model on; of several processes each takes its own GPU.
 
     Args:
-        requested: "cpu", "cuda" or "cuda:N"; by default "cuda" where there is a GPU.
+        requested: "cpu", "cuda", "cuda:N" or "mps"; by default a GPU where there is one.
 
     Raises:
         UserError: More processes than GPUs.
     """
-    name = requested or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = requested or default_device()
     if name != "cuda" or size() == 1 or not torch.cuda.is_available():
         return name
     index, count = _state().local_process_index, torch.cuda.device_count()

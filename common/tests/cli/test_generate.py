@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from conftest import ROOT
+from conftest import FOLDERS, ROOT
 from ertacache.calibration.search import Search
 from ertacache.cli import folder_command
 from ertacache.plans import Plan
@@ -162,7 +162,8 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "EMPTY"], "no prompts in"),
         ([*PROMPT, "--threshold", 0.777, "--calibration-prompts", "/none"], "cannot read prompts from /none"),
         ([*PROMPT, "--plan", "/no/plan.json"], "no plan file /no/plan"),
-        ([*PROMPT, "--device", "cuda", *BASELINE, "--model", "RANDOM"], "no CUDA device"),
+        ([*PROMPT, "--device", "cuda", *BASELINE, "--model", "RANDOM"], "--device cuda: no such device"),
+        ([*PROMPT, "--device", "gpu", *BASELINE, "--model", "RANDOM"], "--device 'gpu': give cpu, cuda"),
         ([*PROMPT, "--offload", "model", *BASELINE, "--model", "RANDOM", "--device", "cpu"], "--offload model"),
         ([*PROMPT, "--model", "/no/such/model", *BASELINE], "/no/such/model: no such directory"),
         ([*PROMPT, "--model", "gone", *BASELINE], "--model gone: no such directory"),
@@ -271,3 +272,38 @@ def test_the_process_ends_with_code_2_and_no_traceback(tmp_path):
     done = subprocess.run(command, cwd=ROOT / "ERTACache4FLUX", capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "error: --steps 2: give a whole number from 3 to 1000"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, []),
+        ({"SPEEDUP": "2", "OUT": "a b", "PROMPT": "a rocket, 'red'"}, ["--height", "128"]),
+        ({"BUDGET": "7", "COMPARE": "no", "PROMPTS": "p.txt", "EFFORT": "normal"}, []),
+        ({"LAMBDA": "0.3", "SITE": "blocks", "REPEATS": "5"}, []),
+        ({"LAMBDA": "0.3", "SPEEDUP": "2"}, []),
+        ({"SITE": "blocks", "BUDGET": "5"}, []),
+        ({"COMPARE": "maybe"}, []),
+    ],
+)
+def test_run_py_does_what_run_sh_does(folder, values, words, tmp_path):
+    """Both give the same flags to generate.py, or refuse in the same line."""
+    for name in (f"{folder}/run.sh", "scripts/run.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "scripts/setup.sh").write_text("")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/.ready").touch()
+    stub = tmp_path / ".venv/bin/python"
+    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    stub.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], **values}
+    said = []
+    for command in (["sh", "run.sh"], [sys.executable, "-S", "-E", "../scripts/run.py", folder]):
+        options = {"cwd": tmp_path / folder, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([*command, *words], **options)
+        given = done.stdout.splitlines()[1:]
+        pairs = sorted(zip(given, [*given[1:], ""], strict=True)) if given else []
+        said.append((done.returncode, [pair for pair in pairs if pair[0].startswith("--")], done.stderr))
+    assert said[0] == said[1] and (said[0][1] or said[0][2].startswith("error: "))

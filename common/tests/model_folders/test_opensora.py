@@ -92,7 +92,7 @@ def test_fewer_euler_steps_as_a_budget_plan(sampler, pipe):
     [
         ({"frames": 16}, ("--frames 16", "at least 17")),
         ({"height": 7}, ("--height 7", "at least 8")),
-        ({"steps": 2}, ("--steps 2", "at least 3")),
+        ({"steps": 2}, ("--steps 2", "from 3")),
         ({"guidance": float("nan")}, ("--guidance nan", "at least 0")),
     ],
 )

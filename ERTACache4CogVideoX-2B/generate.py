@@ -8,6 +8,9 @@ between two steps: x' = cos(Δθ) x + sin(Δθ) v, that is x' = a x + b v with a
 the Δ that φ scales (Eq. 13–14) is Δθ. So `sigmas` here are θ / (π/2), 1 = noise … 0 = data.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -3,6 +3,9 @@
 Shapes: B images, L = (H/16)(W/16) latent tokens, C channels per token; FLUX.1-dev at 1024²: L = 4096, C = 64.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,9 @@ Shapes: B videos of F frames, latents [B, C, F', H', W'] with H' = ⌊H/8⌋, W'
 paper's 480 × 854 and 51 frames: C = 4, F' = 15, H' = 60, W' = 106.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,9 @@ Shapes: B videos, latents [B, C, F', H', W'] with F' = (F − 1)/4 + 1, H' = H/8
 81 frames: C = 16, F' = 21, H' = 60, W' = 104.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -12,6 +12,9 @@ accelerate starts one process per GPU; they share the batches of prompts and mak
 in one folder that all of them see. Without GPUs add --multi_gpu all the same; otherwise accelerate starts one process.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from functools import partial
 from pathlib import Path
 

@@ -13,6 +13,9 @@ speed-up. Finished rows are stored in runs/ (--work): the same command resumes a
 common/docs/reference/rows.md describes the rows. Further flags are those of generate.py.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import argparse
 import csv
 import io

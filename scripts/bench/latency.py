@@ -11,6 +11,9 @@ plans exactly, the first-block cache and DBCache at the threshold that a search 
 about quality. `--size small` runs the same code on toy sizes.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import json
 import platform
 import sys

@@ -14,6 +14,9 @@ Each line compares latents with those of the uncached run on the same network (m
 "Uncached again" is the uncached run with other noise, or in float32: how closely that run itself is defined.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -10,6 +10,9 @@ step that is spent in it, drift included. A skipped step is a whole iteration of
 guidance but without a model call.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts
+
 import statistics
 import time
 

@@ -21,6 +21,9 @@ percentile. The table has the mean and the worst draw of the mean, and of each e
 the best other method of the same draw. The same command goes on after the last finished cell.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import json
 import tempfile
 from pathlib import Path

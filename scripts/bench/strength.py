@@ -22,6 +22,9 @@ PSNR is in dB, mean and worst over the prompts: of whole images or videos in [0,
 weights of latents, with the largest minus the least value of the uncached ones as peak. Equal results have 120 dB.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts
+
 import json
 import sys
 import tempfile

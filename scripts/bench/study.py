@@ -18,6 +18,9 @@ uncached run and the stored plan with the exact target side by side, with their 
 are mean PSNR in dB to the uncached run under the same situations.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts
+
 import itertools
 import json
 import time

@@ -8,6 +8,9 @@ several settings of a method (threshold plans cache at two sites), and of all ot
 measured speed-up of the loop, and that in FLOPs.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from pathlib import Path
 
 from ertacache.cli.arguments import ArgumentParser

@@ -10,6 +10,9 @@ on what and when. Rows that scripts/evaluate.py has finished are not measured ag
 table; text is left alone, so read it afterwards: it may quote numbers.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import re
 import subprocess
 import sys

@@ -8,6 +8,9 @@ tables with every method's place at each target speed-up, and where and how the 
 packages of the extra `report`: `.venv/bin/pip install -c constraints.txt -e .[report]`.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import base64
 import hashlib
 import json

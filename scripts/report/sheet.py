@@ -7,6 +7,9 @@
 scripts/report/report.py shows videos too.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 from pathlib import Path
 
 import imageio.v3 as imageio

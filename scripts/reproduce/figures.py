@@ -13,6 +13,9 @@ greatest speed-up on that model, --model full for its λ. Flags that are not lis
 or are those of generate.py (figure 2).
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import csv
 import io
 import json

@@ -11,6 +11,9 @@ architectures have random weights (--model random: at full size, for a GPU). Fla
 evaluate.py or bench/latency.py. figures.py draws the figures.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import json
 import shlex
 import subprocess

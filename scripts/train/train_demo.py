@@ -9,6 +9,9 @@ latents, transformer, …) are in scripts/train/recipes/, one recipe per model. 
 checkpoint under --work. The results pages in common/docs/results/ give the times on 2 CPU cores.
 """
 
+if __name__ == "__main__":
+    import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
+
 import importlib
 import json
 from dataclasses import fields

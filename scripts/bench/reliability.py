@@ -112,7 +112,7 @@ def mutated_field(rng: random.Random, fields: dict) -> None:
         del whole[key]
     elif kind == 1 and isinstance(whole, dict):
         whole[rng.choice(["extra", key + "s", "\x07"])] = whole[key]
-    elif kind == 2 and isinstance(whole[key], int | float):
+    elif kind == 2 and isinstance(whole[key], int | float) and abs(whole[key]) < 10**300:
         whole[key] = rng.choice([whole[key] + 1, -whole[key], whole[key] * 1e30, float(whole[key]), str(whole[key])])
     elif kind == 3 and isinstance(whole[key], list) and whole[key]:
         place = rng.randrange(len(whole[key]))

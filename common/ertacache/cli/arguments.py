@@ -8,11 +8,20 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.files import read_prompts
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and says the defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        says_nothing = action.default in (None, "", False, argparse.SUPPRESS) or not action.option_strings
+        return text if says_nothing or "default" in text else f"{text} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, like all others."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")

@@ -40,6 +40,7 @@ SETTINGS = {  # settings that a model folder may offer, with the type and help o
     "negative_prompt": (str, "prompt of the unconditional branch"),
     "aesthetic_score": (float, "aesthetic score appended to the prompt, 4 to 7"),
 }
+EXAMPLE = 'example: generate.py --prompt "a rocket" --speedup 2 --compare'
 
 
 def parse_arguments(
@@ -52,7 +53,7 @@ def parse_arguments(
         arguments: Of the command line; None for those of the process.
         effort: Default of --effort.
     """
-    parser = ArgumentParser(description=sampler.__doc__.splitlines()[0])
+    parser = ArgumentParser(description=sampler.__doc__.splitlines()[0], epilog=EXAMPLE)
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
     add("--prompt", action="append", help="a prompt; may be given several times")
@@ -64,7 +65,8 @@ def parse_arguments(
     if makes_videos(sampler):
         add("--fps", type=int, default=8, help="frames per second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--threshold", type=float, metavar="λ", help="cache by the plan for this λ; calibrated if new")
+    text = "cache by the paper's plan for this λ: the higher, the more steps are skipped; calibrated if new"
+    choice.add_argument("--threshold", type=float, metavar="λ", help=text)
     choice.add_argument("--speedup", type=float, metavar="S", help="compute exactly T/S steps, where they matter most")
     choice.add_argument("--budget", type=int, metavar="N", help="compute exactly N steps, where they matter most")
     choice.add_argument("--plan", type=Path, metavar="FILE", help="cache by this plan file")
@@ -221,9 +223,10 @@ def report(
     """Write metrics.json (common/docs/reference/metrics.md), and where both ran comparison.png; print one line."""
     seconds = {"baseline": None, "cached": None} | {_role(name): run.seconds for name, run in runs.items()}
     both = len(runs) == 2
-    comparison, quality = None, dict.fromkeys(METRICS)
+    comparison, lpips, quality = None, None, dict.fromkeys(METRICS)
     if both:
-        comparison = compare(prompts, *(run.images for run in runs.values()), plan, Lpips())
+        lpips = Lpips()
+        comparison = compare(prompts, *(run.images for run in runs.values()), plan, lpips)
         quality = dict(comparison.quality)
     quality["prompt_accuracy"] = _prompt_accuracy(sampler, pipe, args.model, prompts, runs)
     metrics = {
@@ -258,6 +261,8 @@ def report(
         f"{metrics['speedup']:.2f}× faster denoising ({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s"
         f"{doubt([run.times for run in runs.values()], args.steps / plan.nfe)}), {comparison}"
     )
+    if lpips.problem:
+        print(lpips.problem, file=sys.stderr)
 
 
 def _prompt_accuracy(

@@ -1,7 +1,5 @@
 """Distances between uncached and cached images or videos: thin wrappers around scikit-image and lpips, on floats."""
 
-import sys
-
 import numpy as np
 
 from ertacache.utils import media
@@ -41,17 +39,22 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
 
 
 class Lpips:
-    """LPIPS (AlexNet), where the `eval` extra and its weights are installed; else None, with one line that says why."""
+    """LPIPS (AlexNet), where the `eval` extra and its weights are installed; else None.
+
+    Attributes:
+        problem: Why it is not computed, in one line; None where it is.
+    """
 
     def __init__(self):
-        self.network = None
+        self.network = self.problem = None
         try:
             import lpips
 
             self.network = lpips.LPIPS(net="alex", verbose=False)
         except Exception as error:  # no package, no torchvision, or no weights and no network to fetch them
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            print(f"LPIPS is not computed ({reason}): pip install 'ertacache[eval]'", file=sys.stderr)
+            remedy = "sh scripts/setup.sh eval, or pip install 'ertacache[eval]'"
+            self.problem = f"LPIPS is not computed ({reason}): {remedy}"
 
     def __call__(self, reference: np.ndarray, image: np.ndarray) -> float | None:
         import torch

@@ -1,5 +1,6 @@
 """Held-out measurements of one pipeline: quality, cost and interleaved latency of any method, one row each."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -75,6 +76,8 @@ class Evaluation:
         self.work, self.repeats, self.exact, self.samples, self.fps = Path(work), repeats, exact, samples, fps
         self.timed = min(timed or batch_size, len(self.prompts))
         self.lpips, self.clip = metrics.Lpips(), metrics.Clip(clip)
+        if self.lpips.problem and parallel.is_main():
+            print(self.lpips.problem, file=sys.stderr)
         self.uncached_trajectory: dict[int, torch.Tensor] = {}  # latents of the first prompt, by step
         measured = [model, fingerprint(pipe), settings, self.prompts, self.seeds, batch_size, exact, samples, clip]
         machines = [str(pipe.transformer.dtype), machine(), library_versions()]

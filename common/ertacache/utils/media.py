@@ -1,5 +1,8 @@
 """The files in a run's output folder: images or videos, the comparison, metrics.json."""
 
+import bisect
+import contextlib
+import functools
 import io
 import json
 import tempfile
@@ -98,6 +101,7 @@ def sheet(prompts: list[str], columns: dict[str, np.ndarray]) -> Image.Image:
             tile = Image.fromarray(to_uint8(image)).resize((width, height), resampling)
             page.paste(tile, (x, line_height + row * (height + line_height)))
     for row, prompt in enumerate(prompts):
+        font = _font_for(prompt)
         text = _shorten(prompt, row_width - 2 * gap, draw, font)
         y = line_height + row * (height + line_height) + height + 3
         draw.text((gap, y), text, fill="black", font=font)
@@ -105,12 +109,39 @@ def sheet(prompts: list[str], columns: dict[str, np.ndarray]) -> Image.Image:
 
 
 def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
-    """Return a text that fits into a width in pixels, with … at its end where it was cut."""
+    """Return a text that fits into a width in pixels, with … at its end where it was cut.
+
+    Letters that the font lacks, and what is no letter at all, are written as escapes.
+    """
+    text = "".join(c if _draws(font, c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:width])
     if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+    kept = bisect.bisect(range(len(text)), width, key=lambda n: draw.textlength(text[:n] + "…", font=font)) - 1
+    return text[: max(0, kept)] + "…"
+
+
+def _font_for(text: str):
+    """Return the first font here that has all letters of a text; the default font where none has."""
+    fonts = [ImageFont.load_default(size=14), *_other_fonts()]
+    return next((font for font in fonts if all(_draws(font, letter) for letter in set(text[:200]))), fonts[0])
+
+
+@functools.cache
+def _other_fonts() -> list:
+    """Return common fonts of the system, as far as they are there."""
+    fonts = []
+    for name in ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"):
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 14))
+    return fonts
+
+
+@functools.cache
+def _draws(font, letter: str) -> bool:
+    """Return whether a font has a letter: others all look like the one that no font has."""
+    if not letter.isprintable():
+        return False
+    return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
 
 
 def save_metrics(folder: Path, metrics: dict) -> None:

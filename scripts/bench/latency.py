@@ -28,13 +28,13 @@ import torch
 
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.demos.random_models import MODELS, random_module
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
 from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions
 from ertacache.utils.tables import markdown
-from random_models import MODELS, random_module
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("folder", "method", "compile", "steps", *NUMBERS, "peak_memory_mib", "error")

@@ -20,13 +20,13 @@ from pathlib import Path
 from ertacache import UserError
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.evaluation import report
+from ertacache.evaluation.plots import AXES, PLOTTED, legend, overview, plot, timeline
 from ertacache.evaluation.ranking import is_ours, markdown, speedup
 from ertacache.evaluation.rows import MEDIA, read_source
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import write_atomically
 from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
-from plots import AXES, PLOTTED, legend, overview, plot, timeline
 
 PAGE = Path(__file__).resolve().parent / "page"
 

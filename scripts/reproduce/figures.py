@@ -32,13 +32,13 @@ from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import parse_list
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.evaluation.trajectories import distances, on_plane, trajectory
 from ertacache.plans.names import check_speedups
 from ertacache.utils import media
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 from tables import ROOT, evaluate, fastest, folder_flags, open_parser, paper, parse_arguments
-from trajectories import distances, on_plane, trajectory
 
 RECTIFIED = "policy + time (*) + rectification"
 QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "clip_score": "CLIP score", "prompt_accuracy": "prompt accuracy"}

@@ -16,10 +16,10 @@ import latency as bench_latency
 from conftest import FOLDERS, ROOT
 from ertacache.caches import third_party
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.demos.random_models import MODELS, random_module
 from ertacache.evaluation import latency
 from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, bisect_threshold, computed_steps, observed
 from ertacache.numerics.blocks import blocks_of
-from random_models import MODELS, random_module
 
 STEPS = 12
 COUNTS = {"baseline": 12, "threshold": 6, "budget": 6, "teacache": 6}
@@ -177,7 +177,7 @@ def test_the_command(tmp_path):
         ("--size small --repeats 0", "--repeats 0: give a whole number of at least 1"),
         ("--size small --steps 3", "--steps 3: give a whole number of at least 4"),
         ("--size small --backend magic", "--backend magic: choose from"),
-        ("--size small --device mps", "invalid choice: 'mps'"),
+        ("--size small --device gpu", "invalid choice: 'gpu'"),
         ("--device cpu", "--size full: the published sizes need a GPU"),
         ("--size medium", "invalid choice: 'medium'"),
         ("common --size small", "common is not a folder that this knows: choose from ERTACache4FLUX"),

@@ -15,10 +15,10 @@ import tables
 from conftest import FOLDERS, ROOT
 from ertacache import UserError
 from ertacache.evaluation.methods import METHODS
+from ertacache.evaluation.trajectories import on_plane, trajectory
 from ertacache.utils import media
 from tables import asked, fastest, join, paper, requests, table
 from toy import Pipe, ToySampler
-from trajectories import on_plane, trajectory
 
 TABLES = ("table1", "table2", "table3", "table4")
 SCRIPTS = sorted((ROOT / "scripts" / "reproduce").glob("*.sh"))

@@ -13,7 +13,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel
 
 from recipes import text, video
-from training import start_straight
+from recipes.training import start_straight
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from ertacache.demos import emoji
 from recipes import emoji_pictures, text
-from training import Ema, noise_levels, run_stage, save_atomically, start_straight
+from recipes.training import Ema, noise_levels, run_stage, save_atomically, start_straight
 
 TOKENS = (emoji.SIZE // 16) ** 2  # of an image: the VAE's factor 8 times FLUX's 2 × 2 packing
 SHIFT = 2.0  # of the noise levels in training, towards noise: there the sampler decides what to draw

@@ -8,7 +8,7 @@ from transformers import T5Config, T5EncoderModel
 
 from opensora12 import AutoencoderOpenSora, OpenSoraPipeline, RFlowScheduler, STDiT3Transformer3DModel
 from recipes import text, video
-from training import noise_levels, start_straight
+from recipes.training import noise_levels, start_straight
 
 FRAME_CHANNELS = 7  # channels between the two stages of the VAE: two per colour, and a constant
 WIDTH = 16  # channels of the VAE's layers

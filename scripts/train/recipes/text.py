@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import T5TokenizerFast
 
-from training import run_stage
+from recipes.training import run_stage
 
 TEXT_LENGTH = 16  # L, tokens per caption; the longest caption of the grammars has 12 words
 WIDTH = 96  # D, width of the text encoders

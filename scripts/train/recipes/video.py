@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ertacache.demos import moving_scenes
 from recipes import text
-from training import Ema, run_stage, save_atomically
+from recipes.training import Ema, run_stage, save_atomically
 
 SIZE, FRAMES = 64, 17  # height and width in pixels; frames of a video
 CHANNELS = 6  # C, channels of the latents

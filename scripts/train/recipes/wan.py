@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5Config, UMT5EncoderModel
 
 from recipes import text, video
-from training import noise_levels, start_straight
+from recipes.training import noise_levels, start_straight
 
 
 @dataclass

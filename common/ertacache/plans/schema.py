@@ -13,6 +13,7 @@ import numpy as np
 from ertacache.utils.errors import shown
 
 LARGEST_NUMBER = 1e4  # in an array
+LARGEST_VALUE = 2.0**64  # of a field: seeds are the largest
 LARGEST_ARRAY = 2_000_000  # numbers
 DEEPEST = 12  # objects and lists in one another
 NUMBER = (int, float)
@@ -46,8 +47,8 @@ def value_problem(name: str, value: Any, kind: Any) -> str | None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             return f"{name} = {shown(value)}, must be {names}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name} = {value}, must be finite"
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_VALUE:  # NaN neither
+            return f"{name} = {shown(value)}, must be finite and at most {LARGEST_VALUE:g}"
         return None
     return next((problem for pair in pairs if (problem := value_problem(*pair))), None)
 

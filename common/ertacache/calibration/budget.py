@@ -35,6 +35,7 @@ from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
 
+ROUNDING = 1e-13  # mean squared error of the final latents over their mean square, of float32
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
@@ -416,6 +417,10 @@ class BudgetCalibration:
         if gap > LARGE_GAP:
             text = f"N = {search.budget}: prompts that the fit did not use come out {gap:.0f} dB worse than its own"
             warnings.warn(f"{text}: give more prompts", stacklevel=2)
+        size = gram.matrix[gram.steps, gram.steps] / gram.elements
+        if search.budget < self.end and geometric_mean(best.errors) < ROUNDING * size:
+            text = f"N = {search.budget}: the plan's error is at the level of rounding, which is too good"
+            warnings.warn(f"{text}: check that the uncached results depend on the prompts and the noise", stacklevel=2)
         return BudgetPlan(
             requirements=self.session.calibrated,
             computed=tuple(self.begin + i for i in best.schedule),

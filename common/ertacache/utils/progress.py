@@ -47,9 +47,9 @@ class Progress:
         if note:
             self.bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()
-        if self.says_lines and now - self.said >= EVERY:
+        if self.says_lines and now - self.said >= EVERY and self.total > self.n > 0:
             self.said = now
-            left = (now - self.start) / self.n * (self.total - self.n) / 60 if self.n else 0
+            left = (now - self.start) / self.n * (self.total - self.n) / 60
             text = f"{self.stage}: {self.n} of at most {self.total} {self.unit}s, about {left:.0f} minutes left"
             print(f"{text}{note and f', {note}'}", file=sys.stderr, flush=True)
 

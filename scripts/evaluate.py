@@ -31,7 +31,7 @@ from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import table
-from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, MethodRows
+from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.plans.names import check_speedups
@@ -103,6 +103,8 @@ def parse_arguments():
     add("--clip", metavar="MODEL", help="hub id or directory of a CLIP model, for clip_similarity and clip_score")
     add("--plans", type=Path, help="folder of the stored plans (default: cache/ of the model folder)")
     add("--store", action="store_true", help="keep the plans that are calibrated here")
+    add("--dry-run", action="store_true", help="say how many rows and model calls it would be, and measure nothing")
+    add("--step-seconds", type=float, help="of a step of the uncached run, for --dry-run: also say how many hours")
     add("--work", type=Path, default=ROOT / "runs", help="where finished rows are kept (default: runs)")
     args, rest = parser.parse_known_args()
     args.methods = list(ALL) if args.methods == "all" else args.methods.split(",")
@@ -161,8 +163,29 @@ def open_folder(args, sampler, options, captions: str) -> MethodRows:
     return MethodRows(evaluation, calibration, sites, folder, target, args.store)
 
 
+def announced(args, options, folder: str) -> str:
+    """Return a line on the rows of one model folder, and about how many steps they take over all prompts."""
+    prompts = len(prompts_of(None, options.prompts)) if options.prompts else args.count
+    steps, sites = options.steps, (args.sites or options.site or "output").count(",") + 1
+    others = [name for name in args.methods if name not in THRESHOLD_METHODS]
+    ours = [name for name in args.methods if name in THRESHOLD_METHODS]
+    rates = [1.0] + args.speedups * (len(others) + sites * len(ours)) + [2.0] * len(args.thresholds) * sites * len(ours)
+    timed = args.latency_repeats * (args.latency_prompts or options.batch_size)
+    calls = sum(steps / rate * (prompts + timed) + steps * timed * (rate > 1) for rate in rates)
+    calls += 6 * steps * prompts * args.exact
+    hours = f", {calls * args.step_seconds / 3600:.1f} hours" if args.step_seconds else ""
+    text = f"{folder}: about {len(rates)} rows, {prompts} prompts, {calls:.0f} steps{hours}"
+    return f"{text}; calibration of plans that are not stored, and the search for other caches' settings, come on top"
+
+
 def main():
     args, rest = parse_arguments()
+    if args.dry_run:
+        for folder in args.folders:
+            sampler = load_model_folder(folder)
+            options = folder_command.parse_arguments(sampler, rest, effort="normal")
+            print(announced(args, options, sampler.FOLDER.name))
+        return
     samplers = [load_model_folder(folder) for folder in args.folders]
     every_row = []
     for sampler, captions in itertools.product(samplers, args.captions):

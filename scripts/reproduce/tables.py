@@ -6,9 +6,9 @@
 
 The demos are asked for the speed-ups that the paper reports, because λ of a demo is another one; --model full takes
 the real checkpoints and the paper's λ. Rows are measured by evaluate.py, which goes on with what an earlier run has
-finished. Table 4 is about cost alone: without --model full it is measured by bench/latency.py, whose real
-architectures have random weights (--model random: at full size, for a GPU). Flags that are not listed here go to
-evaluate.py or bench/latency.py. figures.py draws the figures.
+finished; --dry-run, with --step-seconds S, says how much that would be. Table 4 is about cost alone: without --model
+full it is measured by bench/latency.py, whose real architectures have random weights (--model random: at full size, for
+a GPU). Flags that are not listed here go to evaluate.py or bench/latency.py. figures.py draws the figures.
 """
 
 if __name__ == "__main__":
@@ -101,7 +101,7 @@ def evaluate(args, folder: str, request: tuple[str, str, str], name: str = "", m
     file = args.out / f"{name or '-'.join([folder, methods.replace(',', '+'), flag.strip('-'), values])}.json"
     asked_for = ["--methods", methods, flag, values, "--json", str(file), "--no-exact"]
     run("evaluate.py", str(ROOT / folder), *asked_for, *folder_flags(args, folder), *more, *args.rest)
-    return json.loads(file.read_text("utf-8"))
+    return [] if "--dry-run" in args.rest else json.loads(file.read_text("utf-8"))
 
 
 def folder_flags(args, folder: str) -> list[str]:
@@ -189,6 +189,8 @@ def origin(rows: list[dict]) -> str:
 
 def make_table(args) -> None:
     printed, timed = paper(args.what), args.what == "table4" and args.model != "full"
+    if "--dry-run" in args.rest and timed:
+        raise UserError("--dry-run: Table 4 without MODEL=full takes minutes, run it")
     models = [model for model in printed["models"] if not args.folders or model["folder"] in args.folders]
     if not models:
         known = ", ".join(model["folder"] for model in printed["models"])
@@ -196,6 +198,8 @@ def make_table(args) -> None:
     parts, joined = [f"# Table {printed['table']}: {printed['title']}"], []
     for model in models:
         rows = bench(args, model) if timed else measure(args, model)
+        if not rows:  # --dry-run
+            continue
         pairs = join(model, rows)
         columns = model.get("columns") or printed["columns"]
         subject = {"demo": "the embedded demo", "random": "random weights", "full": rows[0].get("model")}[args.model]
@@ -204,6 +208,8 @@ def make_table(args) -> None:
         parts += [f"Measured: {subject}, {origin(rows)}. The paper's columns: {printed['machine']}."]
         joined += [{"folder": model["folder"], "paper": p, "measured": row} for p, row in pairs]
     text = "\n\n".join(parts) + "\n"
+    if not joined:
+        return
     write_atomically(args.out / f"{args.what}.md", text.encode())
     write_atomically(args.out / f"{args.what}.json", (json.dumps(joined, indent=1, default=float) + "\n").encode())
     print(text)

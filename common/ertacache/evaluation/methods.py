@@ -123,7 +123,7 @@ class MethodRows:
         stored = self.plans / threshold_name(evaluation.model, self.steps, threshold, site)
         if "ablation" not in names and stored.exists():
             plans, chosen = {}, ThresholdPlan.load(stored)
-            chosen.check(self.session.requirements, remedy=f"delete {stored}")
+            chosen.check(self.session.requirements, remedy="give another folder with --plans")
             if "uniform" in names:
                 neutral = {"phi": (), "k": (), "b": (), "rectified": False, "phi_definition": "none"}
                 plans["uniform"] = replace(chosen, cached=uniform_cached(self.steps, chosen.nfe), **neutral)
@@ -189,7 +189,7 @@ class BudgetMethods:
             plan = BudgetPlan.load(path)
         else:
             plan = self.rows.budgets_for(target).plans([self.budget], self.rows.options.effort)[self.budget]
-        plan.check(self.rows.session.requirements, remedy=f"delete {path}")
+        plan.check(self.rows.session.requirements, remedy="give another folder with --plans")
         if self.rows.store:
             plan.save(path)
         return plan, path

@@ -213,7 +213,7 @@ def _kinds() -> dict[str, type[Plan]]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the checked fields and arrays of a plan's two files."""
-    again = f"copy it again or calibrate anew (delete {path} first)"
+    again = "copy it again, or calibrate another"
     texts = {suffix: _bytes(path.with_suffix(suffix), size) for suffix, size in LARGEST_FILES.items()}
     try:
         fields, tensors = json.loads(texts[".json"].decode()), texts[".safetensors"]

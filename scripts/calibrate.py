@@ -50,6 +50,9 @@ def main():
         raise UserError(f"--site {options.site}: only threshold plans have one, leave it out or give --thresholds")
     if options.target and not args.speedups:
         raise UserError(f"--target {options.target}: only budget plans have one, leave it out or give --speedups")
+    for flag, given in (("--prompt", options.prompt), ("--prompts", options.prompts)):
+        if given:
+            raise UserError(f"{flag}: those of the calibration are given with --calibration-prompts FILE")
     thresholds, speedups = (parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
     check_speedups(speedups)
     for threshold in thresholds:

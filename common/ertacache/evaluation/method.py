@@ -57,6 +57,7 @@ class Method:
         plan: That it follows.
         path: Of the plan, relative to the repository.
         extra: Further settings of the row: threshold, site, shift, value.
+        learned_on: Hash of the prompts that a method without a plan was fitted on.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Method:
     plan: Plan | None = None
     path: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    learned_on: str = ""
 
     @property
     def is_uncached(self) -> bool:
@@ -78,4 +80,5 @@ class Method:
     def key(self) -> list:
         """Identifies the row in the result cache."""
         plan = self.plan and {name: getattr(self.plan, name) for name in (*self.plan.FIELDS, *self.plan.ARRAYS)}
-        return ["row", self.name, self.label, self.settings, self.extra, plan]
+        learned_on = [self.learned_on] if self.learned_on else []
+        return ["row", self.name, self.label, self.settings, self.extra, plan, *learned_on]

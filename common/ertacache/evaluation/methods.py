@@ -63,6 +63,11 @@ class MethodRows:
         e = self.evaluation
         return open_session(e.sampler, e.pipe, e.settings, e.model, self.options, e.work)
 
+    @property
+    def learned_on(self) -> str:
+        """A hash of the calibration prompts, for what is stored."""
+        return self.session.identity["prompts"]["sha256"]
+
     def thresholds_at(self, site: str) -> ThresholdCalibration:
         """Return the calibration of threshold plans at a cache site."""
         return self.open.setdefault(f"site {site}", ThresholdCalibration(self.session, site))
@@ -108,7 +113,7 @@ class MethodRows:
         """Return the rows of some methods, which are not even made when all their rows are stored."""
         files = sorted(self.plans.glob("*.json")) if self.plans.is_dir() else []
         stored = {path.name: path.stat().st_mtime_ns for path in files}
-        options = [self.options.effort, str(self.options.prompts), self.target, stored]
+        options = [self.options.effort, self.learned_on, self.target, stored]
         key = ["group", key, options, self.evaluation.repeats, self.evaluation.timed]
         return self.evaluation.checkpoints.value(
             key, lambda: [self.evaluation.row(method, target) for method in methods()]
@@ -152,19 +157,20 @@ class MethodRows:
         if reason:
             print(f"{name} is left out on {self.evaluation.sampler.FOLDER.name}: it {reason}", file=sys.stderr)
             return
-        uncached = checkpoints.value(["flops"], lambda: self.subject.flops(FLOP_PROMPTS))
+        uncached = checkpoints.value(["flops", self.learned_on], lambda: self.subject.flops(FLOP_PROMPTS))
 
         def speedup_of(value) -> float:
             def measure() -> float:
                 with cache.apply(self.subject, value):
                     return uncached / self.subject.flops(FLOP_PROMPTS)
 
-            return checkpoints.value(["sweep", name, value], measure)
+            return checkpoints.value(["sweep", name, value, self.learned_on], measure)
 
         for speedup, (value, _) in nearest_settings(cache.values, cache.between, speedup_of, speedups).items():
             cached = partial(cache.apply, self.subject, value)
             label = f"{name} ({cache.written(value)})"
-            yield self.evaluation.row(self.evaluation.other_cache(name, label, value, cached), speedup)
+            method = self.evaluation.other_cache(name, label, value, cached)
+            yield self.evaluation.row(replace(method, learned_on=self.learned_on), speedup)
 
     @cached_property
     def subject(self) -> PipelineUnderTest:

@@ -148,11 +148,11 @@ def read_plan(source: Plan | str | Path) -> Plan:
         return Plan.from_pretrained(source.removeprefix(HUB_PREFIX))
     path = Path(source).expanduser()
     try:
-        if path.is_dir():
-            return Plan.from_pretrained(path)
-        there = path.exists()
+        is_folder, there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read plan {shown(str(source))} ({reason_of(error)}): check the path") from error
+    if is_folder:
+        return Plan.from_pretrained(path)
     if not there and isinstance(source, str) and HUB_ID.fullmatch(source):
         raise PlanError(f"no plan {source} here: check the path; one on the Hub is {HUB_PREFIX}{source}")
     return Plan.load(path)

@@ -244,7 +244,7 @@ def _bytes(path: Path, largest: int) -> bytes:
     except FileNotFoundError as error:
         raise PlanError(f"no plan file {error.filename}: check the path, or calibrate one") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise PlanError(f"cannot read plan {path} ({reason_of(error)})") from error
+        raise PlanError(f"cannot read plan {path} ({reason_of(error)}): check the path") from error
     if len(content) > largest:
         raise PlanError(f"{path} is larger than a plan's {largest / 2**20:.0f} MiB: check the path")
     return content

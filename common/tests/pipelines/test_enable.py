@@ -18,7 +18,18 @@ from ertacache import PlanError, Requirements
 from ertacache.numerics.schedulers import SOLVERS, solver_of
 from ertacache.pipelines.enable import originals
 from ertacache.utils.provenance import fingerprint
-from helpers import HALF, CallCounter, budget_plan, fast, no_warning, refused, shipped_plan, threshold_plan
+from helpers import (
+    HALF,
+    CallCounter,
+    budget_plan,
+    calibrate,
+    fast,
+    no_warning,
+    refused,
+    shipped_plan,
+    threshold_plan,
+    with_prompts,
+)
 from tiny_pipelines import (
     BUILDERS,
     STEPS,
@@ -291,3 +302,50 @@ def test_the_script_of_the_readme():
     script = text.split("## One line on your pipeline")[1].split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "15 steps computed, 15 skipped" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("plan", [None, 5, b"x", ["plan.json"], {"computed": [0]}])
+def test_what_is_no_plan_is_named(plan):
+    with refused("plan = ", "hf://OWNER/NAME"):
+        ertacache.enable(flux().pipe, plan)
+
+
+def test_arguments_the_wrong_way_round_are_named(tmp_path):
+    tiny = flux()
+    plan = budget_plan(tiny, HALF)
+    for first in (plan, str(plan.save(tmp_path / "plan.json"))):
+        with refused("the pipeline first, then the plan"):
+            ertacache.enable(first, tiny.pipe)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_one_line(path):
+    with refused("plan", "check the path"):
+        ertacache.enable(flux().pipe, path)
+
+
+def test_a_folder_with_a_bad_plan_says_what_is_wrong_with_it(tmp_path):
+    path = budget_plan(flux(), HALF).save(tmp_path / "plan.json")
+    path.write_text(path.read_text().replace('"steps": 8', '"steps": 9'))
+    with refused(path, "checksum", error=PlanError):
+        ertacache.enable(flux().pipe, tmp_path)
+
+
+def test_a_call_under_other_conditions_is_one_warning_that_names_them(tmp_path):
+    """Calibration records what the call turns out to be, whatever it was given."""
+    tiny = with_prompts(flux())
+    plan = calibrate(tiny, work=tmp_path)[2]
+    recorded = plan.requirements.settings
+    assert recorded["latents"] and recorded["text_length"] and recorded["guidance_scale"]
+    ertacache.enable(tiny.pipe, plan)
+    with no_warning():
+        tiny.run(prompt=["a red star"])
+    others = {"text_length": 3, "latents": [1, 2], "guidance_scale": 9}
+    changed = replace(plan.requirements, settings={**recorded, **others})
+    ertacache.enable(tiny.pipe, replace(plan, requirements=changed))
+    with pytest.warns(UserWarning, match="calibrated at") as caught:
+        tiny.run(prompt=["a red star"])
+        tiny.run(prompt=["a red star"])
+    assert len([w for w in caught if "calibrated at" in str(w.message)]) == 1
+    for word in ("text_length 3, now", "latents [1, 2], now", "guidance_scale 9, now"):
+        assert word in str(caught[0].message)

@@ -1,0 +1,27 @@
+"""The short form of the campaign of scripts/bench/reliability.py; the long one is run by hand."""
+
+import pytest
+
+import reliability
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "count"), [("mutants", 60), ("soak", 6)])
+def test_a_short_campaign_finds_no_fault(part, count):
+    text, faults = getattr(reliability, part)(count, seed=11)
+    assert faults == 0 and text.startswith(f"{count} ")
+
+
+@pytest.mark.slow
+def test_the_campaign_notices_faults(monkeypatch, capsys):
+    """A loader that raises something else, and a check that lets everything pass, are found."""
+
+    def careless(path):
+        raise KeyError("scale")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reliability, "SHIPPED", reliability.SHIPPED[:1])
+        patched.setattr(reliability, "stages", lambda pipe, path, runs: [("load", lambda: careless(path))] * (not runs))
+        assert reliability.mutants(4, seed=0)[1] > 0
+    assert "KeyError" in capsys.readouterr().err
+    assert reliability.check_text("a\x1b[2J") is not None and reliability.check_text("a\nb") is None

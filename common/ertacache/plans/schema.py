@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ertacache.utils.checks import LARGEST_STEPS
 from ertacache.utils.errors import shown
 
 LARGEST_NUMBER = 1e4  # in an array
@@ -97,7 +98,8 @@ def array_problem(name: str, value: Any, shape: str, sizes: dict[str, int]) -> s
 
 def is_too_large(shape: Sequence[int]) -> bool:
     """Return whether an array would take too much memory as lists, also where a dimension is 0."""
-    return math.prod(max(1, size) for size in shape) > LARGEST_ARRAY
+    is_empty = 0 in shape  # and may have any number of rows without a byte
+    return math.prod(max(1, size) for size in shape) > LARGEST_ARRAY or (is_empty and max(shape) > LARGEST_STEPS)
 
 
 def _size(letter: str, sizes: Mapping[str, int]) -> int | str:

@@ -19,6 +19,7 @@ from ertacache.plans.requirements import Requirements, differences
 from ertacache.plans.schema import (
     OBJECT,
     PROVENANCE,
+    TEXTS,
     array_problem,
     depth_problem,
     is_too_large,
@@ -67,6 +68,7 @@ class Plan(HubMixin):
         required = self.requirements
         values = [("model", required.model, OBJECT), ("scheduler", required.scheduler, OBJECT)]
         values += [("settings", required.settings, OBJECT), ("provenance", self.provenance, PROVENANCE)]
+        values += [("the plan", [required.model, required.scheduler, required.settings, self.provenance], TEXTS)]
         kinds = {**self.FIELDS, **self.OPTIONAL_FIELDS}
         values += [(name, getattr(self, name), kind) for name, kind in kinds.items()]
         return next(

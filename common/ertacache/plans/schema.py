@@ -4,6 +4,7 @@ A kind of value is a type, or several; [kind] for a list of it; {name: kind} for
 others; {str: kind} for an object of any names. Shapes are written like "N,H": one size per dimension.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ DEEPEST = 12  # objects and lists in one another
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 OBJECT: dict = {}
+TEXTS = "texts"  # any value whose texts can be written to a file
 PROVENANCE = {
     **{"model": str, "weights": (str, type(None)), "date": str, "batch_size": int, "site": str},
     **{"seeds": [int], "libraries": {str: str}},
@@ -34,6 +36,12 @@ PROVENANCE = {
 
 def value_problem(name: str, value: Any, kind: Any) -> str | None:
     """Return what is wrong with a field's value. Numbers must be finite; true and false are no numbers."""
+    if kind is TEXTS:
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return f"{name} holds a text that is no Unicode"
+        return None
     if isinstance(kind, dict):
         if not isinstance(value, Mapping):
             return f"{name} = {shown(value)}, must be an object"

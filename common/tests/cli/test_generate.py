@@ -61,7 +61,9 @@ def test_a_new_threshold_is_calibrated_stored_and_used_again(sampler, tmp_path, 
     names = ["000-baseline.png", "000-ertacache.png", "comparison.png", "metrics.json"]
     assert sorted(p.name for p in out.iterdir()) == names
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["schema"] == 1 and metrics["steps"] == 8 and metrics["nfe"] < 8 and metrics["prompts"] == 1
+    assert metrics["schema"] == 2 and metrics["seeds"] == [1000, 1000] and metrics["settings"]["guidance"] == 3.5
+    assert len(metrics["repeats_s"]["cached"]) == 1 and metrics["machine"] and metrics["date"]
+    assert metrics["steps"] == 8 and metrics["nfe"] < 8 and metrics["prompts"] == 1
     assert metrics["plan"] == f"cache/local/{plan.name}"
     assert metrics["speedup"] == metrics["latency_s"]["baseline"] / metrics["latency_s"]["cached"]
     pair = [np.asarray(Image.open(out / f"000-{m}.png"), float) for m in ("baseline", "ertacache")]

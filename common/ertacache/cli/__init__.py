@@ -7,13 +7,15 @@ import sys
 
 from ertacache.utils.errors import UserError, run_program
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 
 def main() -> None:
     run_program(_main)
 
 
 def _main() -> None:
-    from typer import Abort, BadParameter
+    from typer import BadParameter
 
     from ertacache.cli.commands import app
 
@@ -28,6 +30,6 @@ def _main() -> None:
             sys.exit(2)
         command = error.ctx.command_path if error.ctx else "ertacache"
         raise UserError(f"{error.format_message().rstrip('.')} (see {command} --help)") from None
-    except Abort as stop:  # typer's word for Ctrl-C
-        raise stop.__cause__ or KeyboardInterrupt from None
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     sys.exit(code or 0)

@@ -10,6 +10,7 @@ import typer
 
 from ertacache.cli.arguments import prompts_of
 from ertacache.cli.request import Request
+from ertacache.utils.errors import Stopped
 
 CALL = "Arguments of the pipeline's call (left out: its own defaults)"
 LOAD = "How the model is loaded"
@@ -61,7 +62,10 @@ def takes_request(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values) -> None:
         request = request_of(**{name: values.pop(name) for name in shared})
-        command(request, **values)
+        try:
+            command(request, **values)
+        except KeyboardInterrupt as stop:  # typer would swallow what it says
+            raise Stopped(*stop.args) from stop
 
     model, *others = shared.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own.values(), *others)]

@@ -24,6 +24,10 @@ class PlanError(UserError):
     """A plan that is damaged, or does not fit the run."""
 
 
+class Stopped(Exception):
+    """Ctrl-C, on its way through a library that would handle it."""
+
+
 def printable(text: str, longest: int | None = None) -> str:
     """Return a text with escapes in the place of line breaks and of all that steers a terminal, and cut.
 
@@ -61,7 +65,7 @@ def run_program(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Stopped) as stop:
         print("; ".join(["interrupted", *stop.args]), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -199,8 +199,10 @@ def test_a_plan_warns_once_about_other_frames_and_guidance(sampler, model_folder
     (tmp_path / "few.txt").write_text("a red circle\n")
     few = ["--prompt", model_folder.prompts[0], "--steps", 4, "--threshold", 0.9, "--out", tmp_path / "out"]
     run(sampler, *few, "--calibration-prompts", tmp_path / "few.txt")
+    (plan,) = (tmp_path / "model_folder" / "cache" / "local").glob("*.json")
     recwarn.clear()
-    run(sampler, *few, "--frames", 25, "--guidance", 2)
+    given = [*few[:4], "--plan", plan, *few[-2:]]
+    run(sampler, *given, "--frames", 25, "--guidance", 2)
     texts = [str(w.message) for w in recwarn if "calibrated at" in str(w.message)]
     assert (
         len(texts) == 1 and "frames 17, now 25" in texts[0] and f"guidance {model_folder.guidance}, now 2.0" in texts[0]

@@ -20,7 +20,7 @@ import torch
 
 from ertacache.demos import moving_scenes
 
-SIDE = 32  # height and width of an image, pixels
+SIDE = 16  # height and width of an image, pixels
 
 
 class ClosedFormDenoiser(torch.nn.Module):

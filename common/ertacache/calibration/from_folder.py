@@ -11,7 +11,7 @@ from typing import Any
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.search import Interrupted, goes_on, is_finished, keep_unfinished
-from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.session import CalibrationSession, recorded
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.demos.model_folder import Sampler
 from ertacache.plans.names import (
@@ -158,12 +158,6 @@ def _calibrate(
     if request.threshold is not None:
         return calibrate_thresholds(session_of, options.effort, [request.threshold], request.site, store)[0]
     return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store)[0]
-
-
-def recorded(pipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a plan records: all but the steps, and the dtype."""
-    others = {name: value for name, value in settings.items() if name != "steps"}
-    return {**others, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
 
 
 class PlanStore:

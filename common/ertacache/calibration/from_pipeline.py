@@ -104,7 +104,7 @@ def make_plans(
             pipe,
             prompts,
             range(seed, seed + len(prompts)),
-            settings={"steps": steps, "pipeline": type(pipe).__name__, **_recorded(pipe, call_kwargs)},
+            settings={"steps": steps, "pipeline": type(pipe).__name__, **_recorded(call_kwargs)},
             batch_size=batch_size,
             work=folder,
             model_id=_name_of(pipe),
@@ -193,14 +193,10 @@ def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
     return steps
 
 
-def _recorded(pipe, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the call uses as settings of a plan, given ones and numbers that are its defaults.
-
-    Of what is no JSON value (images, tensors) type and hash.
-    """
-    defaults = {name: value for name, value in arguments_of_call(pipe)[0].items() if type(value) in (int, float)}
+def _recorded(call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the call is given as settings of a plan; of what is no JSON value type and hash."""
     recorded = {}
-    for name, value in {**defaults, **call_kwargs}.items():
+    for name, value in call_kwargs.items():
         if name in UNRECORDED:
             continue
         try:

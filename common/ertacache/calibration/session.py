@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import date
@@ -68,9 +68,7 @@ class CalibrationSession:
         self.prompts, self.seeds = list(prompts), list(seeds)
         self.batch_size, self.work = batch_size, Path(work)
         self.starts = range(0, len(prompts), batch_size)
-        recorded = {name: value for name, value in settings.items() if name != "steps"}
-        recorded["dtype"] = str(transformer_of(pipe).dtype).removeprefix("torch.")
-        self.requirements = Requirements.of(pipe, self.steps, recorded)
+        self.requirements = Requirements.of(pipe, self.steps, recorded(pipe, settings))
         self.identity = {
             "model": model_id,
             "weights": fingerprint(pipe),
@@ -194,3 +192,9 @@ def existing(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path.parent} vanished, another calibration of the same model used it: start again")
     return path
+
+
+def recorded(pipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that a plan records: all but the steps, and the dtype."""
+    others = {name: value for name, value in settings.items() if name != "steps"}
+    return {**others, "dtype": str(transformer_of(pipe).dtype).removeprefix("torch.")}

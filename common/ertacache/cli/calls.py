@@ -1,7 +1,6 @@
 """Calls of one pipeline on the same prompts and seeds, each with a plan or without."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +51,6 @@ class Calls:
         disable(self.pipe)
         if plan is not None:
             enable(self.pipe, plan, on_drift=self.on_drift)
-            text = self.request.other_settings(plan)
-            if text:
-                self.pipe.scheduler.enabled.warned.add("conditions")  # this says more than the first call would
-                warnings.warn(text, stacklevel=2)
         return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan)
 
     def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:

@@ -144,23 +144,6 @@ class Request:
         """The command that makes a plan for this model and T."""
         return shlex.join(["ertacache", "calibrate", self.model, "--steps", str(self.steps)])
 
-    def other_settings(self, plan: "Plan") -> str | None:
-        """Return how the call's settings, defaults too, differ from those of a plan's calibration, with what to do."""
-        from ertacache.pipelines.uncached import CALL_NAMES
-        from ertacache.plans.requirements import differences
-
-        known = inspect.signature(self.pipeline.__call__).parameters.items()
-        call = {name: p.default for name, p in known if p.default not in (None, inspect.Parameter.empty)}
-        call |= self.arguments
-        present = call | {name: call[argument] for name, argument in CALL_NAMES.items() if argument in call}
-        recorded = plan.requirements.settings
-        names = differences(recorded, present)
-        if not names:
-            return None
-        pairs = ", ".join(f"{name} {recorded[name]}, now {present[name]}" for name in names)
-        text = f"the plan was calibrated at {pairs}; quality may be lower"
-        return f"{text}: give what it was made for, or make another plan with `{self.calibrate} …`"
-
     # --- the pipeline ------------------------------------------------------------------------------------------------
 
     @property

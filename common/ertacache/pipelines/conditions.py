@@ -4,30 +4,30 @@ Settings that a call is given do not tell: most have defaults, which differ betw
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ertacache.pipelines.uncached import CALL_NAMES
 from ertacache.plans.requirements import transformer_of
 
-REMEDIES = {
-    "latents": "give the call the same size",
-    "text_length": "give the call the same max_sequence_length",
-    "guidance_scale": "give the call the same guidance_scale",
-}
+REMEDIES = {"latents": "the same size", "text_length": "the same max_sequence_length"}  # what to give the call
+SIZES = ("height", "width", "num_frames")  # the shape of the latents, as the call knows it
+IN_TEXT_LENGTH = "max_sequence_length"  # which matters as far as the model sees it
+UNRELATED = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt")  # compared elsewhere
 
 
-def conditions_of(args: tuple, kwargs: Mapping[str, Any], pipe=None) -> dict[str, Any]:
+def conditions_of(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model call says of its run.
 
     Args:
         args, kwargs: Of the call.
-        pipe: The pipeline that makes it.
 
     Returns:
         "latents", their shape without the batch; "text_length", tokens of the prompt with their padding, where no mask
-        tells the model which are padding; "guidance_scale". Only what is there.
+        tells the model which are padding. Only what is there.
     """
     found: dict[str, Any] = {}
     latents = kwargs.get("hidden_states", kwargs.get("sample", args[0] if args else None))
@@ -37,15 +37,28 @@ def conditions_of(args: tuple, kwargs: Mapping[str, Any], pipe=None) -> dict[str
     masked = any("mask" in name and value is not None for name, value in kwargs.items())
     if isinstance(text, torch.Tensor) and text.ndim == 3 and not masked:
         found["text_length"] = text.shape[1]
-    scale = getattr(pipe, "_guidance_scale", None)
-    if isinstance(scale, int | float):
-        found["guidance_scale"] = scale
     return found
+
+
+def arguments_under_way(pipe) -> dict[str, int | float]:
+    """Return the numbers among the arguments of the call of such a pipeline that is under way in this thread.
+
+    They are read from its frame, for they are what the call uses, defaults and corrections included; no pipeline keeps
+    all of them.
+    """
+    frame, kind = sys._getframe(), type(pipe)
+    while not (frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), kind)):
+        frame = frame.f_back
+        if frame is None:
+            return {}
+    code, known = frame.f_code, frame.f_locals
+    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]).difference(UNRELATED)
+    return {name: known[name] for name in sorted(names) if type(known.get(name)) in (int, float)}
 
 
 @contextlib.contextmanager
 def watching(pipe) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary that the first call of a pipeline's transformer fills with its conditions."""
+    """Yield a dictionary that the first call of a pipeline's transformer fills: conditions, and numbers of the call."""
     found, transformer = {}, transformer_of(pipe)
     if not isinstance(transformer, torch.nn.Module):
         yield found
@@ -53,7 +66,7 @@ def watching(pipe) -> Iterator[dict[str, Any]]:
 
     def see(module, args, kwargs):
         if not found:
-            found.update(conditions_of(args, kwargs))
+            found.update(arguments_under_way(pipe) | conditions_of(args, kwargs))
 
     handle = transformer.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -63,10 +76,18 @@ def watching(pipe) -> Iterator[dict[str, Any]]:
 
 
 def difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Return how a run differs from the conditions that a plan has recorded, with what to do."""
-    recorded = {"guidance_scale": recorded.get("guidance"), **recorded}
-    others = [name for name in REMEDIES if name in present and recorded.get(name) not in (None, present[name])]
+    """Return how a run differs from the conditions that a plan has recorded, with what to do.
+
+    Args:
+        recorded: Settings of a plan.
+        present: Conditions of the run, and arguments of the call.
+    """
+    recorded = {CALL_NAMES.get(name, name): value for name, value in recorded.items() if name != IN_TEXT_LENGTH}
+    others = [name for name, value in recorded.items() if name in present and present[name] != value]
+    if any(name in others for name in SIZES):
+        others = [name for name in others if name != "latents"]
     if not others:
         return None
     pairs = ", ".join(f"{name} {recorded[name]}, now {present[name]}" for name in others)
-    return f"the plan was calibrated at {pairs}; quality may be lower: {', '.join(REMEDIES[name] for name in others)}"
+    remedies = " and ".join(dict.fromkeys(REMEDIES.get(name, f"the same {name}") for name in others))
+    return f"the plan was calibrated at {pairs}; quality may be lower: give the call {remedies}"

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from ertacache.pipelines.block_residuals import BlockResiduals
-from ertacache.pipelines.conditions import conditions_of, difference
+from ertacache.pipelines.conditions import arguments_under_way, conditions_of, difference
 from ertacache.pipelines.course import Course
 from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
@@ -56,7 +56,8 @@ class Enabled:
         if course.looked or self.plan is None or "conditions" in self.warned:
             return
         course.looked = True
-        text = difference(self.plan.requirements.settings, conditions_of(args, kwargs, self.pipe()))
+        present = arguments_under_way(self.pipe()) | conditions_of(args, kwargs)
+        text = difference(self.plan.requirements.settings, present)
         if text:
             self.warned.add("conditions")
             warnings.warn(f"{text}, or calibrate a plan for it", stacklevel=4)

@@ -135,6 +135,8 @@ def _snippet(plan, source: str, model: str) -> list[str]:
     library, pipeline = OTHER_PIPELINES.get(model_class, ("diffusers", _pipeline(settings)))
     dtype = f", dtype=torch.{settings['dtype']}" if settings.get("dtype") in DTYPES else ""
     arguments = {ARGUMENT_NAMES.get(k, k): v for k, v in settings.items() if k not in NO_ARGUMENTS}
+    if type(settings.get("text_length")) is int and not {"pipeline", "max_sequence_length"}.intersection(settings):
+        arguments["max_sequence_length"] = settings["text_length"]  # the default of pipelines is another
     arguments = {name: value for name, value in arguments.items() if name.isidentifier() and not iskeyword(name)}
     hashed = [name for name, value in arguments.items() if isinstance(value, str) and HASHED_INPUT.fullmatch(value)]
     words = [f"{name}={name if name in hashed else _quoted(value)}" for name, value in arguments.items()]

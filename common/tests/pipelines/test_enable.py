@@ -336,16 +336,17 @@ def test_a_call_under_other_conditions_is_one_warning_that_names_them(tmp_path):
     tiny = with_prompts(flux())
     plan = calibrate(tiny, work=tmp_path)[2]
     recorded = plan.requirements.settings
-    assert recorded["latents"] and recorded["text_length"] and recorded["guidance_scale"]
+    assert recorded["latents"] and recorded["text_length"]
+    assert recorded["guidance_scale"] and recorded["true_cfg_scale"] == 1 and recorded["height"]
     ertacache.enable(tiny.pipe, plan)
     with no_warning():
         tiny.run(prompt=["a red star"])
-    others = {"text_length": 3, "latents": [1, 2], "guidance_scale": 9}
+    others = {"text_length": 3, "latents": [1, 2], "guidance_scale": 9, "true_cfg_scale": 2}
     changed = replace(plan.requirements, settings={**recorded, **others})
     ertacache.enable(tiny.pipe, replace(plan, requirements=changed))
     with pytest.warns(UserWarning, match="calibrated at") as caught:
         tiny.run(prompt=["a red star"])
         tiny.run(prompt=["a red star"])
     assert len([w for w in caught if "calibrated at" in str(w.message)]) == 1
-    for word in ("text_length 3, now", "latents [1, 2], now", "guidance_scale 9, now"):
+    for word in ("text_length 3, now", "latents [1, 2], now", "guidance_scale 9, now", "true_cfg_scale 2, now 1"):
         assert word in str(caught[0].message)

@@ -290,6 +290,7 @@ def test_the_snippet_of_a_plan_around_the_blocks(flux, tmp_path):
     code = snippet((tmp_path / "plan" / "README.md").read_text())
     compile(code, "snippet", "exec")
     assert "ertacache.enable(pipe, " in code and "num_inference_steps=30" in code
+    assert "max_sequence_length=16" in code  # the folder's own; the stock pipeline's is 512
 
 
 def test_the_snippet_of_a_pipelines_own_call():

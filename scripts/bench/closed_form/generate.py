@@ -4,7 +4,7 @@
     .venv/bin/python scripts/evaluate.py scripts/bench/closed_form --model b=0.3,shift=1 --guidance 1 …
 
 `--model` says how hard it is: b, the width of the Gaussian around each point (default 0.1), and shift, of the grid of
-noise levels (default 3). `demo` is both defaults. Shapes: B images, C × H × W numbers each, 3 × 32 × 32.
+noise levels (default 3). `demo` is both defaults. Shapes: B images, C × H × W numbers each, 3 × 16 × 16.
 """
 
 from dataclasses import dataclass, replace

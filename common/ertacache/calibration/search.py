@@ -60,7 +60,7 @@ class Search:
         for name, schedule in self.candidates.items():
             yield schedule, HISTORY_LENGTHS[0], name
         for history_length in HISTORY_LENGTHS[1:]:
-            yield self.best.schedule, history_length, f"{self.chosen}, H = {history_length}"
+            yield self.best.schedule, history_length, f"{self.chosen}, fitted with H = {history_length}"
         start = self.chosen
         while near := self.untried():
             yield near[0], self.best.history_length, f"{start}, local search"

@@ -41,6 +41,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
 }
 project = html_title = "ERTACache"
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = html_show_copyright = html_show_sphinx = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "index"

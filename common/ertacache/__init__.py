@@ -4,10 +4,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ertacache.calibration.accelerate import accelerate
     from ertacache.calibration.from_pipeline import calibrate
-    from ertacache.pipelines.enable import disable, enable
+    from ertacache.pipelines.enable import disable, enable, speedup
     from ertacache.pipelines.summary import summary
-    from ertacache.plans import BudgetPlan, Plan, ThresholdPlan
+    from ertacache.plans import BudgetPlan, Plan, PlanSet, ThresholdPlan
     from ertacache.plans.requirements import Requirements
     from ertacache.utils.errors import PlanError, UserError
 
@@ -16,22 +17,28 @@ __all__ = [
     "BudgetPlan",
     "Plan",
     "PlanError",
+    "PlanSet",
     "Requirements",
     "ThresholdPlan",
     "UserError",
     "__version__",
+    "accelerate",
     "calibrate",
     "disable",
     "enable",
+    "speedup",
     "summary",
 ]
 _MODULES = {
+    "accelerate": "calibration.accelerate",
     "calibrate": "calibration.from_pipeline",
     "disable": "pipelines.enable",
     "enable": "pipelines.enable",
+    "speedup": "pipelines.enable",
     "summary": "pipelines.summary",
     "BudgetPlan": "plans",
     "Plan": "plans",
+    "PlanSet": "plans",
     "ThresholdPlan": "plans",
     "Requirements": "plans.requirements",
     "PlanError": "utils.errors",

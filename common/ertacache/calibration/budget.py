@@ -378,7 +378,7 @@ class BudgetCalibration:
         steps = self.end if self.target.sigmas is None else self.session.steps
         for budget in budgets:
             check_budget(budget, steps)
-        limit = effort_of(effort).search * steps
+        limit, self.effort = effort_of(effort).search * steps, effort
         if self.fitted == len(self.session.prompts):
             text = f"{self.fitted} calibration prompts, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
@@ -462,6 +462,7 @@ class BudgetCalibration:
             "error_metric": METRIC,
             "rollouts": len(search.tried),
             "finished": finished,
+            "effort": self.effort,
             "projection_bound": planner.projection_bound(gram, best.schedule, self.scaled),
             "noise_gain": planner.noise_gain(arrays["weights"], arrays["scale"]),
             "noise_gain_uncached": self.uncached_noise_gain(),

@@ -12,15 +12,17 @@ from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, stateful
 from ertacache.calibration.search import Interrupted, goes_on, keep_unfinished
-from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.session import CalibrationSession, recorded
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.enable import check_pipeline, originals
-from ertacache.plans.budget import BudgetPlan
+from ertacache.plans import PlanSet
 from ertacache.plans.names import budget_of, check_speedups
+from ertacache.plans.requirements import Requirements
 from ertacache.utils import parallel
 from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, check_seed, steps_problem
 from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import ensure_writable
+from ertacache.utils.logs import each_line_once
 
 FOLDER = ".ertacache"  # in the current folder: checkpoints of an interrupted calibration
 UNFINISHED = "interrupted-"  # names of plans in it begin so
@@ -40,7 +42,7 @@ def calibrate(
     work: str | Path | None = None,
     progress: bool = True,
     **call_kwargs,
-) -> dict[float, BudgetPlan]:
+) -> PlanSet:
     """Calibrate a budget plan for each speed-up, for this pipeline's call with `call_kwargs`.
 
     It takes T model calls per prompt once, and then at most 2·T, 4·T or 40·T per prompt for each speed-up, by effort;
@@ -64,7 +66,7 @@ def calibrate(
             value for all prompts.
 
     Returns:
-        {speedup: plan}, in the order of `speedups`.
+        {speedup: plan}. `enable` takes one of them, or all, between which `speedup` switches.
 
     Raises:
         UserError: An argument out of range, a pipeline or scheduler that plans cannot follow, or a call that changes
@@ -82,7 +84,7 @@ def make_plans(
     pipe,
     prompts: Sequence[str],
     speedups: Sequence[float],
-    save: Callable[[dict[float, BudgetPlan]], None] | None,
+    save: Callable[[PlanSet], None] | None,
     *,
     seed: int,
     batch_size: int,
@@ -91,11 +93,15 @@ def make_plans(
     work: str | Path | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any],
-) -> dict[float, BudgetPlan]:
+) -> PlanSet:
     """Calibrate as `calibrate` does; save(plans) is called by rank 0 before the work is deleted."""
-    prompts = _check_prompts(prompts)[: effort_of(effort).prompts]
+    prompts = prompts_of(prompts)[: effort_of(effort).prompts]
     check_seed(seed, "seed")
-    steps = _check(pipe, prompts, speedups, target, batch_size, call_kwargs)
+    if target != "reference":
+        raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
+    steps = check_call(pipe, speedups, batch_size, call_kwargs)
+    if batch_size < len(prompts):
+        _check_state(pipe, len(prompts))
     folder = ensure_writable(work or FOLDER)
     sampler = PausedCalls(pipe, call_kwargs)
     try:
@@ -104,13 +110,13 @@ def make_plans(
             pipe,
             prompts,
             range(seed, seed + len(prompts)),
-            settings={"steps": steps, "pipeline": type(pipe).__name__, **_recorded(call_kwargs)},
+            settings=_settings(pipe, steps, call_kwargs),
             batch_size=batch_size,
             work=folder,
             model_id=_name_of(pipe),
             progress=progress,
         )
-        with contextlib.closing(session.progress), goes_on(), session.exclusive():
+        with contextlib.closing(session.progress), goes_on(), session.exclusive(), each_line_once("diffusers"):
             calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
             if total != steps:
@@ -121,7 +127,7 @@ def make_plans(
                 raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
             budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
             made = calibration.plans(list(dict.fromkeys(budgets.values())), effort)
-            plans = {speedup: made[budget] for speedup, budget in budgets.items()}
+            plans = PlanSet({speedup: made[budget] for speedup, budget in budgets.items()})
             if save is not None and parallel.is_main():
                 save(plans)
             calibration.finish()
@@ -137,18 +143,16 @@ def make_plans(
     return plans
 
 
-def _check_prompts(prompts) -> list[str]:
-    """Return the prompts, a list of texts."""
+def prompts_of(prompts) -> list[str]:
+    """Return the prompts of a calibration, a list of texts."""
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
     if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"prompts = {prompts!r:.60}: give a list of texts")
     return list(prompts)
 
 
-def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: Mapping[str, Any]) -> int:
-    """Refuse what cannot be calibrated. Returns T."""
-    if target != "reference":
-        raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
+def check_call(pipe, speedups: Sequence[float], batch_size: int, call_kwargs: Mapping[str, Any]) -> int:
+    """Refuse what cannot be calibrated, before it takes any time. Returns T."""
     if not isinstance(speedups, Sequence) or isinstance(speedups, str) or not speedups:
         raise UserError(f"speedups = {shown(speedups)}: give a list, for example [2, 3]")
     check_speedups(speedups, "speedups")
@@ -156,8 +160,6 @@ def _check(pipe, prompts, speedups, target: str, batch_size: int, call_kwargs: M
         raise UserError(f"batch_size = {shown(batch_size)}: give a whole number of at least 1")
     check_pipeline(pipe)
     check_scheduler(originals(pipe)["scheduler"])
-    if batch_size < len(prompts):
-        _check_state(pipe, len(prompts))
     steps = _steps_of(pipe, call_kwargs)
     for speedup in speedups:
         budget_of(steps, speedup, "speedups")
@@ -191,6 +193,15 @@ def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
         limits = f"from {LEAST_STEPS} to {LARGEST_STEPS}"
         raise UserError(f"num_inference_steps = {shown(steps)}: give the number of steps of the uncached run, {limits}")
     return steps
+
+
+def requirements_of(pipe, steps: int, call_kwargs: Mapping[str, Any]) -> Requirements:
+    """Return what binds the plans of a pipeline's call, and what of the call is known before it is made."""
+    return Requirements.of(pipe, steps, recorded(pipe, _settings(pipe, steps, call_kwargs)))
+
+
+def _settings(pipe, steps: int, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"steps": steps, "pipeline": type(pipe).__name__, **_recorded(call_kwargs)}
 
 
 def _recorded(call_kwargs: Mapping[str, Any]) -> dict[str, Any]:

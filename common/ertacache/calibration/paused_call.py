@@ -232,16 +232,9 @@ class Pausing(Enabled):
         super().__init__(None)
         self.call = call
 
-    def check(self, scheduler) -> None:
-        """Take any scheduler."""
-
     def context(self, name: str) -> str:
         """Return a name of this call's own for what diffusers' caches keep."""
         return f"{name} of call {id(self.call)}"
-
-    def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Return the pipeline's own noise levels, and all steps: the schedule counts from where the call begins."""
-        return native, tuple(range(len(native) - 1))
 
     def steps_of(self, run: PlannedRun):
         call, course = self.call, run.course

@@ -134,7 +134,7 @@ class CalibrationSession:
         if not self.silent:
             size = min(self.batch_size, len(self.prompts))
             runs = calls * len(self.prompts) / self.steps
-            text = f"at most {calls * self.batches} model calls with {size} prompts each"
+            text = f"at most {calls * self.batches} model calls with {size} prompt{'s' if size > 1 else ''} each"
             cost = f"the cost of {runs:.0f} uncached results"
             print(f"calibration: {text}, {cost}; Ctrl-C and the same again go on", file=sys.stderr)
 

@@ -26,21 +26,25 @@ METRIC = "mean squared error of the final latents"  # where a plan does not say 
 
 def show(source: str, as_json: bool) -> None:
     """Print a plan, drawn or as JSON."""
-    plan = read(source)
+    plans = read(source)
     if as_json:
-        print(json.dumps(as_values(plan), indent=1))  # ASCII, so that nothing in it steers a terminal
-    else:
-        console = Console(highlight=False)
+        values = [as_values(plan) for plan in plans]  # ASCII, so that nothing in it steers a terminal
+        print(json.dumps(values if len(plans) > 1 else values[0], indent=1))
+        return
+    console = Console(highlight=False)
+    for number, plan in enumerate(plans):
+        if number:
+            console.print()
         console.print(drawn(plan, console.width, unicode=console.encoding.startswith("utf")), soft_wrap=False)
 
 
-def read(source: str) -> Plan:
-    """Read a plan from its file, or from a folder or the Hub (which imports diffusers, and takes seconds)."""
+def read(source: str) -> list[Plan]:
+    """Read a plan from its file; or those of a folder or of the Hub (which imports diffusers, and takes seconds)."""
     if Path(source).expanduser().is_file():
-        return Plan.load(Path(source).expanduser())
-    from ertacache.pipelines.enable import read_plan
+        return [Plan.load(Path(source).expanduser())]
+    from ertacache.pipelines.enable import read_plans
 
-    return read_plan(source)
+    return read_plans(source).members
 
 
 def as_values(plan: Plan) -> dict[str, Any]:

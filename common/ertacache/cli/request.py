@@ -126,15 +126,16 @@ class Request:
             raise UserError(f"{text}: give --steps with a whole number from 1 to {LARGEST_STEPS}")
         return steps
 
-    def plan(self, source: str | None) -> "Plan | None":
-        """Return the plan at `source` (None: none), checked against T."""
-        from ertacache.pipelines.enable import read_plan
+    def plan(self, source: str | None, speedup: float | None = None) -> "Plan | None":
+        """Return the plan at `source` (None: none), checked against T; of a set that of a speed-up, or the first."""
+        from ertacache.pipelines.enable import read_plans
         from ertacache.plans.requirements import Requirements
 
         steps = self.steps
         if source is None:
             return None
-        plan = read_plan(source)
+        plans = read_plans(source)
+        plan = plans.first if speedup is None else plans.at(speedup)
         remedy = f"give --steps {plan.steps}, or make another plan with `{self.calibrate} …`"
         plan.check(Requirements(steps, {}, {}), remedy)
         return plan

@@ -1,5 +1,6 @@
 """The course of one call of a pipeline: which steps it computes, and where it stands."""
 
+import statistics
 import threading
 import time
 import weakref
@@ -22,12 +23,19 @@ class Course:
         steps: T.
         planned: The plan's computed steps, ascending.
         outputs: What it keeps of its model calls.
+        plan: That it follows.
         within: The course of this thread that was under way, where the call is made by a callback of another.
     """
 
     def __init__(
-        self, steps: int, planned: Sequence[int], outputs: Outputs | BlockResiduals, within: "Course | None" = None
+        self,
+        steps: int,
+        planned: Sequence[int],
+        outputs: Outputs | BlockResiduals,
+        plan=None,
+        within: "Course | None" = None,
     ):
+        self.plan = plan
         self.within = (lambda: None) if within is None else weakref.ref(within)  # its run keeps it
         self.steps, self.planned = steps, tuple(planned)
         self.thread = threading.get_ident()
@@ -39,7 +47,7 @@ class Course:
         self.monitor = None  # of the drift (plans/drift.py)
         self.drifting = self.drifted = False  # whether the last planned step was beyond the limit, and the one before
         self.looked = False  # whether its first model call was compared with the plan's conditions
-        self.clock: list[float] = []  # seconds at each computed step
+        self.clock = Clock()
         self.times = CallTimes()
         self.outputs = outputs
 
@@ -57,12 +65,17 @@ class Course:
     @property
     def computed(self) -> int:
         """Number of computed steps so far."""
-        return len(self.clock)
+        return len(self.clock.computed)
 
     @property
     def skipped(self) -> int:
         """Number of skipped steps so far."""
         return 0 if self.begin is None else self.step - self.begin - self.computed
+
+    @property
+    def speedup(self) -> float | None:
+        """Speed-up of the call's loop against as many computed steps; None until it has ended."""
+        return self.clock.speedup(self.steps - self.begin) if self.step == self.steps else None
 
     def takes(self, args: tuple, kwargs: dict) -> bool:
         """Return whether a model call belongs to this course."""
@@ -82,9 +95,35 @@ class Course:
         """Return the next computed step after step i, T after the last."""
         return next((k for k in range(i + 1, self.steps) if self.computes(k)), self.steps)
 
-    def tick(self) -> None:
-        """Note the time of a computed step."""
-        self.clock.append(time.perf_counter())
+
+class Clock:
+    """Seconds of the steps of a course, by the clock of the host."""
+
+    def __init__(self):
+        self.last: float | None = None  # when the last step ended
+        self.computed: list[float | None] = []  # of each computed step; None for the first, before which nothing ended
+        self.skipped = 0.0  # of all skipped steps
+
+    def tick(self, computed: bool) -> None:
+        """Note the end of a step."""
+        now = time.perf_counter()
+        seconds = None if self.last is None else now - self.last
+        self.last = now
+        if computed:
+            self.computed.append(seconds)
+        else:
+            self.skipped += seconds
+
+    @property
+    def per_step(self) -> float | None:
+        """Median time of a computed step, which that of the first one is taken to be; None where it is the only one."""
+        known = [seconds for seconds in self.computed if seconds is not None]
+        return statistics.median(known) if known else None
+
+    def speedup(self, steps: int) -> float | None:
+        """Return the speed-up of a call over so many steps, against as many computed ones."""
+        one = self.per_step
+        return None if one is None else steps * one / (len(self.computed) * one + self.skipped)
 
 
 class CallTimes:

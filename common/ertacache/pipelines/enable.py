@@ -3,15 +3,16 @@
 import contextlib
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.block_residuals import check_blocks, hook_blocks, unhook_blocks
 from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser, is_stand_in
-from ertacache.pipelines.enabled import Enabled
+from ertacache.pipelines.enabled import Enabled, around_blocks, enabled_of
 from ertacache.pipelines.scheduler import PlannedScheduler
-from ertacache.plans import Plan
+from ertacache.plans import Plan, PlanSet
 from ertacache.plans.drift import LIMITS
 from ertacache.plans.names import HUB_ID, HUB_PREFIX
 from ertacache.plans.requirements import Requirements, transformer_of
@@ -29,7 +30,13 @@ REFUSED = {  # pipelines, and what they do
 }
 
 
-def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit: float | None = None) -> None:
+def enable(
+    pipe,
+    plan: Plan | Mapping[float, Plan] | str | Path,
+    *,
+    on_drift: str = "warn",
+    drift_limit: float | None = None,
+) -> None:
     """Let a diffusers pipeline follow a plan in all of its calls, in place of one that it followed before.
 
     The pipeline runs its T steps as always: same timesteps, step numbers, callbacks and beginning. The denoiser calls
@@ -38,7 +45,8 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
 
     Args:
         pipe: A pipeline with a `transformer` and a scheduler that plans know (numerics/schedulers.py).
-        plan: A plan; the path of one, or of a directory with a plan.json; or hf://OWNER/NAME for one on the Hub.
+        plan: A plan; {speed-up: plan}, of which calls follow the first until `ertacache.speedup` chooses another; the
+            path of a plan, or of a directory with a plan.json; or hf://OWNER/NAME for one on the Hub.
         on_drift: What is done where a run is unlike those of the calibration (drift.py). "warn": one warning, at the
             end of the first run whose drift is beyond the limit. "compute": where the prediction of a computed step is
             beyond the limit, every step up to the plan's next one is computed. "ignore": nothing.
@@ -57,10 +65,26 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
         raise UserError(f"on_drift = {on_drift!r}: give one of {', '.join(map(repr, ON_DRIFT))}")
     if drift_limit is not None and not (isinstance(drift_limit, int | float) and drift_limit > 0):
         raise UserError(f"drift_limit = {shown(drift_limit)}: give a number above 0")
-    if isinstance(pipe, Plan | str | Path):
+    if isinstance(pipe, Plan | Mapping | str | Path):
         raise UserError(f"enable({shown(pipe)}, …): give the pipeline first, then the plan")
     check_pipeline(pipe)
-    plan = read_plan(plan)
+    plans = read_plans(plan)
+    own = originals(pipe)
+    check_scheduler(own["scheduler"])
+    models = [own[name] for name in MODELS if name in own]
+    for each in plans.members:
+        _check_plan(pipe, each, on_drift)
+    enabled = Enabled(plans, on_drift, drift_limit)
+    _warn_of_other_weights(plans.first, pipe)
+    disable(pipe)
+    if any(map(around_blocks, plans.values())):
+        for model in models:
+            hook_blocks(model, enabled)
+    stand_in(pipe, enabled, own)
+
+
+def _check_plan(pipe, plan: Plan, on_drift: str) -> None:
+    """Refuse a plan that the pipeline cannot follow."""
     if type(pipe).__name__ in PER_TOKEN and plan.requirements.settings.get("pipeline") != type(pipe).__name__:
         text = f"a {type(pipe).__name__} has a time for each token, and the plan was calibrated on another pipeline"
         raise PlanError(f"{text}: calibrate one with ertacache.calibrate(pipe, prompts)")
@@ -68,21 +92,33 @@ def enable(pipe, plan: Plan | str | Path, *, on_drift: str = "warn", drift_limit
         remedy = "calibrate a budget plan anew, or leave on_drift='compute' out"
         raise PlanError(f"the plan ({plan.title}) has no drift to look at: {remedy}")
     own = originals(pipe)
-    check_scheduler(own["scheduler"])
     _check_hook(own["scheduler"], plan)
     dtype = str(transformer_of(pipe).dtype).removeprefix("torch.")
     plan.check(Requirements.of(pipe, plan.steps, {"dtype": dtype}), "calibrate one: ertacache.calibrate(pipe, prompts)")
-    enabled = Enabled(plan, on_drift, drift_limit)
-    models = [own[name] for name in MODELS if name in own]
-    if enabled.around_blocks:
-        for model in models:
-            check_blocks(model)
-    _warn_of_other_weights(plan, pipe)
-    disable(pipe)
-    if enabled.around_blocks:
-        for model in models:
-            hook_blocks(model, enabled)
-    stand_in(pipe, enabled, own)
+    if around_blocks(plan):
+        for name in MODELS:
+            if name in own:
+                check_blocks(own[name])
+
+
+def speedup(pipe, speedup: float | None) -> None:
+    """Choose among the plans of a pipeline, for its next calls.
+
+    The choice is that of the calling thread; threads that have never chosen follow the last choice of any. It costs
+    nothing, and a call that is under way goes on as it began.
+
+    Args:
+        pipe: A pipeline that follows plans (`enable`).
+        speedup: Of one of them, or the number of computed steps' T/N; None for uncached calls.
+
+    Raises:
+        UserError: The pipeline follows no plan, or none of this speed-up.
+
+    Example:
+        >>> ertacache.speedup(pipe, 3)
+    """
+    enabled = enabled_of(pipe)
+    enabled.choose(None if speedup is None else enabled.plans.at(speedup))
 
 
 def disable(pipe) -> None:
@@ -138,24 +174,26 @@ def check_pipeline(pipe) -> None:
             raise UserError(f"{text}: use it without one")
 
 
-def read_plan(source: Plan | str | Path) -> Plan:
-    """Return a plan itself, or read it from a file, a directory or (hf://OWNER/NAME) the Hub."""
+def read_plans(source: Plan | Mapping[float, Plan] | str | Path) -> PlanSet:
+    """Return plans as a set, or read them from a file, a directory or (hf://OWNER/NAME) the Hub."""
     if isinstance(source, Plan):
-        return source
+        return PlanSet({source.speedup: source})
+    if isinstance(source, Mapping):
+        return source if isinstance(source, PlanSet) else PlanSet(source)
     if not isinstance(source, str | Path):
         raise UserError(f"plan = {shown(source)}: give a plan, the path of one, or {HUB_PREFIX}OWNER/NAME")
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        return Plan.from_pretrained(source.removeprefix(HUB_PREFIX))
+        return PlanSet.from_pretrained(source)
     path = Path(source).expanduser()
     try:
         is_folder, there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read plan {shown(str(source))} ({reason_of(error)}): check the path") from error
     if is_folder:
-        return Plan.from_pretrained(path)
+        return PlanSet.from_pretrained(path)
     if not there and isinstance(source, str) and HUB_ID.fullmatch(source):
         raise PlanError(f"no plan {source} here: check the path; one on the Hub is {HUB_PREFIX}{source}")
-    return Plan.load(path)
+    return read_plans(Plan.load(path))
 
 
 def _check_hook(scheduler, plan: Plan) -> None:

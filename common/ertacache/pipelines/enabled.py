@@ -11,21 +11,24 @@ from ertacache.pipelines.course import Course
 from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
 from ertacache.plans.plan import Plan
+from ertacache.plans.plan_set import PlanSet
 from ertacache.plans.requirements import Requirements
+from ertacache.utils.errors import UserError
 
 
 class Enabled:
-    """A plan that pipelines follow, and the calls in which they do.
+    """Plans that pipelines follow, and the calls in which they do.
 
     Every thread has a course of its own: so requests may share a model, as long as each has its own scheduler.
 
     Args:
-        plan: What to follow; None in a calibration.
+        plans: What to choose from, the first of which is followed; None in a calibration.
         on_drift, drift_limit: As in `ertacache.enable`.
     """
 
-    def __init__(self, plan: Plan | None, on_drift: str = "ignore", drift_limit: float | None = None):
-        self.plan, self.on_drift, self.drift_limit = plan, on_drift, drift_limit
+    def __init__(self, plans: PlanSet | None, on_drift: str = "ignore", drift_limit: float | None = None):
+        self.plans, self.on_drift, self.drift_limit = plans, on_drift, drift_limit
+        self.chosen: Plan | None = plans.first if plans else None  # of threads that have not chosen
         self.pipe = lambda: None  # the pipeline, by a weak reference
         self.warned: set[str] = set()  # kinds of warnings that have been given
         self.here = threading.local()
@@ -35,13 +38,24 @@ class Enabled:
         self.calls = self.computed = self.skipped = 0  # of those that have ended
 
     def __reduce__(self):
-        return Enabled, (self.plan, self.on_drift, self.drift_limit)
+        return Enabled, (self.plans, self.on_drift, self.drift_limit)
 
     def __deepcopy__(self, memo) -> "Enabled":
         return self
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that the calls of this thread follow; None for uncached ones."""
+        return getattr(self.here, "plan", self.chosen)
+
+    def choose(self, plan: Plan | None) -> None:
+        """Have the next calls of this thread follow a plan, and those of threads that have never chosen."""
+        self.here.plan = self.chosen = plan
+
     def check(self, scheduler) -> None:
         """Refuse a scheduler that is set to other steps than the plan's, or is another one."""
+        if self.plan is None:
+            return
         steps = len(scheduler.timesteps)
         calibrate = f"ertacache.calibrate(pipe, prompts, num_inference_steps={steps})"
         remedy = f"give num_inference_steps={self.plan.steps}, or make a plan with {calibrate}"
@@ -49,23 +63,18 @@ class Enabled:
 
     def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Return the noise levels of a run [T+1] and its computed steps, for the scheduler's own levels."""
-        return self.plan.on(native)
+        return self.plan.on(native) if self.plan else (native, tuple(range(len(native) - 1)))
 
     def look(self, course: Course, args: tuple, kwargs: dict) -> None:
         """Warn once where a call's first model call shows that the plan was calibrated under other conditions."""
-        if course.looked or self.plan is None or "conditions" in self.warned:
+        if course.looked or course.plan is None or "conditions" in self.warned:
             return
         course.looked = True
         present = arguments_under_way(self.pipe()) | conditions_of(args, kwargs)
-        text = difference(self.plan.requirements.settings, present)
+        text = difference(course.plan.requirements.settings, present)
         if text:
             self.warned.add("conditions")
             warnings.warn(f"{text}, or calibrate a plan for it", stacklevel=4)
-
-    @property
-    def around_blocks(self) -> bool:
-        """Whether models are called on skipped steps too, without their blocks."""
-        return getattr(self.plan, "site", None) == "blocks"
 
     def context(self, name: str) -> str:
         """Return the name under which diffusers' caches keep what belongs to a guidance branch."""
@@ -91,8 +100,8 @@ class Enabled:
         fits = course is not None and course.steps == run.steps
         if not (fits and (course.step is None or (begun and course.step <= course.begin + 1))):
             self.end(course)
-            outputs = BlockResiduals() if self.around_blocks else Outputs()
-            course = self.here.course = Course(run.steps, run.planned, outputs, within=course)
+            outputs = BlockResiduals() if around_blocks(run.plan) else Outputs()
+            course = self.here.course = Course(run.steps, run.planned, outputs, run.plan, within=course)
         course.runs = [other for other in course.runs if other.scheduler is not run.scheduler] + [run]
         return course
 
@@ -119,3 +128,20 @@ class Enabled:
             computed = self.computed + sum(course.computed for course in self.running)
             skipped = self.skipped + sum(course.skipped for course in self.running)
             return self.calls + len(self.running), computed, skipped
+
+
+def around_blocks(plan: Plan | None) -> bool:
+    """Return whether models are called on skipped steps too, without their blocks."""
+    return getattr(plan, "site", None) == "blocks"
+
+
+def enabled_of(pipe) -> Enabled:
+    """Return what a pipeline follows.
+
+    Raises:
+        UserError: It follows no plan.
+    """
+    enabled = getattr(getattr(pipe, "scheduler", None), "enabled", None)
+    if not isinstance(enabled, Enabled):
+        raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
+    return enabled

@@ -30,6 +30,7 @@ class PlannedRun:
             shown = ", ".join(f"{level:.3g}" for level in self.native)
             remedy = "give the call another size, or other sigmas"
             raise UserError(f"{problem}, and are {textwrap.shorten(shown, 80, placeholder=' …')}: {remedy}")
+        self.plan = enabled.plan
         levels, self.planned = enabled.on(native)
         self.shows_own_grid = levels is native
         if not (self.shows_own_grid or shown):
@@ -68,11 +69,13 @@ class PlannedRun:
             self.begin(i)
         elif i != self.next:
             raise UserError(f"the pipeline makes step {i} where step {self.next} is due: disable the plan")
-        if self.leads and self.course.computes(i):
-            self.course.tick()
+        computes = self.course.computes(i)
+        if self.leads and computes:
             self.finite.append((i, v.isfinite().all()))  # stays on the device
-        self.missed = not self.course.computes(i) and self.course.outputs.step != i
+        self.missed = not computes and self.course.outputs.step != i
         x = self.way.step(i, x, v, options)
+        if self.leads:
+            self.course.clock.tick(computes)
         self.next = i + 1
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = self.next

@@ -6,6 +6,7 @@ skips its denoisers are not called (denoiser.py), and the scheduler steps by wha
 
 import functools
 import inspect
+import logging
 import warnings
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -14,7 +15,9 @@ from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.denoiser import put_back
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
+from ertacache.pipelines.summary import summary_of
 
+LOG = logging.getLogger("ertacache")
 LEVEL_TOLERANCE = 0.01  # of the largest noise level
 QUALITY = "quality may be lower: calibrate one with these settings"
 
@@ -94,7 +97,9 @@ class PlannedScheduler:
             text = f"no model call was skipped at step {self.run.next - 1}, as the plan has it"
             self.warn("missed", f"{text}: was the model put in after ertacache.enable? Call it again")
         if self.run.next == self.run.steps:
-            self.warn_at_the_end()
+            self.warn_of_drift()
+        if self.run.course.step == self.run.steps:
+            self.report()
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     # --- warnings, each kind once ------------------------------------------------------------------------------------
@@ -106,15 +111,16 @@ class PlannedScheduler:
 
     def warn_of_other_levels(self) -> None:
         """Warn of noise levels that are not the calibration's, where no size of the image explains them."""
-        if self.plan is None or self.own.config.get("use_dynamic_shifting"):
+        plan = self.run.plan
+        if plan is None or self.own.config.get("use_dynamic_shifting"):
             return
-        here, there = self.run.native, self.plan.native_sigmas
+        here, there = self.run.native, plan.native_sigmas
         distance, i = max((abs(a - b), i) for i, (a, b) in enumerate(zip(here, there, strict=True)))
         if distance > LEVEL_TOLERANCE * max(map(abs, there)):
             values = f"step {i} is at {here[i]:.3g}, in the calibration at {there[i]:.3g}"
             self.warn("levels", f"this run has other noise levels than the plan's calibration ({values}); {QUALITY}")
 
-    def warn_at_the_end(self) -> None:
+    def warn_of_drift(self) -> None:
         """Warn of a run that is unlike those of the plan's calibration."""
         monitor = self.run.course.monitor
         if self.enabled.on_drift == "warn" and monitor is not None and "drift" not in self.enabled.warned:
@@ -124,6 +130,16 @@ class PlannedScheduler:
                 text = f"drift {unusual:.2g}, on the calibration prompts {least:.2g} to {largest:.2g}: the plan was not"
                 remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
                 self.warn("drift", f"{text} made for a run like this one, quality may be lower; {remedy}")
+
+    def report(self) -> None:
+        """Log what the call has done, and warn where its plan has skipped nothing."""
+        course = self.run.course
+        if course.plan is None:
+            return
+        LOG.info("%s", summary_of(course, self.enabled).last_call)
+        if course.skipped == 0 and course.plan.nfe < course.steps and not course.added:
+            text = f"the plan has skipped no step of this call, which began at step {course.begin} of {course.steps}"
+            self.warn("nothing", f"{text}: calibrate one for such calls")
 
 
 def _like(original, replacement):

@@ -16,10 +16,9 @@ PER_TOKEN = "per_token_timesteps"  # LTXConditionPipeline: a time for each token
 
 def steps_of(run):
     """Return how a run follows its plan."""
-    plan = run.enabled.plan
     if len(run.planned) == run.steps and run.shows_own_grid:
         return OwnSteps(run)
-    return BudgetSteps(run) if plan.kind == "budget" else ThresholdSteps(run)
+    return BudgetSteps(run) if run.plan.kind == "budget" else ThresholdSteps(run)
 
 
 class OwnSteps:
@@ -40,7 +39,7 @@ class ThresholdSteps(OwnSteps):
 
     def __init__(self, run):
         super().__init__(run)
-        self.plan, self.residual = run.enabled.plan, None
+        self.plan, self.residual = run.plan, None
 
     def step(self, i: int, x: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
         refuse_options(self.run, options)
@@ -67,7 +66,7 @@ class BudgetSteps(OwnSteps):
 
     def __init__(self, run):
         super().__init__(run)
-        self.plan, self.course = run.enabled.plan, run.course
+        self.plan, self.course = run.plan, run.course
         self.history: list[tuple[int, torch.Tensor]] = []  # the newest computed steps and velocities, newest first
         self.jumps = 0  # made so far
         self.jump = None  # in progress: (c, k, x_c, x_k)

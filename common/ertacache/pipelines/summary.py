@@ -1,12 +1,10 @@
 """What a pipeline with a plan has done: computed and skipped steps, time saved, drift."""
 
-import statistics
 from dataclasses import dataclass
-from itertools import pairwise
 
-from ertacache.pipelines.scheduler import PlannedScheduler
+from ertacache.pipelines.course import Course
+from ertacache.pipelines.enabled import Enabled, enabled_of
 from ertacache.plans.drift import Reading
-from ertacache.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -14,13 +12,14 @@ class Summary:
     """Computed and skipped steps since `enable`; `str` is human-readable.
 
     Attributes:
-        plan: Title of the plan.
+        plan: Title of the plan of the last call, or of the one to come; "none" where it is uncached.
         steps: T.
         calls: Times that the pipeline has run through the steps. A pipeline that makes a video in segments does so for
             each of them; several schedulers that step together count once.
         computed, skipped: Steps of the last call; skipped ones are counted from where the call began.
         all_computed, all_skipped: Steps of all calls.
-        seconds_saved: Skipped steps of the last call × the median time between two computed ones; None below two.
+        seconds_per_step: Median time of a computed step of the last call; None before the second one.
+        speedup: Of the last call's loop, against as many steps that all take this time; None until it has ended.
         drift: Of each sample of the last call, 1 as at calibration; () where the plan has none (drift.py).
     """
 
@@ -31,19 +30,33 @@ class Summary:
     skipped: int
     all_computed: int
     all_skipped: int
-    seconds_saved: float | None
+    seconds_per_step: float | None
+    speedup: float | None
     drift: tuple[Reading, ...] = ()
+
+    @property
+    def seconds_saved(self) -> float | None:
+        """Skipped steps of the last call × the time of a computed one."""
+        return None if self.seconds_per_step is None else self.skipped * self.seconds_per_step
 
     def __str__(self) -> str:
         if not self.calls:
             return f"plan {self.plan} for {self.steps} steps: no call yet"
-        saved = "" if self.seconds_saved is None else f", about {self.seconds_saved:.3g} s saved"
-        last = f"{self.computed} steps computed, {self.skipped} skipped{saved}"
+        every = f"{self.calls} calls, {self.all_computed} computed, {self.all_skipped} skipped"
+        return f"plan {self.plan} for {self.steps} steps. Last call: {self.last_call}. All: {every}."
+
+    @property
+    def last_call(self) -> str:
+        """The last call in words."""
+        parts = [f"{self.computed} steps computed, {self.skipped} skipped"]
+        if self.seconds_per_step is not None:
+            parts.append(f"{self.seconds_per_step:.3g} s per computed step")
+        if self.speedup is not None and self.skipped:
+            parts.append(f"{self.speedup:.2f}× faster than {self.computed + self.skipped} such steps")
         if self.drift:
             worst = max(self.drift, key=lambda reading: reading.drift)
-            last += f", drift {worst.drift:.2f} (above {worst.percentile:.0f} % of the calibration)"
-        every = f"{self.calls} calls, {self.all_computed} computed, {self.all_skipped} skipped"
-        return f"plan {self.plan} for {self.steps} steps. Last call: {last}. All: {every}."
+            parts.append(f"drift {worst.drift:.2f} (above {worst.percentile:.0f} % of the calibration)")
+        return ", ".join(parts)
 
 
 def summary(pipe) -> Summary:
@@ -53,7 +66,7 @@ def summary(pipe) -> Summary:
         pipe: A pipeline that follows a plan.
 
     Returns:
-        Computed and skipped steps of the last call and of all calls since `enable`, and the drift of the last call.
+        Computed and skipped steps of the last call and of all calls since `enable`, time and drift of the last call.
 
     Raises:
         UserError: The pipeline follows no plan.
@@ -61,19 +74,23 @@ def summary(pipe) -> Summary:
     Example:
         >>> print(ertacache.summary(pipe))
     """
-    if type(pipe.scheduler) is not PlannedScheduler:
-        raise UserError(f"this {type(pipe).__name__} follows no plan: call ertacache.enable(pipe, plan) first")
-    enabled = pipe.scheduler.enabled
-    last, (calls, computed, skipped) = enabled.last, enabled.counts()
-    times = [] if last is None else [b - a for a, b in pairwise(last.clock)]
+    enabled = enabled_of(pipe)
+    return summary_of(enabled.last, enabled)
+
+
+def summary_of(course: Course | None, enabled: Enabled) -> Summary:
+    """Return the summary of a course, the last of those that have followed `enabled`."""
+    plan = course.plan if course else enabled.plan
+    calls, computed, skipped = enabled.counts()
     return Summary(
-        plan=enabled.plan.title,
-        steps=enabled.plan.steps,
+        plan=plan.title if plan else "none",
+        steps=course.steps if course else enabled.plans.first.steps,
         calls=calls,
-        computed=last.computed if last else 0,
-        skipped=last.skipped if last else 0,
+        computed=course.computed if course else 0,
+        skipped=course.skipped if course else 0,
         all_computed=computed,
         all_skipped=skipped,
-        seconds_saved=last.skipped * statistics.median(times) if times else None,
-        drift=last.monitor.readings() if last is not None and last.monitor else (),
+        seconds_per_step=course.clock.per_step if course else None,
+        speedup=course.speedup if course else None,
+        drift=course.monitor.readings() if course and course.monitor else (),
     )

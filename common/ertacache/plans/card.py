@@ -75,7 +75,9 @@ def _threshold_facts(plan) -> KindFacts:
 FACTS = {"budget": _budget_facts, "threshold": _threshold_facts}  # by kind of plan
 
 
-def model_card(plan, source: str, license: str | None, results: str | None) -> "ModelCard":
+def model_card(
+    plan, source: str, license: str | None = None, results: str | None = None, others: Sequence = ()
+) -> "ModelCard":
     """Return the card of a plan, a huggingface_hub ModelCard.
 
     Args:
@@ -83,6 +85,7 @@ def model_card(plan, source: str, license: str | None, results: str | None) -> "
         source: What the snippet gives to `enable`, a Hub id or a folder's name.
         license: Of the plan.
         results: Markdown table of measured quality.
+        others: Further plans of the set that it is the first of.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -92,7 +95,7 @@ def model_card(plan, source: str, license: str | None, results: str | None) -> "
     tags = ["ertacache", "diffusers", "caching", "acceleration", f"{plan.kind}-plan"]
     data = ModelCardData(base_model=base, library_name="ertacache", license=license, tags=tags)
     paragraphs = [f"# {_title(plan)}", _introduction(plan, facts), f"![computed and skipped steps]({SCHEDULE_IMAGE})"]
-    paragraphs += ["## Use it", _usage(plan, source), "## Quality", _quality(plan, facts)]
+    paragraphs += ["## Use it", _usage(plan, source, others), "## Quality", _quality(plan, facts)]
     paragraphs += [results] if results else []
     paragraphs += ["## Provenance", _provenance(plan), "## How it was chosen", _choice(plan)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(paragraphs) + "\n")
@@ -114,14 +117,19 @@ def _introduction(plan, facts: KindFacts) -> str:
     return f"{text} {facts.rule} {facts.schedule}"
 
 
-def _usage(plan, source: str) -> str:
+def _usage(plan, source: str, others: Sequence) -> str:
     """Return how to follow the plan, with a snippet that runs as it is."""
     model = plan.provenance.get("model")
     model = "path/to/the/model" if model in (None, plan.requirements.settings.get("pipeline")) else model
     code = "\n".join(_snippet(plan, source, model))
     checks = "Another transformer, scheduler or number of steps is refused before the first model call"
     text = f"With ERTACache and diffusers installed:\n\n```python\n{code}\n```"
-    return f"{text}\n\n{checks}; other weights or another dtype are a warning."
+    text = f"{text}\n\n{checks}; other weights or another dtype are a warning."
+    if others:
+        kinds = ", ".join(f"{other.nfe} of {other.steps} ({other.speedup:.2g}×)" for other in others)
+        switch = f"`ertacache.speedup(pipe, {others[0].speedup:.2g})`"
+        text += f"\n\nThe set has other numbers of model calls too, {kinds}: {switch} switches between calls."
+    return text
 
 
 def _snippet(plan, source: str, model: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Plans in folders and on the Hub: `save_pretrained`, `from_pretrained` and `push_to_hub`, with a card and an image.
 
-A folder or repository holds the plan's two files, README.md (the card) and schedule.png. Names and arguments are those
+A folder or repository holds the plan's two files, README.md (the card) and schedule.png; that of a set of plans two
+more files for each further plan. Names and arguments are those
 of huggingface_hub's ModelHubMixin. That class itself is no base of a plan, because it sets attributes on its instances,
 and a plan is frozen.
 """
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from ertacache.plans.plan import Plan
 
 FILES = ("plan.json", "plan.safetensors")  # of a plan in a folder or on the Hub
+OTHERS = ("plan-*.json", "plan-*.safetensors")  # of a set's further plans
 CARD = "README.md"
 
 
 class HubMixin:
-    """Saving, loading and sharing of plans, in every class of plan.
+    """Saving, loading and sharing of plans, in every class of plan and in sets of them.
 
     Arguments that several methods share: `license` is the plan's, for the card, for example "apache-2.0"; `results` is
     a finished Markdown table of measured quality for the card, for example
@@ -171,11 +173,17 @@ class HubMixin:
         """
         from ertacache.plans.card import model_card
 
-        return model_card(self, repo_id, license, results)
+        plan, *others = self.members
+        return model_card(plan, repo_id, license, results, others)
+
+    @property
+    def members(self) -> list["Plan"]:
+        """The plan, or those of a set."""
+        return [self]
 
 
 def _write_folder(folder: Path, plan, card: str) -> None:
-    """Write all four files, first under a temporary name on the same file system."""
+    """Write all files, first under a temporary name on the same file system; those of an earlier plan go."""
     from ertacache.plans.card import SCHEDULE_IMAGE, png, schedule_image
 
     try:
@@ -188,13 +196,17 @@ def _write_folder(folder: Path, plan, card: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder if folder.is_dir() else folder.parent, prefix=".plan-") as parent:
             staged = Path(parent) / "plan"
             plan.save(staged / FILES[0])
-            write_atomically(staged / SCHEDULE_IMAGE, png(schedule_image(plan)))
+            write_atomically(staged / SCHEDULE_IMAGE, png(schedule_image(plan.members[0])))
             write_atomically(staged / CARD, card.encode())
             if not folder.is_dir():
                 os.rename(staged, folder)
                 return
-            for name in (*FILES, SCHEDULE_IMAGE, CARD):
+            written = {path.name for path in staged.iterdir()}
+            for name in written:
                 os.replace(staged / name, folder / name)
+            for path in (path for pattern in OTHERS for path in folder.glob(pattern)):
+                if path.name not in written:
+                    path.unlink()
     except OSError as error:
         raise unwritable(folder, error) from error
 
@@ -204,7 +216,7 @@ def _download(repo_id: str, **options) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=list(FILES), library_name="ertacache", **options))
+        folder = Path(snapshot_download(repo_id, allow_patterns=[*FILES, *OTHERS], library_name="ertacache", **options))
     except Exception as error:
         raise _failure(f"no plan at {repo_id}", error) from error
     missing = [name for name in FILES if not (folder / name).is_file()]

@@ -27,7 +27,7 @@ PROVENANCE = {
     **{"seeds": [int], "libraries": {str: str}},
     "prompts": {"count": int, "fitted": int, "sha256": str},
     "calibration": {
-        **{"metric": str, "error_metric": str, "chosen": str, "errors": {str: NUMBER}},
+        **{"metric": str, "error_metric": str, "chosen": str, "effort": str, "errors": {str: NUMBER}},
         **{"rollouts": int, "finished": bool, "substeps": int},
         **{"projection_bound": NUMBER, "noise_gain": NUMBER, "noise_gain_uncached": NUMBER},
     },

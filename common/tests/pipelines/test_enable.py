@@ -264,7 +264,7 @@ def test_the_summary():
     found = ertacache.summary(tiny.pipe)
     assert (found.calls, found.computed, found.skipped, found.all_computed, found.all_skipped) == (2, 4, 4, 8, 8)
     assert found.seconds_saved > 0
-    assert str(found).startswith("plan 2x for 8 steps. Last call: 4 steps computed, 4 skipped, about ")
+    assert str(found).startswith("plan 2x for 8 steps. Last call: 4 steps computed, 4 skipped, ")
     assert str(found).endswith("All: 2 calls, 8 computed, 8 skipped.")
 
 
@@ -304,10 +304,15 @@ def test_the_script_of_the_readme():
     assert done.returncode == 0 and "15 steps computed, 15 skipped" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("plan", [None, 5, b"x", ["plan.json"], {"computed": [0]}])
+@pytest.mark.parametrize("plan", [None, 5, b"x", ["plan.json"], {1, 2}])
 def test_what_is_no_plan_is_named(plan):
     with refused("plan = ", "hf://OWNER/NAME"):
         ertacache.enable(flux().pipe, plan)
+
+
+def test_what_is_no_set_of_plans_is_named():
+    with refused("plans: key 'computed'", "a number of at least 1"):
+        ertacache.enable(flux().pipe, {"computed": [0]})
 
 
 def test_arguments_the_wrong_way_round_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line for people without a clone: `ertacache calibrate | inspect | generate | evaluate`.
+"""The command line for people without a clone: `ertacache calibrate | inspect | plans | generate | evaluate`.
 
 Importing this package imports neither torch nor diffusers; each command imports what it needs.
 """

@@ -11,6 +11,7 @@ import torch
 from ertacache.cli.request import Request
 from ertacache.pipelines.enable import disable, enable, parts_of
 from ertacache.plans import Plan
+from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
 
 
@@ -46,6 +47,12 @@ class Calls:
         self.batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self.pipe = request.load()
 
+    @property
+    def identity(self) -> list:
+        """What the results depend on, besides the plan."""
+        request = self.request
+        return [request.model, request.words(), request.prompts, self.seed, request.batch_size, self.on_drift]
+
     def call(self, name: str, plan: Plan | None = None, **changes) -> Call:
         """Return a call with a plan or without. changes: of its arguments."""
         disable(self.pipe)
@@ -62,7 +69,7 @@ class Calls:
         for part_name, its_part in call.parts.items():
             setattr(self.pipe, part_name, its_part)
         text = f"{call.name}, prompt {part.stop} of {len(self.prompts)}"
-        self.pipe.set_progress_bar_config(disable=None, leave=False, desc=text)
+        self.pipe.set_progress_bar_config(disable=None if parallel.is_main() else True, leave=False, desc=text)
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]
         start = time.perf_counter()
         with self.request.calling():

@@ -1,4 +1,4 @@
-"""The four commands and the options of their own; the shared ones are in options.py."""
+"""The commands and the options of their own; the shared ones are in options.py."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,11 +63,46 @@ def inspect_plan(
     show(plan, json)
 
 
+stored_plans = typer.Typer(help="List, show and delete the stored plans.", invoke_without_command=True)
+app.add_typer(stored_plans, name="plans")
+
+
+@stored_plans.callback()
+def plans(context: typer.Context) -> None:
+    """List the plans that ertacache.accelerate and --speedup have made; show or delete them."""
+    if context.invoked_subcommand is None:
+        from ertacache.cli.plans import show_all
+
+        show_all()
+
+
+@stored_plans.command("show")
+def show_plan(name: Annotated[str, typer.Argument(metavar="NAME", help="as listed, or its beginning")]) -> None:
+    """Draw a stored plan."""
+    from ertacache.cli.plans import show
+
+    show(name)
+
+
+@stored_plans.command("delete")
+def delete_plans(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="as listed, or their beginnings")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every plan")] = False,
+) -> None:
+    """Delete stored plans; they are made anew where they are asked for again."""
+    from ertacache.cli.plans import delete
+
+    delete(names or [], everything)
+
+
 @app.command()
 @takes_request
 def generate(
     request: Request,
-    plan: Annotated[str | None, typer.Option(metavar="PLAN", help="left out: every step is computed")] = None,
+    plan: Annotated[str | None, typer.Option(metavar="PLAN", help="a plan; without --speedup: uncached")] = None,
+    speedup: Annotated[
+        float | None, typer.Option(metavar="S", help="T/S of T steps, by a stored plan or one made now; or of a set")
+    ] = None,
     seed: Seed = 1000,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for one .png or .mp4 per prompt")] = Path("sample"),
     compare: Annotated[bool, typer.Option("--compare", help="also run uncached, and compare")] = False,
@@ -77,10 +112,15 @@ def generate(
         typer.Option(help="where a run is unlike the plan's calibration: warn once, or compute more steps"),
     ] = "warn",
 ) -> None:
-    """Make images or videos, with a plan or without."""
-    from ertacache.cli.generate import run
+    """Make images or videos, with a plan or without.
 
-    run(request, plan, seed, out, compare, fps, on_drift)
+    A run that was broken off goes on with what is missing.
+
+    To share the prompts between GPUs: accelerate launch -m ertacache generate …
+    """
+    from ertacache.cli.generate import Output, run
+
+    run(request, plan, speedup, seed, Output(out, compare, fps), on_drift)
 
 
 @app.command()
@@ -92,7 +132,12 @@ def evaluate(
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each, in turn; the median counts")] = 5,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the rows there")] = None,
 ) -> None:
-    """Measure plans, and plainly fewer steps, against the uncached run: speed-up and quality."""
+    """Measure plans, and plainly fewer steps, against the uncached run: speed-up and quality.
+
+    A run that was broken off goes on with what is missing.
+
+    To share the prompts between GPUs: accelerate launch -m ertacache evaluate …
+    """
     from ertacache.cli.evaluate import run
 
     run(request, plan, seed, repeats, json)

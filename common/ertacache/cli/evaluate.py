@@ -1,11 +1,14 @@
 """`ertacache evaluate`: plans, and plainly fewer steps, against the uncached run."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ertacache.calibration.from_pipeline import FOLDER
 from ertacache.cli.calls import Call, Calls
 from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import doubt
 from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail, quality
 from ertacache.plans import Plan
+from ertacache.utils import parallel
+from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import check_file, write_atomically
@@ -37,8 +43,14 @@ def run(request: Request, sources: Sequence[str], seed: int, repeats: int, file:
         raise UserError(f"--set {fixed[0]} fixes the steps, fewer of them cannot be compared: leave it out")
     if file:
         check_file(file)
+    parallel.run_on_all_ranks(lambda: _run(request, plans, seed, repeats, file))
+
+
+def _run(request: Request, plans: Mapping[str, Plan], seed: int, repeats: int, file: Path | None) -> None:
     calls = Calls(request, seed)
     rows = measure(calls, methods_of(calls, plans), repeats)
+    if not parallel.is_main():
+        return
     facts = {"model": request.model, "prompts": len(request.prompts), "seed": seed, "batch_size": request.batch_size}
     facts |= {"settings": request.arguments, "repeats": repeats, "machine": machine()}
     facts |= {"libraries": library_versions(), "date": date.today().isoformat()}
@@ -70,20 +82,33 @@ def measure(calls: Calls, methods: Sequence[Call], repeats: int) -> list[dict[st
     Quality: means over all prompts (of videos over frames), against the first method. Seconds: of the first batch's
     call end to end, medians of `repeats` rounds in which the methods take turns, after each of them has run once.
     """
-    measured: list[dict[str, list]] = [{name: [] for name in MEASURES} for _ in methods]
-    for part in calls.batches:
+    plans = [method.plan and dataclasses.asdict(method.plan) for method in methods]
+    finished = Checkpoints(FOLDER, [calls.identity, plans], "evaluation-", ".partial")
+
+    def measured(number: int) -> list[list[dict[str, float | None]]]:
+        """Return the distances of a batch, by method and result."""
+        part = calls.batches[number]
         reference, _ = calls.run(methods[0], part)
-        for method, values in zip(methods[1:], measured[1:], strict=True):
-            for uncached, image in zip(reference, calls.run(method, part)[0], strict=True):
-                distance = quality(uncached[None], image[None])
-                for name in MEASURES:
-                    values[name].append(distance[name])
-    seconds: list[list[float]] = [[] for _ in methods]
-    for _ in range(repeats):
-        for method, times in zip(methods, seconds, strict=True):
-            times.append(calls.run(method, calls.batches[0])[1])
-    rows = zip(methods, seconds, measured, strict=True)
-    return [row(calls.request, method, times, seconds[0], values) for method, times, values in rows]
+        results = [calls.run(method, part)[0] for method in methods[1:]]
+        pairs = [zip(reference, images, strict=True) for images in results]
+        return [[quality(uncached[None], image[None]) for uncached, image in each] for each in pairs]
+
+    mine = [finished.of_this_rank(k, partial(measured, k)) for k in parallel.mine(len(calls.batches))]
+    batches = parallel.in_order(mine)  # also waits, so that nothing else runs while the first process measures time
+    rows = []
+    if parallel.is_main():
+        distances = [[], *([d for batch in batches for d in batch[i]] for i in range(len(methods) - 1))]
+        seconds: list[list[float]] = [[] for _ in methods]
+        for _ in range(repeats):
+            for method, times in zip(methods, seconds, strict=True):
+                times.append(calls.run(method, calls.batches[0])[1])
+        values = [{name: [d[name] for d in found] for name in MEASURES} for found in distances]
+        parts = zip(methods, seconds, values, strict=True)
+        rows = [row(calls.request, method, times, seconds[0], each) for method, times, each in parts]
+    finished.remove()
+    with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
+        Path(FOLDER).rmdir()
+    return rows
 
 
 def row(

@@ -1,57 +1,138 @@
-"""`ertacache generate`: images and videos, with a plan, uncached, or both to compare."""
+"""`ertacache generate`: images and videos, with a plan, uncached, or both to compare.
 
-from collections.abc import Sequence
+Several processes that a launcher has started take the batches of prompts in turn, and each writes its own files.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ertacache.calibration.accelerate import find_plans
 from ertacache.cli.calls import Call, Calls
 from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import compare
-from ertacache.pipelines.summary import summary
-from ertacache.utils import media
+from ertacache.pipelines.summary import Summary, summary
+from ertacache.plans import Plan
+from ertacache.plans.names import budget_of, check_speedups
+from ertacache.utils import media, parallel
+from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import ensure_writable
 
+UNFINISHED = ".unfinished-"  # a folder in the output folder that says which batches are done
 
-def run(request: Request, source: str | None, seed: int, out: Path, comparing: bool, fps: int, on_drift: str) -> None:
-    """Generate; to compare, both methods run once before, to warm up."""
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where and how results are written.
+
+    Attributes:
+        folder: For one file per prompt and method.
+        compare: Whether to run uncached too, and compare.
+        fps: Frames per second of videos.
+    """
+
+    folder: Path
+    compare: bool
+    fps: int
+
+
+def run(
+    request: Request, source: str | None, speedup: float | None, seed: int, output: Output, on_drift: str = "warn"
+) -> None:
+    """Generate, in one process or in each of several; to compare, both methods run once before, to warm up.
+
+    Args:
+        request: Pipeline, prompts and arguments.
+        source: Of a plan.
+        speedup: Of a set's plan; without a source, of a stored plan or one made now.
+        seed: Of the first prompt.
+        output: Where to.
+        on_drift: As in `ertacache.enable`.
+    """
     check_seed(seed)
-    if comparing and source is None:
-        raise UserError("--compare without --plan: give the plan that is compared with the uncached run")
-    plan = request.plan(source)
-    ensure_writable(out)
-    calls = Calls(request, seed, on_drift)
-    methods = {"baseline": None} if plan is None else {plan.method: plan}
-    if comparing:
-        methods = {"baseline": None, **methods}
-        for name, followed in methods.items():
-            calls.run(calls.call(name, followed), calls.batches[0])
-    results = generate(calls, [calls.call(name, followed) for name, followed in methods.items()], out, fps)
-    count, kind = len(request.prompts), "video" if next(iter(results.values()))[0].ndim == 5 else "image"
-    print(f"{count} {kind}{'s' if count > 1 else ''} in {out}/")
-    if plan:
-        print(summary(calls.pipe))
-    if comparing:
-        (uncached, before), (cached, after) = results.values()
-        comparison = compare(calls.prompts, uncached, cached, plan)
-        media.save_png(out / "comparison.png", comparison.sheet)
-        speed = f"{before / after:.2f}× faster calls ({before:.2f} s → {after:.2f} s)"
-        print(f"{speed}, {comparison}; see {out}/comparison.png")
+    if output.compare and source is None and speedup is None:
+        raise UserError("--compare without --plan or --speedup: say what is compared with the uncached run")
+    if speedup is not None and source is None:
+        check_speedups([speedup], "--speedup")
+        budget_of(request.steps, speedup)
+    plan = request.plan(source, speedup if source else None)
+    ensure_writable(output.folder)
+
+    def main() -> None:
+        calls = Calls(request, seed, on_drift)
+        chosen = plan
+        if source is None and speedup is not None:
+            chosen = find_plans(calls.pipe, speedup, call_kwargs=request.arguments).first
+        methods = {"baseline": None} if chosen is None else {chosen.method: chosen}
+        if output.compare:
+            methods = {"baseline": None, **methods}
+            for name, followed in methods.items():
+                calls.run(calls.call(name, followed), calls.batches[0])
+        made = [calls.call(name, followed) for name, followed in methods.items()]
+        results = generate(calls, made, output)
+        report(calls, chosen, results, output)
+
+    parallel.run_on_all_ranks(main)
 
 
-def generate(calls: Calls, methods: Sequence[Call], out: Path, fps: int) -> dict[str, tuple[np.ndarray, float]]:
-    """Make all calls, the methods in turn, batch by batch; each file is written as it is made.
+def generate(calls: Calls, methods: Sequence[Call], output: Output) -> dict[str, tuple[list[np.ndarray], float]]:
+    """Make the calls of this process, the methods in turn, batch by batch; each file is written as it is made.
+
+    Batches that a run was done with when it was broken off are not made again; to compare, all are.
 
     Returns:
-        Name → images or videos of all prompts (kept of several methods only), and the seconds of all calls.
+        Name → images or videos of each batch (kept to compare only), and the seconds of all calls.
     """
     results: dict[str, tuple[list, list]] = {method.name: ([], []) for method in methods}
-    for part in calls.batches:
+    plans = [method.plan and dataclasses.asdict(method.plan) for method in methods]
+    finished = Checkpoints(output.folder, [calls.identity, plans, output.fps], UNFINISHED)
+
+    def make(number: int) -> None:
+        part = calls.batches[number]
         for method in methods:
             images, seconds = calls.run(method, part)
-            media.save_results(out, images, method.name, fps, first=part.start)
-            results[method.name][0].append(images if len(methods) > 1 else images[:0])
+            media.save_results(output.folder, images, method.name, output.fps, first=part.start)
+            if output.compare:
+                results[method.name][0].append(images)
             results[method.name][1].append(seconds)
-    return {name: (np.concatenate(images), sum(seconds)) for name, (images, seconds) in results.items()}
+
+    for number in parallel.mine(len(calls.batches)):
+        if output.compare:
+            make(number)
+        else:
+            finished.of_this_rank(number, partial(make, number))
+    finished.remove()
+    return {name: (images, sum(seconds)) for name, (images, seconds) in results.items()}
+
+
+def report(
+    calls: Calls, plan: Plan | None, results: Mapping[str, tuple[list[np.ndarray], float]], output: Output
+) -> None:
+    """Print what all processes together have made."""
+    done = all_summaries(summary(calls.pipe)) if plan else None
+    gathered = {name: (parallel.in_order(images), sum(parallel.gather(s))) for name, (images, s) in results.items()}
+    if not parallel.is_main():
+        return
+    count = len(calls.prompts)
+    kind = "video" if any(output.folder.glob("*.mp4")) else "image"
+    print(f"{count} {kind}{'s' if count > 1 else ''} in {output.folder}/")
+    if done:
+        print(done)
+    if output.compare:
+        (uncached, before), (cached, after) = gathered.values()
+        comparison = compare(calls.prompts, np.concatenate(uncached), np.concatenate(cached), plan)
+        media.save_png(output.folder / "comparison.png", comparison.sheet)
+        speed = f"{before / after:.2f}× faster calls ({before:.2f} s → {after:.2f} s)"
+        print(f"{speed}, {comparison}; see {output.folder}/comparison.png")
+
+
+def all_summaries(mine: Summary) -> Summary:
+    """Return this process's summary with the counts of all processes."""
+    names = ("calls", "all_computed", "all_skipped")
+    counts = parallel.gather([getattr(mine, name) for name in names])
+    return dataclasses.replace(mine, **dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True)))

@@ -30,7 +30,12 @@ def show(source: str, as_json: bool) -> None:
     if as_json:
         values = [as_values(plan) for plan in plans]  # ASCII, so that nothing in it steers a terminal
         print(json.dumps(values if len(plans) > 1 else values[0], indent=1))
-        return
+    else:
+        print_plans(plans)
+
+
+def print_plans(plans: Sequence[Plan]) -> None:
+    """Print plans, drawn."""
     console = Console(highlight=False)
     for number, plan in enumerate(plans):
         if number:

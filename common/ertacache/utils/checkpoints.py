@@ -48,6 +48,16 @@ class Checkpoints:
         self._write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
         return value
 
+    def of_this_rank(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return the JSON value stored under `key`, or compute and store it, whatever other ranks do meanwhile."""
+        path = self.path(key, ".json")
+        known = _read(lambda: [json.loads(path.read_text("utf-8"))])
+        if known:
+            return known[0]
+        value = compute()
+        write_atomically(path, json.dumps(value).encode())
+        return value
+
     def arrays(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
         """Return the named arrays stored under `key`, or compute and store them. All ranks take part in `compute`."""
         path = self.path(key, ".safetensors")

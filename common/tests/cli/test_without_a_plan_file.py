@@ -1,0 +1,173 @@
+"""`ertacache generate --speedup`, the stored plans, sets of plans, and runs that go on or share their prompts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import DEMO, FLAGS, FOUR, PROMPTS, files, pipe, plans, refused, run  # noqa: F401
+
+from ertacache import PlanSet
+from ertacache.cli.calls import Calls
+from ertacache.plans.store import PlanStore
+from helpers import CallCounter
+
+TWO = FOUR[:4]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_speedup_makes_a_plan_once_and_finds_it_then(run, pipe):
+    with CallCounter(pipe.transformer) as calls:
+        lines = run("generate", DEMO, "--speedup", 2, *TWO, *FLAGS)
+    assert "3 steps computed, 3 skipped" in lines[1] and calls.count > 6 * 8
+    with CallCounter(pipe.transformer) as calls:
+        assert run("generate", DEMO, "--speedup", 2, *TWO, *FLAGS)[1].endswith("All: 2 calls, 6 computed, 6 skipped.")
+    assert calls.count == 6
+    (stored,) = PlanStore().plans()
+    table = run("plans")
+    assert table[1].split()[:5] == [stored.name, "demo", "3", "of", "6"] and "guidance_scale 3.5" in " ".join(table)
+    assert run("plans", "show", stored.name[:4])[0] == "ERTACache budget plan: 3 of 6 steps computed"
+    assert run("plans", "delete", stored.name) == ["1 plan deleted"]
+    assert "no plan in" in run("plans")[0]
+
+
+def test_a_stored_plan_that_cannot_be_read_is_listed_and_can_be_deleted(run, refused, home):
+    path = home / "plans" / "0123" / "4567890123456789" / "budget-3.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert "45678901-3  cannot be read" in run("plans")[1]
+    assert "cannot be read: ertacache plans delete 45678901-3" in refused("plans", "show", "4567")
+    assert run("plans", "delete", "--all") == ["1 plan deleted"] and not path.exists()
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["plans", "show", "x"], "'x': no such plan, `ertacache plans` lists them"),
+        (["plans", "delete"], "give the names of plans to delete, or --all"),
+        (["plans", "delete", "x", "--all"], "give the names of plans to delete, or --all"),
+        (["generate", DEMO, "--speedup", "0.5", *TWO, *FLAGS], "--speedup 0.5: a speed-up is a number of at least 1"),
+        (["generate", DEMO, "--speedup", "4", *TWO, *FLAGS], "--speedup 4: at most 3 of 6 steps"),
+        (["generate", DEMO, "--speedup", "nan", *TWO, *FLAGS], "--speedup nan"),
+        (["generate", DEMO, "--compare", *TWO, *FLAGS], "--compare without --plan or --speedup"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(refused, words, message, home):
+    assert message in refused(*words)
+    assert not home.exists()
+
+
+def test_a_set_of_plans_has_several_speedups(run, refused, plans):
+    PlanSet(plans).save_pretrained("set")
+    assert "3 steps computed" in run("generate", DEMO, "--plan", "set", *TWO, *FLAGS)[1]
+    assert "2 steps computed" in run("generate", DEMO, "--plan", "set", "--speedup", 3, *TWO, *FLAGS)[1]
+    assert "the plans are for 2, 3" in refused("generate", DEMO, "--plan", "set", "--speedup", 1.5, *TWO, *FLAGS)
+    assert len([line for line in run("inspect", "set") if line.startswith("ERTACache budget plan")]) == 2
+    assert [plan["nfe"] for plan in json.loads("\n".join(run("inspect", "set", "--json")))] == [3, 2]
+
+
+RUN = Calls.run
+
+
+class Dies(BaseException):
+    pass
+
+
+def dies_after(monkeypatch, count):
+    """Have the process die at a later call."""
+    made = []
+
+    def call(self, method, part):
+        made.append(part.start)
+        if len(made) > count:
+            raise Dies
+        return RUN(self, method, part)
+
+    monkeypatch.setattr(Calls, "run", call)
+    return made
+
+
+def test_a_run_that_died_goes_on_with_what_is_missing(run, files, monkeypatch):
+    command = ["generate", DEMO, "--plan", files[2], *FOUR, *FLAGS]
+    run(*command, "--out", "whole")
+    dies_after(monkeypatch, 2)
+    with pytest.raises(Dies):
+        run(*command)
+    assert sorted(name for name in os.listdir("sample") if name[0] != ".") == ["000-budget.png", "001-budget.png"]
+    made = dies_after(monkeypatch, 9)
+    run(*command)
+    assert made == [2, 3] and len(os.listdir("sample")) == 4
+    for name in os.listdir("whole"):
+        assert Path("whole", name).read_bytes() == Path("sample", name).read_bytes()
+    made.clear()
+    run(*command)  # it is finished: all is made again
+    assert made == [0, 1, 2, 3]
+
+
+def test_another_run_does_not_go_on(run, files, monkeypatch):
+    dies_after(monkeypatch, 2)
+    with pytest.raises(Dies):
+        run("generate", DEMO, "--plan", files[2], *FOUR, *FLAGS)
+    made = dies_after(monkeypatch, 9)
+    run("generate", DEMO, "--plan", files[2], "--seed", 7, *FOUR, *FLAGS)
+    assert made == [0, 1, 2, 3]
+
+
+def test_an_evaluation_that_died_goes_on(run, files, monkeypatch):
+    command = ["evaluate", DEMO, "--plan", files[2], *FOUR, *FLAGS, "--repeats", 1, "--json"]
+    run(*command, "whole.json")
+    dies_after(monkeypatch, 7)  # of 3 methods: two batches
+    with pytest.raises(Dies):
+        run(*command, "rows.json")
+    made = dies_after(monkeypatch, 99)
+    run(*command, "rows.json")
+    assert made[:6] == [2, 2, 2, 3, 3, 3] and not os.path.exists(".ertacache")
+    whole, rows = (json.loads(Path(name).read_text()) for name in ("whole.json", "rows.json"))
+    assert [row["psnr"] for row in rows] == [row["psnr"] for row in whole]
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(run, files, monkeypatch):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--main_process_port=0", "-m", "ertacache"]
+    words = [DEMO, "--plan", files[2], *FOUR, *FLAGS, "--device", "cpu", "--batch-size", 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+    def both(*command):
+        one = subprocess.run(
+            [sys.executable, "-m", "ertacache", *map(str, command), "--out", "one"],
+            env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        two = subprocess.run(
+            [*launch, *map(str, command), "--out", "two"], env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert one.returncode == two.returncode == 0, two.stderr
+        return one.stdout.splitlines(), two.stdout.splitlines()
+
+    one, two = both("generate", *words, "--compare")
+    assert two[0] == "4 images in two/" and len(two) == len(one) == 3  # one summary
+    assert one[1].split("All: ")[1] == "2 calls, 6 computed, 6 skipped." and "All: " in two[1]
+    assert one[2].split("PSNR")[1].split(";")[0] == two[2].split("PSNR")[1].split(";")[0]
+    assert sorted(os.listdir("one")) == sorted(os.listdir("two")) and len(os.listdir("two")) == 9
+    for name in os.listdir("one"):
+        assert np.array_equal(*(np.asarray(Image.open(Path(folder, name))) for folder in ("one", "two"))), name
+    rows = subprocess.run(
+        [*launch, "evaluate", *map(str, words), "--repeats", "1", "--json", "rows.json"],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert rows.returncode == 0, rows.stderr
+    (alone,) = [json.loads(Path("rows.json").read_text())]
+    run("evaluate", *words, "--repeats", 1, "--json", "alone.json")
+    mine = json.loads(Path("alone.json").read_text())
+    assert [row["psnr"] for row in alone] == pytest.approx([row["psnr"] for row in mine], abs=0.01)
+    assert len(PROMPTS) == mine[0]["prompts"]

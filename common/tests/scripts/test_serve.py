@@ -1,0 +1,93 @@
+"""The servers under scripts/serve, on the FLUX demo over real HTTP, four requests at once."""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ertacache
+from conftest import ROOT, open_model_folder
+from ertacache.calibration.accelerate import find_plans
+
+CALL = {"num_inference_steps": 6, "height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": 16}
+REQUESTS = [("a red apple", 2, 2), ("a rocket", 3, 2), ("a fruit", 4, 3), ("a sailing boat", 5, None)]
+
+
+def post(port, body) -> bytes:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", json.dumps(body).encode())
+    request.add_header("content-type", "application/json")
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return answer.read()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def started(script, port, home):
+    """Start a server and wait until it answers."""
+    words = [f"{name}={value}" for name, value in CALL.items()]
+    command = [sys.executable, str(ROOT / "scripts" / "serve" / script), str(ROOT / "ERTACache4FLUX" / "demo"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "common")}
+    log = (home / "log").open("w")
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+    for _ in range(400):
+        assert process.poll() is None, (home / "log").read_text()
+        try:
+            post(port, {"prompt": ""})
+        except urllib.error.HTTPError as error:
+            if error.code == 422:
+                return process
+        except OSError:
+            pass
+        time.sleep(0.5)
+    process.kill()
+    raise AssertionError((home / "log").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, library", [("fastapi_server.py", "fastapi"), ("ray_server.py", "ray")])
+def test_four_requests_at_once_give_what_direct_calls_give(script, library, home):
+    pytest.importorskip(library)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = started(script, port, home)
+    try:
+        bodies = [{"prompt": prompt, "seed": seed, "speedup": speedup} for prompt, seed, speedup in REQUESTS]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda body: post(port, body), bodies))
+        for body, words in (
+            ({"prompt": "a fox", "speedup": 7}, "give one of 2, 3, or null"),
+            ({"prompt": " "}, "text"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                post(port, body)
+            assert refused.value.code == 422 and words in refused.value.read().decode()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    pipe = open_model_folder("flux").pipe
+    try:
+        ertacache.enable(pipe, find_plans(pipe, [2, 3], call_kwargs=CALL))
+        for (prompt, seed, speedup), answer in zip(REQUESTS, answers, strict=True):
+            ertacache.speedup(pipe, speedup)
+            wanted = pipe(prompt, generator=torch.Generator().manual_seed(seed), **CALL).images[0]
+            found = np.asarray(Image.open(io.BytesIO(answer))).astype(int)
+            assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1, prompt
+    finally:
+        ertacache.disable(pipe)

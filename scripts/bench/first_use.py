@@ -1,0 +1,178 @@
+"""`ertacache.accelerate` as a person meets it: its first and second start, switching in two threads, kills.
+
+    .venv/bin/python scripts/bench/first_use.py                      # all parts, as in the docs
+    .venv/bin/python scripts/bench/first_use.py kills --count 5
+
+- start: a script of four lines on the FLUX demo, with an empty store and with one that has its plan.
+- switch: in two threads, each with a pipeline of its own, calls that are uncached, at 2× or at 3×, at random. Expected:
+  every result equal to that of a pipeline that does nothing else, bit for bit.
+- kills: a first `accelerate` is killed (SIGKILL) at random moments, once or several times, then repeated. Expected: the
+  plan of an undisturbed one, bit for bit, and nothing else in the store.
+
+Each part prints a line of the table.
+"""
+
+if __name__ == "__main__":
+    import ertacache.utils.interrupts
+
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import ertacache
+from ertacache import Plan
+from ertacache.calibration.accelerate import find_plans
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.inspect import as_values
+from ertacache.evaluation.table import facts
+from ertacache.utils.errors import UserError, run_program
+from ertacache.utils.tables import markdown
+from reliability import CALL, FOLDER, ROOT, latents, pipeline
+
+SPEEDUPS = (None, 2, 3)
+CALL_TEXT = ", ".join(f"{name}={value}" for name, value in CALL.items())
+SCRIPT = f"""
+import time, torch, ertacache
+from diffusers import FluxPipeline
+pipe = FluxPipeline.from_pretrained("{FOLDER}/demo", dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+start = time.perf_counter()
+ertacache.accelerate(pipe, speedup=2, {CALL_TEXT})
+print("seconds", time.perf_counter() - start, flush=True)
+pipe("a rocket", {CALL_TEXT}).images[0]
+print(ertacache.summary(pipe))
+"""
+
+
+def started(home: Path) -> subprocess.Popen:
+    """Start the script with a store."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "common")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment["ERTACACHE_HOME"] = str(home)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, **options)
+
+
+def ended(process: subprocess.Popen) -> float:
+    """Wait for the script. Returns the seconds of `accelerate`."""
+    said, errors = process.communicate(timeout=900)
+    if process.returncode or "15 steps computed, 15 skipped" not in said:
+        raise AssertionError(f"exit code {process.returncode}: {errors.strip().splitlines()[-1:]}")
+    return float(re.search(r"seconds ([\d.e-]+)", said)[1])
+
+
+def start(count: int, seed: int) -> tuple[str, int]:
+    """Run the script with an empty store, and then with a full one; return the line of the table."""
+    with tempfile.TemporaryDirectory() as root:
+        homes = [Path(root) / str(number) for number in range(count)]
+        first = [ended(started(home)) for home in homes]
+        second = [ended(started(home)) for home in homes]
+    slow = sum(seconds > 1 for seconds in second)
+    medians = f"empty store {statistics.median(first):.1f} s, full store {statistics.median(second):.2f} s"
+    return f"{count} of each, medians: {medians} (slowest {max(second):.2f} s)", slow
+
+
+def switch(count: int, seed: int) -> tuple[str, int]:
+    """Switch in two threads; return the line of the table."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["ERTACACHE_HOME"] = home
+        plans = find_plans(pipeline(), [2, 3], call_kwargs=CALL)
+    prompts, wanted = ("a rocket", "a fruit"), {}
+    for speedup in SPEEDUPS:
+        alone = pipeline()
+        if speedup:
+            ertacache.enable(alone, plans[speedup])
+        wanted |= {(speedup, prompt): latents(alone, prompt) for prompt in prompts}
+    faults: list[tuple] = []
+
+    def serve(number: int) -> None:
+        own, rng = pipeline(), random.Random(1000 * seed + number)
+        ertacache.enable(own, plans)
+        for call in range(count // 2):
+            speedup, prompt = rng.choice(SPEEDUPS), rng.choice(prompts)
+            ertacache.speedup(own, speedup)
+            if not torch.equal(latents(own, prompt), wanted[speedup, prompt]):
+                faults.append((number, call, speedup, prompt))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return f"{count} calls in 2 threads, uncached, 2× and 3× at random", len(faults)
+
+
+def stored(home: Path) -> dict[str, str]:
+    """Return all files of a store; of plans the content without the date, of others the size."""
+    found = {}
+    for path in sorted(home.rglob("*")):
+        if path.suffix == ".json":
+            plan = Plan.load(path)
+            found[path.name] = str({**as_values(plan), "provenance": {**plan.provenance, "date": ""}})
+        elif path.is_file():
+            found[path.name] = str(path.stat().st_size)
+    return found
+
+
+def kills(count: int, seed: int) -> tuple[str, int]:
+    """Kill first starts at random moments; return the line of the table."""
+    rng, done, campaigns, faults = random.Random(seed), 0, 0, []
+    with tempfile.TemporaryDirectory() as root:
+        begin = time.monotonic()
+        ended(started(Path(root) / "alone"))
+        seconds, wanted = time.monotonic() - begin, stored(Path(root) / "alone")
+        while done < count:
+            home = Path(root) / str(campaigns)
+            for _ in range(rng.choice([1, 2, 4])):
+                process = started(home)
+                time.sleep(rng.uniform(0.2, 1.0) * seconds)
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                done += 1
+            try:
+                ended(started(home))
+                if stored(home) != wanted:
+                    raise AssertionError(f"another store: {sorted(stored(home))}")
+            except AssertionError as error:
+                faults.append((campaigns, str(error)))
+            campaigns += 1
+    for fault in faults[:20]:
+        print("fault:", *fault, file=sys.stderr)
+    return f"{done} kills of {campaigns} first starts", len(faults)
+
+
+COUNTS = {"start": 3, "switch": 200, "kills": 50}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(COUNTS)}; default: all")
+    parser.add_argument("--count", type=int, help="of starts, calls or kills")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    unknown = [name for name in args.parts if name not in COUNTS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: choose from {', '.join(COUNTS)}")
+    torch.set_num_threads(1)
+    lines, wrong = [], 0
+    for name in args.parts or COUNTS:
+        begin = time.monotonic()
+        text, faults = globals()[name](args.count or COUNTS[name], args.seed)
+        wrong += faults
+        lines.append([name, text, faults, f"{(time.monotonic() - begin) / 60:.0f}"])
+        print(f"{name}: {text}; {faults} faults", file=sys.stderr, flush=True)
+    print(f"{markdown(['part', 'tried', 'faults', 'minutes'], lines)}\n\n{facts(f'seed {args.seed}')}")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    run_program(main)

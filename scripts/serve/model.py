@@ -1,0 +1,79 @@
+"""A stock pipeline with plans, as servers call it: requests of one speed-up share a batch."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+import ertacache
+from ertacache.utils.devices import default_device, dtype_for
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client wants.
+
+    Args:
+        prompt: A text.
+        seed: Of the noise.
+        speedup: One of the model's, or None for uncached.
+    """
+
+    prompt: str
+    seed: int = 0
+    speedup: float | None = 2
+
+
+class Model:
+    """A pipeline that makes images at several speeds.
+
+    Args:
+        source: A folder or a Hub id.
+        speedups: That clients may ask for.
+        arguments: Of the pipeline's call, the same for all requests (num_inference_steps, height, …).
+    """
+
+    def __init__(self, source: str, speedups: Sequence[float], arguments: dict[str, Any]):
+        device = default_device()
+        self.pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype_for(device)).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.arguments, self.speedups = arguments, list(speedups)
+        ertacache.accelerate(self.pipe, self.speedups, **arguments)
+
+    def problem(self, request: Request) -> str | None:
+        """Return why a request cannot be served, for the client."""
+        if request.speedup not in (None, *self.speedups):
+            return f"speedup {request.speedup:g}: give one of {', '.join(f'{s:g}' for s in self.speedups)}, or null"
+        return None if request.prompt.strip() else "prompt: give a text"
+
+    def generate(self, requests: Sequence[Request]) -> list[bytes]:
+        """Return a PNG for each request. A plan is static, so that it serves any batch."""
+        images: dict[int, bytes] = {}
+        for speedup in dict.fromkeys(request.speedup for request in requests):
+            numbers = [i for i, request in enumerate(requests) if request.speedup == speedup]
+            ertacache.speedup(self.pipe, speedup)
+            prompts = [requests[i].prompt for i in numbers]
+            generators = [torch.Generator().manual_seed(requests[i].seed) for i in numbers]
+            results = self.pipe(prompts, generator=generators, **self.arguments).images
+            images |= {i: png(image) for i, image in zip(numbers, results, strict=True)}
+        return [images[i] for i in range(len(requests))]
+
+    def summary(self) -> str:
+        """Return what the pipeline has done so far."""
+        return str(ertacache.summary(self.pipe))
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def arguments_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return NAME=VALUE words as arguments; VALUE is JSON."""
+    pairs = (word.partition("=") for word in words)
+    return {name: json.loads(value) for name, _, value in pairs}

@@ -1,0 +1,84 @@
+"""A stock pipeline on Ray Serve: replicas, one per GPU, whose requests share batches.
+
+    .venv/bin/pip install "ray[serve]"
+    .venv/bin/python scripts/serve/ray_server.py ERTACache4FLUX/demo num_inference_steps=30 height=64 width=64 \\
+        max_sequence_length=16
+    curl localhost:8000/generate -d '{"prompt": "a rocket", "seed": 0, "speedup": 2}' -o rocket.png
+
+The first replica to start calibrates; the others wait for its plans, as later starts find them.
+"""
+
+import argparse
+import logging
+import os
+import signal
+from pathlib import Path
+
+import torch
+from ray import serve
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+HERE = Path(__file__).resolve().parent
+
+
+@serve.deployment
+class Server:
+    """A replica.
+
+    Args:
+        source, speedups, arguments: Of the model.
+        size: Most requests of a batch.
+    """
+
+    def __init__(self, source: str, speedups: list[float], arguments: dict, size: int):
+        from model import Model  # in the replica's process, which has the weights
+
+        logging.getLogger("ertacache").setLevel(logging.INFO)
+        self.model = Model(source, speedups, arguments)
+        self.generate.set_max_batch_size(size)
+
+    @serve.batch(batch_wait_timeout_s=0.05)
+    async def generate(self, requests: list) -> list[bytes]:
+        return self.model.generate(requests)
+
+    async def __call__(self, http: HttpRequest) -> Response:
+        from model import Request
+
+        try:
+            request = Request(**await http.json())
+            problem = self.model.problem(request)
+        except (ValueError, TypeError, AttributeError) as error:
+            problem = f"give JSON with prompt, seed and speedup ({error})"
+        if problem:
+            return JSONResponse({"detail": problem}, 422)
+        return Response(await self.generate(request), media_type="image/png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a Hub id")
+    parser.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="of the pipeline's call")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    import ray
+    from model import arguments_of
+
+    source = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}}
+    ray.init(include_dashboard=False, runtime_env=environment)
+    serve.start(http_options={"host": args.host, "port": args.port})
+    options = {"num_gpus": 1 if torch.cuda.is_available() else 0}
+    deployment = Server.options(num_replicas=args.replicas, ray_actor_options=options)
+    server = deployment.bind(source, args.speedups, arguments_of(args.arguments), args.batch_size)
+    serve.run(server, route_prefix="/generate")
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    serve.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -71,10 +71,8 @@ def test_four_requests_at_once_give_what_direct_calls_give(script, library, home
         bodies = [{"prompt": prompt, "seed": seed, "speedup": speedup} for prompt, seed, speedup in REQUESTS]
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(port, body), bodies))
-        for body, words in (
-            ({"prompt": "a fox", "speedup": 7}, "give one of 2, 3, or null"),
-            ({"prompt": " "}, "text"),
-        ):
+        wrong = [({"prompt": "a fox", "speedup": 7}, "give one of 2, 3, or null"), ({"prompt": " "}, "give a text")]
+        for body, words in wrong:
             with pytest.raises(urllib.error.HTTPError) as refused:
                 post(port, body)
             assert refused.value.code == 422 and words in refused.value.read().decode()

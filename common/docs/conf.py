@@ -6,6 +6,7 @@ import re
 NAVIGATION = {  # caption in the side bar → its pages; with index.md these are all pages
     "Guide": [
         "guide/quickstart",
+        "guide/accelerate",
         "guide/choose",
         "guide/how-it-works",
         "guide/calibrate",
@@ -14,6 +15,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
         "guide/drift",
         "guide/sharing",
         "guide/trust",
+        "guide/serve",
         "guide/command-line",
         "guide/troubleshooting",
     ],

@@ -21,7 +21,7 @@ from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.checks import steps_problem
 from ertacache.utils.errors import UserError
 from ertacache.utils.locks import exclusive
-from ertacache.utils.progress import Progress
+from ertacache.utils.progress import Progress, duration
 from ertacache.utils.provenance import fingerprint, library_versions
 
 
@@ -178,13 +178,6 @@ class CalibrationSession:
         """Close the progress bar and delete the checkpoints; call it once the plans are saved."""
         self.progress.close()
         checkpoints.remove()
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words: "40 seconds", "3 minutes", "2.5 hours"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def existing(path: Path) -> Path:

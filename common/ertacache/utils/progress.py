@@ -49,10 +49,17 @@ class Progress:
         now = time.monotonic()
         if self.says_lines and now - self.said >= EVERY and self.total > self.n > 0:
             self.said = now
-            left = (now - self.start) / self.n * (self.total - self.n) / 60
-            text = f"{self.stage}: {self.n} of at most {self.total} {self.unit}s, about {left:.0f} minutes left"
+            left = duration((now - self.start) / self.n * (self.total - self.n))
+            text = f"{self.stage}: {self.n} of at most {self.total} {self.unit}s, about {left} left"
             print(f"{text}{note and f', {note}'}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: "40 seconds", "3 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -2,6 +2,7 @@
 
 import pytest
 
+import first_use
 import reliability
 
 
@@ -10,6 +11,13 @@ import reliability
 def test_a_short_campaign_finds_no_fault(part, count):
     text, faults = getattr(reliability, part)(count, seed=11)
     assert faults == 0 and text.startswith(f"{count} ")
+
+
+@pytest.mark.slow
+def test_switching_in_two_threads_changes_no_result(monkeypatch, tmp_path):
+    monkeypatch.setitem(reliability.CALL, "num_inference_steps", 6)
+    monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path))
+    assert first_use.switch(8, seed=1)[1] == 0
 
 
 @pytest.mark.slow

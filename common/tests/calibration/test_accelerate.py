@@ -191,12 +191,11 @@ def test_of_two_processes_one_calibrates_and_killed_ones_leave_no_harm(tmp_path)
     assert sorted(map(bool, calls)) == [False, True], ends
     wanted = ends[0][0].split("[")[1]
     assert all(out.split("[")[1] == wanted for out, _ in ends)
-    for delay in (0.02, 0.3, 0.8):
-        process = started(tmp_path / "killed")
-        process.stdout.readline()
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
+    process = started(tmp_path / "killed")  # scripts/bench/first_use.py kills more of them
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
     out, _ = started(tmp_path / "killed").communicate(timeout=200)
     assert out.split("[")[1] == wanted
     assert {path.suffix for path in (tmp_path / "killed").rglob("*") if path.is_file()} == {".json", ".safetensors"}

@@ -6,6 +6,9 @@
 - start: a script of four lines on the FLUX demo, with an empty store and with one that has its plan.
 - switch: in two threads, each with a pipeline of its own, calls that are uncached, at 2× or at 3×, at random. Expected:
   every result equal to that of a pipeline that does nothing else, bit for bit.
+- prompts: plans by default, from the package's own prompts, beside plans from as many captions of the demo, and the
+  shipped ones: PSNR of the latents to the uncached run, with their range as peak, mean / 10th percentile, on held-out
+  captions, full and open ones.
 - kills: a first `accelerate` is killed (SIGKILL) at random moments, once or several times, then repeated. Expected: the
   plan of an undisturbed one, bit for bit, and nothing else in the store.
 
@@ -34,8 +37,10 @@ from ertacache import Plan
 from ertacache.calibration.accelerate import find_plans
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.cli.inspect import as_values
+from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.table import facts
 from ertacache.utils.errors import UserError, run_program
+from ertacache.utils.files import read_prompts
 from ertacache.utils.tables import markdown
 from reliability import CALL, FOLDER, ROOT, latents, pipeline
 
@@ -117,6 +122,39 @@ def switch(count: int, seed: int) -> tuple[str, int]:
     return f"{count} calls in 2 threads, uncached, 2× and 3× at random", len(faults)
 
 
+def prompts(count: int, seed: int) -> tuple[str, int]:
+    """Compare prompts to calibrate on; return the line of the table."""
+    pipe, grammar = pipeline(), load_model_folder(FOLDER).grammar
+    captions = read_prompts(FOLDER / "prompts" / "calibration-demo.txt")
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["ERTACACHE_HOME"] = home
+        sets = {
+            "package's prompts": find_plans(pipe, [2, 3], call_kwargs=CALL),
+            "demo's captions": find_plans(pipe, [2, 3], captions, call_kwargs=CALL),
+            "shipped": {s: Plan.load(FOLDER / "cache" / f"demo-30-budget-{30 // s}.json") for s in (2, 3)},
+        }
+
+    def made(texts: list[str], plan: Plan | None = None) -> torch.Tensor:
+        ertacache.disable(pipe)
+        if plan:
+            ertacache.enable(pipe, plan, on_drift="ignore")
+        return torch.cat([latents(pipe, text, 5000 + number) for number, text in enumerate(texts)])
+
+    parts = []
+    for kind in ("full", "open"):
+        texts = grammar.sample_captions(count, 77 + seed, True, kind == "open")
+        uncached = made(texts)
+        peak = uncached.max() - uncached.min()
+        for name, plans in sets.items():
+            cells = []
+            for speedup in (2, 3):
+                error = (made(texts, plans[speedup]) - uncached).square().flatten(1).mean(1)
+                psnr = 10 * torch.log10(peak**2 / error)
+                cells.append(f"{psnr.mean():.1f} / {psnr.quantile(0.1):.1f}")
+            parts.append(f"{kind}, {name}: {' and '.join(cells)} dB")
+    return f"{count} captions of each kind at 2× and 3×; {'; '.join(parts)}", 0
+
+
 def stored(home: Path) -> dict[str, str]:
     """Return all files of a store; of plans the content without the date, of others the size."""
     found = {}
@@ -156,13 +194,13 @@ def kills(count: int, seed: int) -> tuple[str, int]:
     return f"{done} kills of {campaigns} first starts", len(faults)
 
 
-COUNTS = {"start": 3, "switch": 200, "kills": 50}
+COUNTS = {"start": 3, "switch": 200, "prompts": 32, "kills": 50}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(COUNTS)}; default: all")
-    parser.add_argument("--count", type=int, help="of starts, calls or kills")
+    parser.add_argument("--count", type=int, help="of starts, calls, captions or kills")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     unknown = [name for name in args.parts if name not in COUNTS]

@@ -63,7 +63,7 @@ def inspect_plan(
     show(plan, json)
 
 
-stored_plans = typer.Typer(help="List, show and delete the stored plans.", invoke_without_command=True)
+stored_plans = typer.Typer(invoke_without_command=True)
 app.add_typer(stored_plans, name="plans")
 
 

@@ -13,8 +13,8 @@ def test_a_log_gets_a_line_per_minute(capsys, monkeypatch):
     for _ in range(9):
         work.update(note="best error 1e-3")
     lines = capsys.readouterr().err.splitlines()
-    text = "calibration, N = 10: {} of at most 10 calls, about {} minutes left, best error 1e-3"
-    assert lines == [text.format(3, 3), text.format(6, 2), text.format(9, 0)]
+    text = "calibration, N = 10: {} of at most 10 calls, about {} left, best error 1e-3"
+    assert lines == [text.format(3, "3 minutes"), text.format(6, "2 minutes"), text.format(9, "25 seconds")]
     work.expect(-100)
     assert work.total == work.n == 9
 

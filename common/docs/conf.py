@@ -31,6 +31,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
     "Results": [
         "results/overview",
         "results/strength",
+        "results/planner",
         "results/reliability",
         "results/flux",
         "results/wan",

@@ -13,8 +13,9 @@ with as many model calls:
 | … tuned | on the shift that comes nearest to the uncached run on the calibration captions |
 | OSS | Euler on the steps that dynamic programming finds on its own trajectory (arXiv 2503.21774) |
 | least squares | each skipped velocity predicted from three computed ones, uniform schedule |
-| uniform, fitted | a uniform schedule with jumps fitted on the uncached run |
 | threshold plan | the paper's, at the λ that comes nearest to the calls; not below them |
+
+With Euler as the solver, least squares is at once a uniform schedule with jumps fitted on the uncached run.
 
 PSNR of the latents in dB to the uncached run, with 2 as peak: of each draw the mean over the captions and the 10th
 percentile. The table has the mean and the worst draw of the mean, and of each effort the least lead that it has over
@@ -117,7 +118,6 @@ class Cell:
             "fewer steps, tuned": self.quality(inputs=self.inputs(steps=budget).on(tuned)),
             "OSS": self.quality(plan(oss, planner.euler_weights(native.numpy(), oss, 1))),
             "least squares": self.quality(plan(uniform, planner.predictor_weights(gram, euler, uniform, 3)[0])),
-            "uniform, fitted": self.quality(plan(uniform, planner.offline_weights(gram, uniform, 3)[0])),
             "threshold plan": self.quality(thresholds.plan(threshold)),
         }
 

@@ -79,6 +79,8 @@ def find_plans(
     speedups = [speedup] if isinstance(speedup, int | float) else speedup
     effort_of(effort)
     given = None if prompts is None else prompts_of(prompts)
+    if given == []:
+        raise UserError("no calibration prompts: give some, or leave prompts out")
     steps = check_call(pipe, speedups, batch_size, call_kwargs)
     store = PlanStore()
     entry = store.entry(requirements_of(pipe, steps, call_kwargs), weights_of(pipe))
@@ -96,7 +98,7 @@ def find_plans(
             missing = [number for number in budgets if number not in found]
             if missing:
                 _announce(pipe, steps, missing, effort, folder if is_stored else None)
-                texts = given or shipped_prompts(pipe)
+                texts = shipped_prompts(pipe) if given is None else given
 
                 def save(plans: PlanSet) -> None:
                     if is_stored:
@@ -124,11 +126,11 @@ def weights_of(pipe) -> str:
 
 def _serves(plan: Plan, prompts: list[str] | None, effort: str) -> bool:
     """Return whether a stored plan is what is asked for: made with no less effort, on the prompts that are given."""
-    efforts, made = list(EFFORTS), plan.provenance["calibration"].get("effort")
+    efforts, made = list(EFFORTS), plan.provenance.get("calibration", {}).get("effort")
     if made not in efforts or efforts.index(made) < efforts.index(effort):
         return False
-    used = None if prompts is None else digest("\n".join(prompts[: effort_of(effort).prompts]))
-    return used in (None, plan.provenance["prompts"]["sha256"])
+    used = None if prompts is None else digest("\n".join(prompts[: effort_of(made).prompts]))
+    return used in (None, plan.provenance.get("prompts", {}).get("sha256"))
 
 
 @contextlib.contextmanager

@@ -136,7 +136,8 @@ class PlannedScheduler:
         course = self.run.course
         if course.plan is None:
             return
-        LOG.info("%s", summary_of(course, self.enabled).last_call)
+        if LOG.isEnabledFor(logging.INFO):
+            LOG.info("%s", summary_of(course, self.enabled).last_call)
         if course.skipped == 0 and course.plan.nfe < course.steps and not course.added:
             text = f"the plan has skipped no step of this call, which began at step {course.begin} of {course.steps}"
             self.warn("nothing", f"{text}: calibrate one for such calls")

@@ -83,7 +83,8 @@ def test_prompts_and_effort_that_a_stored_plan_was_not_made_with():
     accelerated()
     assert accelerated(prompts=None)[2] == 0  # any prompts will do
     assert accelerated(prompts=PROMPTS[::-1])[2] > 0
-    assert accelerated(prompts=None, effort="normal")[2] > 0
+    assert accelerated(effort="normal")[2] > 0
+    assert accelerated(effort="quick")[2] == 0
     assert accelerated(prompts=None, effort="quick")[2] == 0  # more effort than that was made
 
 
@@ -163,6 +164,8 @@ def test_a_pipeline_that_cannot_be_calibrated_says_which_part(home):
         ertacache.accelerate(flux().pipe, size=3)
     with refused("prompts = ", "a list of texts"):
         ertacache.accelerate(flux().pipe, 2, "a prompt")
+    with refused("no calibration prompts"):
+        ertacache.accelerate(flux().pipe, 2, [])
     assert not home.exists()
 
 

@@ -35,14 +35,11 @@ import torch
 import ertacache
 from ertacache import Plan
 from ertacache.calibration.accelerate import find_plans
-from ertacache.cli.arguments import ArgumentParser
 from ertacache.cli.inspect import as_values
 from ertacache.demos.model_folder import load_model_folder
-from ertacache.evaluation.table import facts
-from ertacache.utils.errors import UserError, run_program
+from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts
-from ertacache.utils.tables import markdown
-from reliability import CALL, FOLDER, ROOT, latents, pipeline
+from reliability import CALL, FOLDER, ROOT, latents, pipeline, run_parts
 
 SPEEDUPS = (None, 2, 3)
 FEW = 12  # steps of the calls whose calibration is killed
@@ -194,28 +191,9 @@ def kills(count: int, seed: int) -> tuple[str, int]:
     return f"{done} kills of {campaigns} first starts", len(faults)
 
 
-COUNTS = {"start": 3, "switch": 200, "prompts": 32, "kills": 50}
-
-
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(COUNTS)}; default: all")
-    parser.add_argument("--count", type=int, help="of starts, calls, captions or kills")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    unknown = [name for name in args.parts if name not in COUNTS]
-    if unknown:
-        raise UserError(f"{unknown[0]}: choose from {', '.join(COUNTS)}")
     torch.set_num_threads(1)
-    lines, wrong = [], 0
-    for name in args.parts or COUNTS:
-        begin = time.monotonic()
-        text, faults = globals()[name](args.count or COUNTS[name], args.seed)
-        wrong += faults
-        lines.append([name, text, faults, f"{(time.monotonic() - begin) / 60:.0f}"])
-        print(f"{name}: {text}; {faults} faults", file=sys.stderr, flush=True)
-    print(f"{markdown(['part', 'tried', 'faults', 'minutes'], lines)}\n\n{facts(f'seed {args.seed}')}")
-    sys.exit(1 if wrong else 0)
+    run_parts(__doc__, {"start": (start, 3), "switch": (switch, 200), "prompts": (prompts, 32), "kills": (kills, 50)})
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ FOLDER = ROOT / "ERTACache4FLUX"
 SHIPPED = ("demo-30-budget-6", "demo-30-budget-15", "demo-30-budget-10-exact", "demo-30-0.17", "demo-30-0.1-blocks")
 CALL = {"num_inference_steps": 30, "height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": 16}
 SLOW, LARGE = 2.0, 300.0  # seconds of a stage, MiB that it may add
-PARTS = ("mutants", "kills", "soak", "disk")
 
 
 def pipeline():
@@ -515,27 +514,36 @@ def disk(count: int, seed: int) -> tuple[str, int]:
     return f"{sum(tried.values())} calibrations ({kinds})", len(faults)
 
 
-COUNTS = {"mutants": 10_000, "kills": 100, "soak": 1_000, "disk": 30}
+def run_parts(description: str, parts: Mapping[str, tuple[Callable[[int, int], tuple[str, int]], int]]) -> None:
+    """Run the parts of a campaign that the command line names, and print their table; exit code 1 after a fault.
 
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--count", type=int, help="of mutants, kills, generations or calibrations")
+    Args:
+        description: Of the program.
+        parts: By name, part(count, seed) → (what was tried, faults), and the count by default.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(parts)}; default: all")
+    parser.add_argument("--count", type=int, help="of what a part tries")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    unknown = [name for name in args.parts if name not in PARTS]
+    unknown = [name for name in args.parts if name not in parts]
     if unknown:
-        raise UserError(f"{unknown[0]}: choose from {', '.join(PARTS)}")
+        raise UserError(f"{unknown[0]}: choose from {', '.join(parts)}")
     lines, wrong = [], 0
-    for name in args.parts or PARTS:
+    for name in args.parts or parts:
+        part, count = parts[name]
         start = time.monotonic()
-        text, faults = globals()[name](args.count or COUNTS[name], args.seed)
+        text, faults = part(args.count or count, args.seed)
         wrong += faults
         lines.append([name, text, faults, f"{(time.monotonic() - start) / 60:.0f}"])
         print(f"{name}: {text}; {faults} faults", file=sys.stderr, flush=True)
     print(f"{markdown(['part', 'tried', 'faults', 'minutes'], lines)}\n\n{facts(f'seed {args.seed}')}")
     sys.exit(1 if wrong else 0)
+
+
+def main() -> None:
+    parts = {"mutants": (mutants, 10_000), "kills": (kills, 100), "soak": (soak, 1_000), "disk": (disk, 30)}
+    run_parts(__doc__, parts)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 The first start calibrates; later ones find the plans. Each request has its own speed-up, or null for uncached.
 """
 
-import argparse
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
-from model import Model, Request, arguments_of
+from model import Model, Request, parser_of
 from pydantic import BaseModel
 
 WAIT = 0.05  # seconds that a request waits for others
@@ -96,16 +95,9 @@ def app_of(model: Model, size: int) -> FastAPI:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a Hub id")
-    parser.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="of the pipeline's call")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    args = parser.parse_args()
+    args = parser_of(__doc__).parse_args()
     logging.basicConfig(level=logging.INFO)  # each call's computed and skipped steps
-    model = Model(args.model, args.speedups, arguments_of(args.arguments))
+    model = Model(args.model, args.speedups, dict(args.arguments))
     uvicorn.run(app_of(model, args.batch_size), host=args.host, port=args.port, log_level="warning")
 
 

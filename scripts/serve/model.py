@@ -1,5 +1,6 @@
 """A stock pipeline with plans, as servers call it: requests of one speed-up share a batch."""
 
+import argparse
 import io
 import json
 from collections.abc import Sequence
@@ -73,7 +74,20 @@ def png(image) -> bytes:
     return buffer.getvalue()
 
 
-def arguments_of(words: Sequence[str]) -> dict[str, Any]:
-    """Return NAME=VALUE words as arguments; VALUE is JSON."""
-    pairs = (word.partition("=") for word in words)
-    return {name: json.loads(value) for name, _, value in pairs}
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that the servers share."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=kind)
+    parser.add_argument("model", help="a folder or a Hub id")
+    parser.add_argument("arguments", nargs="*", type=argument, metavar="NAME=VALUE", help="of the pipeline's call")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    return parser
+
+
+def argument(word: str) -> tuple[str, Any]:
+    """Return name and value of NAME=VALUE, where VALUE is JSON."""
+    name, _, value = word.partition("=")
+    return name, json.loads(value)

@@ -8,13 +8,14 @@
 The first replica to start calibrates; the others wait for its plans, as later starts find them.
 """
 
-import argparse
 import logging
 import os
 import signal
 from pathlib import Path
 
+import ray
 import torch
+from model import parser_of
 from ray import serve
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -56,25 +57,16 @@ class Server:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a Hub id")
-    parser.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="of the pipeline's call")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser = parser_of(__doc__)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    import ray
-    from model import arguments_of
-
     source = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}}
     ray.init(include_dashboard=False, runtime_env=environment)
     serve.start(http_options={"host": args.host, "port": args.port})
     options = {"num_gpus": 1 if torch.cuda.is_available() else 0}
     deployment = Server.options(num_replicas=args.replicas, ray_actor_options=options)
-    server = deployment.bind(source, args.speedups, arguments_of(args.arguments), args.batch_size)
+    server = deployment.bind(source, args.speedups, dict(args.arguments), args.batch_size)
     serve.run(server, route_prefix="/generate")
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
     serve.shutdown()

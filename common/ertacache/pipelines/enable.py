@@ -109,7 +109,7 @@ def speedup(pipe, speedup: float | None) -> None:
 
     Args:
         pipe: A pipeline that follows plans (`enable`).
-        speedup: Of one of them, or the number of computed steps' T/N; None for uncached calls.
+        speedup: Of one of them, by its key in the set or by T/N; None for uncached calls.
 
     Raises:
         UserError: The pipeline follows no plan, or none of this speed-up.

@@ -74,25 +74,29 @@ def run(
             for name, followed in methods.items():
                 calls.run(calls.call(name, followed), calls.batches[0])
         made = [calls.call(name, followed) for name, followed in methods.items()]
-        results = generate(calls, made, output)
-        report(calls, chosen, results, output)
+        results, kind = generate(calls, made, output)
+        report(calls, chosen, results, output, kind)
 
     parallel.run_on_all_ranks(main)
 
 
-def generate(calls: Calls, methods: Sequence[Call], output: Output) -> dict[str, tuple[list[np.ndarray], float]]:
+def generate(
+    calls: Calls, methods: Sequence[Call], output: Output
+) -> tuple[dict[str, tuple[list[np.ndarray], float]], str | None]:
     """Make the calls of this process, the methods in turn, batch by batch; each file is written as it is made.
 
     Batches that a run was done with when it was broken off are not made again; to compare, all are.
 
     Returns:
-        Name → images or videos of each batch (kept to compare only), and the seconds of all calls.
+        Name → images or videos of each batch (kept to compare only), and the seconds of all calls; and what was made,
+        "image" or "video" (None in a process without a batch).
     """
+    kind = None
     results: dict[str, tuple[list, list]] = {method.name: ([], []) for method in methods}
     plans = [method.plan and dataclasses.asdict(method.plan) for method in methods]
     finished = Checkpoints(output.folder, [calls.identity, plans, output.fps], UNFINISHED)
 
-    def make(number: int) -> None:
+    def make(number: int) -> str:
         part = calls.batches[number]
         for method in methods:
             images, seconds = calls.run(method, part)
@@ -100,26 +104,23 @@ def generate(calls: Calls, methods: Sequence[Call], output: Output) -> dict[str,
             if output.compare:
                 results[method.name][0].append(images)
             results[method.name][1].append(seconds)
+        return "video" if images.ndim == 5 else "image"
 
     for number in parallel.mine(len(calls.batches)):
-        if output.compare:
-            make(number)
-        else:
-            finished.of_this_rank(number, partial(make, number))
+        kind = make(number) if output.compare else finished.of_this_rank(number, partial(make, number))
     finished.remove()
-    return {name: (images, sum(seconds)) for name, (images, seconds) in results.items()}
+    return {name: (images, sum(seconds)) for name, (images, seconds) in results.items()}, kind
 
 
 def report(
-    calls: Calls, plan: Plan | None, results: Mapping[str, tuple[list[np.ndarray], float]], output: Output
+    calls: Calls, plan: Plan | None, results: Mapping[str, tuple[list[np.ndarray], float]], output: Output, kind: str
 ) -> None:
-    """Print what all processes together have made."""
+    """Print what all processes together have made. kind: "image" or "video"."""
     done = all_summaries(summary(calls.pipe)) if plan else None
     gathered = {name: (parallel.in_order(images), sum(parallel.gather(s))) for name, (images, s) in results.items()}
     if not parallel.is_main():
         return
     count = len(calls.prompts)
-    kind = "video" if any(output.folder.glob("*.mp4")) else "image"
     print(f"{count} {kind}{'s' if count > 1 else ''} in {output.folder}/")
     if done:
         print(done)

@@ -3,8 +3,9 @@ import os
 from functools import cache
 from pathlib import Path
 
-THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # one each where several processes share the tests
-os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # of the programs that tests start, too
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each where several processes share the tests
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too; the environment has the number below
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -7,8 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each where several process
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too; the environment has the number below
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each where several processes share the tests
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too; the environment has the number below
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too; theirs was set by the line below
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest

@@ -11,7 +11,8 @@ from typing import Any
 
 from ertacache.calibration.effort import EFFORTS, effort_of
 from ertacache.calibration.from_pipeline import check_call, make_plans, prompts_of, requirements_of
-from ertacache.calibration.paused_call import arguments_of_call
+from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
+from ertacache.calibration.session import digest_of
 from ertacache.pipelines.enable import enable
 from ertacache.plans import Plan, PlanSet
 from ertacache.plans.names import budget_of
@@ -27,7 +28,7 @@ from ertacache.utils.provenance import fingerprint
 def accelerate(
     pipe,
     speedup: float | Sequence[float] = 2,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence | None = None,
     *,
     effort: str = "quick",
     batch_size: int = 1,
@@ -44,7 +45,7 @@ def accelerate(
     Args:
         pipe: A diffusers pipeline that plans work in.
         speedup: T/N, from 1 to T/2; or several, between which `ertacache.speedup(pipe, …)` switches.
-        prompts: Texts like those to come, to calibrate on. By default those that ship with the package; a plan that was
+        prompts: Like those to come, as in `calibrate`. By default those that ship with the package; a plan that was
             made on others is taken too.
         effort: "quick", "normal" or "thorough", as in `ertacache.calibrate`; a stored plan of less effort is made anew.
         batch_size: Prompts per call of the calibration.
@@ -69,7 +70,7 @@ def accelerate(
 def find_plans(
     pipe,
     speedup: float | Sequence[float],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence | None = None,
     *,
     effort: str = "quick",
     batch_size: int = 1,
@@ -78,10 +79,13 @@ def find_plans(
     """Return the plans of `accelerate` from the user's store; those that are not there are calibrated into it."""
     speedups = [speedup] if isinstance(speedup, int | float) else speedup
     effort_of(effort)
-    given = None if prompts is None else prompts_of(prompts)
+    given = None if prompts is None else prompts_of(pipe, prompts)
     if given == []:
         raise UserError("no calibration prompts: give some, or leave prompts out")
     steps = check_call(pipe, speedups, batch_size, call_kwargs)
+    if given is None and prompt_argument(pipe) != "prompt":
+        text = f"a {type(pipe).__name__} takes no prompt, so that those that ship with ertacache say nothing to it"
+        raise UserError(f"{text}: give prompts, a list of values of {prompt_argument(pipe)}")
     store = PlanStore()
     entry = store.entry(requirements_of(pipe, steps, call_kwargs), weights_of(pipe))
     budgets = {number: budget_of(steps, number, "speedup =") for number in speedups}
@@ -124,12 +128,12 @@ def weights_of(pipe) -> str:
     return found if found != "offloaded" else f"offloaded-{digest(str(getattr(pipe, 'name_or_path', '')))[:16]}"
 
 
-def _serves(plan: Plan, prompts: list[str] | None, effort: str) -> bool:
+def _serves(plan: Plan, prompts: list | None, effort: str) -> bool:
     """Return whether a stored plan is what is asked for: made with no less effort, on the prompts that are given."""
     efforts, made = list(EFFORTS), plan.provenance.get("calibration", {}).get("effort")
     if made not in efforts or efforts.index(made) < efforts.index(effort):
         return False
-    used = None if prompts is None else digest("\n".join(prompts[: effort_of(made).prompts]))
+    used = None if prompts is None else digest_of(prompts[: effort_of(made).prompts])
     return used in (None, plan.provenance.get("prompts", {}).get("sha256"))
 
 

@@ -1,19 +1,16 @@
 """Budget plans from the call of any pipeline that `ertacache.enable` takes: `ertacache.calibrate`."""
 
 import contextlib
-import hashlib
-import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
-from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, stateful
+from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, prompt_argument, stateful
 from ertacache.calibration.search import Interrupted, goes_on, keep_unfinished
-from ertacache.calibration.session import CalibrationSession, recorded
-from ertacache.numerics.schedulers import check_scheduler
+from ertacache.calibration.session import CalibrationSession, as_json, recorded
+from ertacache.numerics.schedulers import check_scheduler, num_inference_steps_of, steps_of
 from ertacache.pipelines.enable import check_pipeline, originals
 from ertacache.plans import PlanSet
 from ertacache.plans.names import budget_of, check_speedups
@@ -32,7 +29,7 @@ UNRECORDED = (*SET_BY_CALIBRATE, "num_inference_steps", "output_type", "return_d
 
 def calibrate(
     pipe,
-    prompts: Sequence[str],
+    prompts: Sequence,
     speedups: Sequence[float] = (2, 3),
     *,
     seed: int = 0,
@@ -51,8 +48,8 @@ def calibrate(
 
     Args:
         pipe: The pipeline.
-        prompts: Texts like those to come. A quarter of them (none of fewer than four) measures the plans and is not
-            fitted.
+        prompts: Texts like those to come, or values of the call's first argument where it takes no `prompt` (images,
+            class labels). A quarter of them (none of fewer than four) measures the plans and is not fitted.
         speedups: T/N, each at least 1.
         seed: Prompt j starts from the noise of seed + j.
         batch_size: Prompts per call.
@@ -82,7 +79,7 @@ def calibrate(
 
 def make_plans(
     pipe,
-    prompts: Sequence[str],
+    prompts: Sequence,
     speedups: Sequence[float],
     save: Callable[[PlanSet], None] | None,
     *,
@@ -95,7 +92,7 @@ def make_plans(
     call_kwargs: Mapping[str, Any],
 ) -> PlanSet:
     """Calibrate as `calibrate` does; save(plans) is called by rank 0 before the work is deleted."""
-    prompts = prompts_of(prompts)[: effort_of(effort).prompts]
+    prompts = prompts_of(pipe, prompts)[: effort_of(effort).prompts]
     check_seed(seed, "seed")
     if target != "reference":
         raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
@@ -120,8 +117,9 @@ def make_plans(
             calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
             if total != steps:
-                text = f"the pipeline's scheduler makes {total} steps, not num_inference_steps = {steps}"
-                raise UserError(f"{text}: give num_inference_steps={total}")
+                text = f"the pipeline's scheduler makes {total} steps, not {steps}"
+                remedy = num_inference_steps_of(originals(pipe)["scheduler"], total)
+                raise UserError(f"{text}: give num_inference_steps={remedy}")
             if calibration.end < LEAST_STEPS:
                 text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
                 raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
@@ -143,11 +141,13 @@ def make_plans(
     return plans
 
 
-def prompts_of(prompts) -> list[str]:
-    """Return the prompts of a calibration, a list of texts."""
+def prompts_of(pipe, prompts) -> list:
+    """Return the prompts of a calibration as a list: of texts, where the pipeline's call takes a `prompt`."""
+    name = prompt_argument(pipe)
+    kind, what = (str, "texts") if name == "prompt" else (object, f"values of {name}")
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"prompts = {prompts!r:.60}: give a list of texts")
+    if not is_list or not all(isinstance(prompt, kind) for prompt in prompts):
+        raise UserError(f"prompts = {shown(prompts)}: give a list of {what}")
     return list(prompts)
 
 
@@ -159,8 +159,9 @@ def check_call(pipe, speedups: Sequence[float], batch_size: int, call_kwargs: Ma
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size = {shown(batch_size)}: give a whole number of at least 1")
     check_pipeline(pipe)
-    check_scheduler(originals(pipe)["scheduler"])
-    steps = _steps_of(pipe, call_kwargs)
+    scheduler = originals(pipe)["scheduler"]
+    check_scheduler(scheduler)
+    steps = steps_of(scheduler, _steps_of(pipe, call_kwargs))
     for speedup in speedups:
         budget_of(steps, speedup, "speedups")
     return steps
@@ -181,12 +182,12 @@ def _check_state(pipe, count: int) -> None:
 
 
 def _steps_of(pipe, call_kwargs: Mapping[str, Any]) -> int:
-    """Return T, given or the call's default. Refuses arguments that the call does not take."""
+    """Return the call's num_inference_steps, given or its default. Refuses arguments that it does not take."""
     known, complete = arguments_of_call(pipe)
+    own = (*SET_BY_CALIBRATE, prompt_argument(pipe))
     for name in call_kwargs:
-        if name in SET_BY_CALIBRATE or (complete and name not in known):
-            problem = f"is no argument of {type(pipe).__name__}'s call"
-            problem = "is set by calibrate" if name in SET_BY_CALIBRATE else problem
+        if name in own or (complete and name not in known):
+            problem = "is set by calibrate" if name in own else f"is no argument of {type(pipe).__name__}'s call"
             raise UserError(f"{name} {problem}: leave it out")
     steps = call_kwargs.get("num_inference_steps", known.get("num_inference_steps"))
     if steps_problem(steps):
@@ -206,17 +207,7 @@ def _settings(pipe, steps: int, call_kwargs: Mapping[str, Any]) -> dict[str, Any
 
 def _recorded(call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that the call is given as settings of a plan; of what is no JSON value type and hash."""
-    recorded = {}
-    for name, value in call_kwargs.items():
-        if name in UNRECORDED:
-            continue
-        try:
-            recorded[name] = json.loads(json.dumps(value))
-        except TypeError:
-            recorded[name] = type(value).__name__
-            with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # local functions
-                recorded[name] += f" {hashlib.sha256(pickle.dumps(value)).hexdigest()[:16]}"
-    return recorded
+    return {name: as_json(value) for name, value in call_kwargs.items() if name not in UNRECORDED}
 
 
 def _name_of(pipe) -> str:

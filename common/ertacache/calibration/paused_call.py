@@ -177,7 +177,8 @@ class PausedCall:
 
     def _work(self, pipe, state: contextlib.AbstractContextManager) -> None:
         try:
-            arguments = {**self.sampler.arguments, "prompt": self.prompts}
+            name = prompt_argument(pipe)
+            arguments = {**self.sampler.arguments, name: len(self.prompts) if name == "batch_size" else self.prompts}
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
             known, complete = arguments_of_call(pipe)
             if "output_type" in known or not complete:
@@ -328,6 +329,15 @@ def arguments_of_call(pipe) -> tuple[dict[str, Any], bool]:
         if complete:
             break
     return known, complete
+
+
+def prompt_argument(pipe) -> str:
+    """Return the argument of a pipeline's call that differs between prompts: `prompt`, or the first where it has none.
+
+    Unconditional pipelines have their `batch_size` there: each prompt then stands for a seed.
+    """
+    known, complete = arguments_of_call(pipe)
+    return "prompt" if "prompt" in known or not complete else next(iter(known), "prompt")
 
 
 def stateful(part, shared: bool = False) -> list[str]:

@@ -1,5 +1,9 @@
 """What every calibration needs: prompts in batches, progress, checkpoints, provenance."""
 
+import contextlib
+import hashlib
+import json
+import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +19,11 @@ import torch
 from ertacache.calibration.choice import CHOICE_METRIC
 from ertacache.demos.model_folder import StepwiseSampler
 from ertacache.pipelines.conditions import watching
-from ertacache.plans.requirements import Requirements, transformer_of
+from ertacache.plans.requirements import Requirements
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.checks import steps_problem
+from ertacache.utils.denoisers import denoiser_of
 from ertacache.utils.errors import UserError
 from ertacache.utils.locks import exclusive
 from ertacache.utils.progress import Progress, duration
@@ -31,7 +36,7 @@ class CalibrationSession:
     Args:
         sampler: Of a model folder, or a paused pipeline call.
         pipe: The pipeline.
-        prompts: Calibration prompts.
+        prompts: Calibration prompts, texts or what a pipeline takes in their place.
         seeds: One seed per prompt.
         settings: Keyword arguments of `sampler.prepare`, with `steps`.
         batch_size: Prompts per call.
@@ -47,7 +52,7 @@ class CalibrationSession:
         self,
         sampler: StepwiseSampler,
         pipe,
-        prompts: Sequence[str],
+        prompts: Sequence,
         seeds: Sequence[int],
         *,
         settings: dict[str, Any],
@@ -72,7 +77,7 @@ class CalibrationSession:
         self.identity = {
             "model": model_id,
             "weights": fingerprint(pipe),
-            "prompts": {"count": len(prompts), "sha256": digest("\n".join(prompts))},
+            "prompts": {"count": len(prompts), "sha256": digest_of(prompts)},
             "seeds": self.seeds,
             "batch_size": batch_size,
         }
@@ -187,7 +192,23 @@ def existing(path: Path) -> Path:
     return path
 
 
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it; of what is none of its types, the type and a hash."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        name = type(value).__name__
+        with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # local functions
+            name += f" {hashlib.sha256(pickle.dumps(value)).hexdigest()[:16]}"
+        return name
+
+
+def digest_of(prompts: Sequence) -> str:
+    """Return a hash of prompts."""
+    return digest("\n".join(prompt if isinstance(prompt, str) else str(as_json(prompt)) for prompt in prompts))
+
+
 def recorded(pipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run that a plan records: all but the steps, and the dtype."""
     others = {name: value for name, value in settings.items() if name != "steps"}
-    return {**others, "dtype": str(transformer_of(pipe).dtype).removeprefix("torch.")}
+    return {**others, "dtype": str(denoiser_of(pipe).dtype).removeprefix("torch.")}

@@ -64,6 +64,83 @@ class ClosedFormDenoiser(torch.nn.Module):
         return ((s - a * b2) * x - s * (weights @ self.points)) / var
 
 
+class ClosedFormUNet(torch.nn.Module):
+    """The same denoiser as a network for diffusers' schedulers: any of their predictions, at any of their times.
+
+    Args:
+        denoiser: What it asks.
+        scheduler: Its config says what is predicted, and what a timestep means: sigma × 1000 in flow matching, else a
+            row of the table of ᾱ, with σ / α interpolated between two rows.
+    """
+
+    def __init__(self, denoiser: ClosedFormDenoiser, scheduler):
+        super().__init__()
+        self.denoiser = denoiser
+        self.prediction = scheduler.config.get("prediction_type", "flow_prediction")
+        self.table = getattr(scheduler, "alphas_cumprod", None)
+        self.config = {**denoiser.config, "prediction": self.prediction}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, asked: torch.Tensor, guidance: float):
+        """Return the prediction [B, D] as a tuple. sample: data and noise mixed as diffusers gives them to a model."""
+        t = float(timestep)
+        if self.prediction == "flow_prediction":
+            alpha, sigma = 1 - t / 1000, t / 1000
+        else:
+            ratios = ((1 - self.table) / self.table).sqrt().double().numpy()
+            ratio = np.interp(t, np.arange(len(ratios)), ratios)
+            alpha, sigma = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
+        s, x = sigma / (alpha + sigma), sample / (alpha + sigma)
+        v = self.denoiser(x, torch.tensor(s, dtype=sample.dtype), asked, guidance)
+        noise, data = x + (1 - s) * v, x - s * v
+        predictions = {"epsilon": noise, "sample": data, "v_prediction": alpha * noise - sigma * data}
+        return (predictions.get(self.prediction, v),)
+
+
+class ClosedFormPipeline:
+    """A pipeline as diffusers has them around the denoiser, with any of diffusers' schedulers.
+
+    Args:
+        denoiser: The problem.
+        scheduler: Of diffusers.
+    """
+
+    def __init__(self, denoiser: ClosedFormDenoiser, scheduler):
+        self.unet, self.scheduler = ClosedFormUNet(denoiser, scheduler), scheduler
+
+    def set_progress_bar_config(self, **_) -> None:
+        pass
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt, num_inference_steps: int = 30, guidance_scale: float = 3.5, generator=None, output_type="latent"
+    ) -> tuple[torch.Tensor]:
+        """Return the final latents [B, D] for captions, from the noise of one generator each."""
+        known, prompts = list(captions()), [prompt] if isinstance(prompt, str) else prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        asked = torch.tensor([known.index(text) for text in prompts])
+        noise = [torch.randn(self.unet.denoiser.points.shape[1], generator=each) for each in generators]
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.stack(noise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for t in self.scheduler.timesteps:
+            scale = getattr(self.scheduler, "scale_model_input", None)
+            output = self.unet(latents if scale is None else scale(latents, t), t, asked, guidance_scale)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def denoiser_of_width(spread: float, dtype: torch.dtype = torch.float32) -> ClosedFormDenoiser:
+    """Return the denoiser of all points and captions. spread: b."""
+    points = all_points()
+    members = torch.zeros(len(captions()), len(points), dtype=torch.bool)
+    for row, indices in zip(members, captions().values(), strict=True):
+        row[list(indices)] = True
+    return ClosedFormDenoiser(points.to(dtype), members, spread, "moving scenes")
+
+
 @cache
 def all_points() -> torch.Tensor:
     """Return the data: images in [−1, 1], float32 [M, 3 · SIDE · SIDE] in the order [C, H, W]."""

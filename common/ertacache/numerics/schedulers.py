@@ -1,12 +1,19 @@
-"""What plans know of diffusers' schedulers: noise levels, the model's times, and steps between any two levels.
+"""What plans know of diffusers' schedulers: noise levels, the model's times, and what is linear in a step.
 
-A solver is made on the T steps that a scheduler has just been set to. Its `sigmas` are noise levels in the unit in
-which the latents move linearly along the model output: sigmas for flow matching, angles for v-prediction.
+Whatever a sampler is called, its latents are a mixture of data and noise, and the model's output o says which:
+
+    x = α · data + σ · noise,      data = d_x x + d_o o,      noise = n_x x + n_o o
+
+With α and σ at both ends, x' = α' · data + σ' · noise is the first-order jump of any deterministic sampler (DDIM, and
+Euler's step in flow matching and in sigma space). So a scheduler is described by the unit of its noise levels, from
+which α and σ follow, and by what its model predicts. `SOLVERS` lists those that plans know.
 """
 
 import copy
-import functools
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,52 +21,118 @@ import torch
 from ertacache.numerics.steps import ddim_step
 from ertacache.utils.errors import UserError
 
+# --- noise levels, and what models predict -------------------------------------------------------------------------
 
-class FlowMatching:
-    """dx/ds = sign · v, with the scheduler's own sigmas; the model's times are sigmas × 1000.
+
+def of_flow(s: float) -> tuple[float, float]:
+    """Return (α, σ) at a noise level of flow matching, s = σ; 1 is noise."""
+    return 1.0 - s, s
+
+
+def of_angle(s: float) -> tuple[float, float]:
+    """Return (α, σ) at an angle s = θ / (π/2), where α² + σ² = 1; 1 is noise."""
+    return math.cos(s * math.pi / 2), math.sin(s * math.pi / 2)
+
+
+def of_ratio(s: float) -> tuple[float, float]:
+    """Return (α, σ) in sigma space, where the data is not scaled."""
+    return 1.0, s
+
+
+def data_of(prediction: str, alpha: float, sigma: float, scale: float = 1.0) -> tuple[float, float]:
+    """Return (d_x, d_o) of data = d_x x + d_o o.
+
+    Args:
+        prediction: "epsilon", the noise; "sample", the data; "v_prediction", (α · noise − σ · data) / √(α² + σ²)
+            (Salimans & Ho 2022); "flow_prediction", noise − data; "edm epsilon" and "edm v_prediction", those of
+            Karras et al. 2022, Eq. 7.
+        alpha, sigma: Of the latents.
+        scale: Standard deviation of the data, for the last two.
+    """
+    norm = math.hypot(alpha, sigma)
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return alpha / norm**2, -sigma / norm
+    if prediction == "flow_prediction":
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+    both = scale**2 + sigma**2
+    out = sigma * scale / math.sqrt(both)
+    return scale**2 / both, out if prediction == "edm epsilon" else -out
+
+
+# --- solvers -------------------------------------------------------------------------------------------------------
+
+
+class Solver:
+    """How a scheduler steps, on the T steps that it has just been set to.
 
     Args:
         scheduler: On its T steps.
-        sign: 1 for v = noise − data, −1 for v = data − noise.
+        unit: of_flow, of_angle or of_ratio.
+        prediction: What the model predicts (`data_of`).
     """
 
-    def __init__(self, scheduler, sign: float = 1.0):
-        self.scheduler, self.sign = scheduler, sign
+    def __init__(self, scheduler, unit: Callable[[float], tuple[float, float]], prediction: str):
+        self.scheduler, self.unit, self.prediction = scheduler, unit, prediction
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The scheduler's noise levels, [T+1], as they are now: pipelines may edit them."""
-        return self.scheduler.sigmas
-
-    def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
-        """Return the model's times [M] on a grid [M+1]; on the native grid the scheduler's (UniPC rounds them)."""
-        if torch.equal(sigmas, self.sigmas):
-            return self.scheduler.timesteps
-        return (sigmas[:-1] * self.scheduler.config.num_train_timesteps).to(self.scheduler.timesteps.device)
+        """The noise levels before each step and at the end, float32 [T+1], as they are now: pipelines may edit them."""
+        raise NotImplementedError
 
     def show(self, sigmas: torch.Tensor) -> None:
         """Set the scheduler to another grid, [T+1]."""
-        self.scheduler.timesteps, self.scheduler.sigmas = self.times_on(sigmas), sigmas
+        raise UserError(f"a {type(self.scheduler).__name__} cannot be moved to the plan's own grid: calibrate one here")
 
     def first_order(self, s: float, s_next: float) -> tuple[float, float]:
-        """Return (a, w) of x' = a x + w v, the first-order jump between two levels."""
-        return 1.0, self.sign * float(s_next - s)
+        """Return (a, w) of x' = a x + w o, the first-order jump between two noise levels."""
+        (alpha, sigma), (alpha_next, sigma_next) = self.unit(float(s)), self.unit(float(s_next))
+        data_x, data_o = data_of(self.prediction, alpha, sigma, self.scheduler.config.get("sigma_data", 1.0))
+        noise_x, noise_o = (1 - alpha * data_x) / sigma, -alpha * data_o / sigma
+        return alpha_next * data_x + sigma_next * noise_x, alpha_next * data_o + sigma_next * noise_o
 
     def step(self, i: int, x: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         """Make step i by the scheduler itself."""
         return self.scheduler.step(v, self.scheduler.timesteps[i], x, **options, return_dict=False)[0]
 
     def shadow(self):
-        """Return step(done, i, k, x, v) by a copy of the scheduler that follows along a planned run.
+        """Return step(done, i, k, x, v), which makes the solver's step from step i to step k of a planned run.
 
-        It steps from step i to step k of the grid and is called at every computed step, so that its history is that of
-        the run. A multistep solver corrects x by the step before only where that was one of its own length.
+        It is called at every computed step. Here it is of first order.
 
         Args of the returned function:
             done: The computed steps before i.
         """
-        solver, sigmas, times = copy.deepcopy(self.scheduler), self.sigmas, self.scheduler.timesteps
-        solver.set_begin_index(0)
+
+        def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            levels = self.sigmas
+            scale, weight = self.first_order(levels[i], levels[k])
+            return (scale * x.float() + weight * v.float()).to(x.dtype)
+
+        return step
+
+
+class OnSigmas(Solver):
+    """A scheduler that steps from one of its `sigmas` [T+1] to the next: flow matching, DPM-Solver, Euler, …"""
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        sigmas = self.scheduler.sigmas
+        return sigmas.atan() / (torch.pi / 2) if self.unit is of_angle else sigmas
+
+    def shadow(self):
+        """Return `Solver.shadow` by a copy of the scheduler, so that a multistep solver's history is that of the run.
+
+        It corrects x by the step before only where that was one of its own length.
+        """
+        if calls_per_step(self.scheduler) > 1:
+            return super().shadow()
+        solver, sigmas, times = copy.deepcopy(self.scheduler), self.scheduler.sigmas, self.scheduler.timesteps
+        if hasattr(solver, "set_begin_index"):
+            solver.set_begin_index(0)
 
         def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             solver.sigmas, solver.timesteps = sigmas[[*done, i, k]], times[[*done, i]]
@@ -70,9 +143,31 @@ class FlowMatching:
         return step
 
 
+class FlowMatching(OnSigmas):
+    """Flow matching, dx/ds = sign · o; the model's times are sigmas × 1000.
+
+    Args:
+        scheduler: On its T steps.
+        sign: 1 for o = noise − data, −1 for o = data − noise.
+    """
+
+    def __init__(self, scheduler, sign: float = 1.0):
+        super().__init__(scheduler, of_flow, "flow_prediction")
+        self.sign = sign
+
+    def show(self, sigmas: torch.Tensor) -> None:
+        if not torch.equal(sigmas, self.sigmas):  # UniPC rounds the times of its own
+            times = sigmas[:-1] * self.scheduler.config.num_train_timesteps
+            self.scheduler.timesteps = times.to(self.scheduler.timesteps.device)
+        self.scheduler.sigmas = sigmas
+
+    def first_order(self, s: float, s_next: float) -> tuple[float, float]:
+        return 1.0, self.sign * float(s_next - s)
+
+
 @dataclass(frozen=True)
 class AngleGrid:
-    """Steps of a v-prediction scheduler as angles: ᾱ = cos²θ, sigma = θ / (π/2), 1 = noise … 0 = data.
+    """Steps of a scheduler over a table of ᾱ as angles: ᾱ = cos²θ, sigma = θ / (π/2), 1 = noise … 0 = data.
 
     Attributes:
         sigmas: Angles θ / (π/2), float32 [T+1], falling.
@@ -122,86 +217,192 @@ class AngleGrid:
 
 
 def turn(s: float, s_next: float) -> tuple[float, float]:
-    """Return (a, w) of x' = cos(Δθ) x + sin(Δθ) v, DDIM's jump between two angles θ / (π/2)."""
+    """Return (a, w) of x' = cos(Δθ) x + sin(Δθ) v, DDIM's jump on v-prediction between two angles θ / (π/2)."""
     angle = float(s_next - s) * np.pi / 2
     return float(np.cos(angle)), float(np.sin(angle))
 
 
-class VPrediction:
-    """DDIM on v-prediction; it has no history.
+class OnTable(Solver):
+    """A scheduler that looks ᾱ of its timesteps up in a table: DDIM, PNDM. The levels are angles."""
 
-    Args:
-        scheduler: On its T steps.
-    """
-
-    def __init__(self, scheduler):
-        self.scheduler, self.native = scheduler, AngleGrid.of(scheduler)
-        self.grid = self.native
+    def __init__(self, scheduler, prediction: str):
+        super().__init__(scheduler, of_angle, prediction)
+        self.native = self.grid = AngleGrid.of(scheduler)
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The noise levels as angles, [T+1]."""
         return self.grid.sigmas
 
-    def times_on(self, sigmas: torch.Tensor) -> torch.Tensor:
-        """Return the model's timesteps [M] on a grid of angles [M+1]."""
-        return self.native.on(sigmas).times
-
-    def show(self, sigmas: torch.Tensor) -> None:
-        """Set the scheduler to another grid, [T+1]."""
-        self.grid = self.native.on(sigmas)
-        self.scheduler.timesteps = self.grid.times
-
-    def first_order(self, s: float, s_next: float) -> tuple[float, float]:
-        """Return (a, w) of x' = a x + w v, DDIM's jump between two angles."""
-        return turn(s, s_next)
-
-    def step(self, i: int, x: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
-        """Make step i: by the scheduler itself on its own grid, between the angles of another."""
-        if self.grid is self.native:
-            return self.scheduler.step(v, self.scheduler.timesteps[i], x, **options, return_dict=False)[0]
-        return ddim_step(x, v, *self.grid.alphas[i]).to(x.dtype)
-
     def shadow(self):
-        """Return step(done, i, k, x, v), as `FlowMatching.shadow`."""
-
         def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            ends = self.grid.alphas[i, 0], self.grid.alphas[k - 1, 1]
-            return ddim_step(x, v, *ends).to(x.dtype)
+            ends = torch.stack([self.grid.alphas[i, 0], self.grid.alphas[k - 1, 1]]).sqrt().acos() / (torch.pi / 2)
+            scale, weight = self.first_order(*ends.tolist())
+            return (scale * x.float() + weight * v.float()).to(x.dtype)
 
         return step
 
 
-_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "thresholding": False}
-SOLVERS = {  # class → how it steps, and what its config must say (no fresh noise, no clipping, a velocity)
-    "FlowMatchEulerDiscreteScheduler": (FlowMatching, {"stochastic_sampling": False}),
-    "UniPCMultistepScheduler": (FlowMatching, _FLOW),
-    "DPMSolverMultistepScheduler": (FlowMatching, {**_FLOW, "algorithm_type": "dpmsolver++"}),
-    "CogVideoXDDIMScheduler": (VPrediction, {"prediction_type": "v_prediction"}),
-    "DDIMScheduler": (VPrediction, {"prediction_type": "v_prediction", "clip_sample": False, "thresholding": False}),
-    "RFlowScheduler": (functools.partial(FlowMatching, sign=-1.0), {}),
+class VPrediction(OnTable):
+    """DDIM on v-prediction, which can be moved to any grid of angles; it has no history."""
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler, "v_prediction")
+
+    def first_order(self, s: float, s_next: float) -> tuple[float, float]:
+        return turn(s, s_next)
+
+    def show(self, sigmas: torch.Tensor) -> None:
+        self.grid = self.native.on(sigmas)
+        self.scheduler.timesteps = self.grid.times
+
+    def step(self, i: int, x: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        """Make step i: by the scheduler itself on its own grid, between the angles of another."""
+        if self.grid is self.native:
+            return super().step(i, x, v, **options)
+        return ddim_step(x, v, *self.grid.alphas[i]).to(x.dtype)
+
+
+# --- the schedulers that plans know --------------------------------------------------------------------------------
+
+
+def _flow_or_angle(scheduler) -> Solver:
+    """Return the solver of a multistep scheduler, which steps in flow matching or between angles."""
+    flow, prediction = scheduler.config.get("use_flow_sigmas"), scheduler.config.prediction_type
+    if flow and prediction == "flow_prediction":
+        return FlowMatching(scheduler)
+    return OnSigmas(scheduler, of_flow if flow else of_angle, prediction)
+
+
+def _in_sigma_space(scheduler) -> Solver:
+    return OnSigmas(scheduler, of_ratio, scheduler.config.prediction_type)
+
+
+def _preconditioned(scheduler) -> Solver:
+    return OnSigmas(scheduler, of_ratio, f"edm {scheduler.config.prediction_type}")
+
+
+def _on_table(scheduler) -> Solver:
+    prediction = scheduler.config.prediction_type
+    is_ddim = "DDIM" in type(scheduler).__name__
+    return VPrediction(scheduler) if is_ddim and prediction == "v_prediction" else OnTable(scheduler, prediction)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A class of schedulers that plans know.
+
+    Attributes:
+        solver: solver(scheduler) on its T steps.
+        needs: Values that its config must have, where it has the name: no fresh noise, no clipping.
+        calls: (a, b): num_inference_steps = n makes T = a n + b steps with one model call each.
+    """
+
+    solver: Callable[[Any], Solver]
+    needs: dict[str, tuple] = field(default_factory=dict)
+    calls: tuple[int, int] = (1, 0)
+
+
+_EXACT = {"thresholding": (False,), "prediction_type": ("epsilon", "sample", "v_prediction")}
+_MULTISTEP = {
+    "thresholding": (False,),
+    "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "deis"),
+    "variance_type": (None,),
 }
+_TABLE = {"clip_sample": (False,), **_EXACT}
+SOLVERS = {
+    "FlowMatchEulerDiscreteScheduler": Known(FlowMatching, {"stochastic_sampling": (False,)}),
+    "FlowMatchHeunDiscreteScheduler": Known(FlowMatching, calls=(2, -1)),
+    "RFlowScheduler": Known(lambda scheduler: FlowMatching(scheduler, sign=-1.0)),
+    "UniPCMultistepScheduler": Known(_flow_or_angle, _MULTISTEP),
+    "DPMSolverMultistepScheduler": Known(_flow_or_angle, _MULTISTEP),
+    "DPMSolverSinglestepScheduler": Known(_flow_or_angle, _MULTISTEP),
+    "DEISMultistepScheduler": Known(_flow_or_angle, _MULTISTEP),
+    "DDIMScheduler": Known(_on_table, _TABLE),
+    "DDIMParallelScheduler": Known(_on_table, _TABLE),
+    "CogVideoXDDIMScheduler": Known(_on_table, {"prediction_type": ("v_prediction",)}),
+    "PNDMScheduler": Known(_on_table, {"skip_prk_steps": (True,), **_EXACT}, calls=(1, 1)),
+    "EulerDiscreteScheduler": Known(_in_sigma_space, _EXACT),
+    "HeunDiscreteScheduler": Known(_in_sigma_space, {"clip_sample": (False,), **_EXACT}, calls=(2, -1)),
+    "LMSDiscreteScheduler": Known(_in_sigma_space, _EXACT),
+    "EDMEulerScheduler": Known(_preconditioned),
+    "EDMDPMSolverMultistepScheduler": Known(
+        _preconditioned, {"thresholding": (False,), "algorithm_type": ("dpmsolver++",)}
+    ),
+}
+NOISE, BETWEEN = "draws noise in each step", "calls the model between its steps"
+TWINS = {  # what plans cannot follow: the reason, and what to load instead, from the same config with some changes
+    "DDPMScheduler": (NOISE, "DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "DDPMParallelScheduler": (NOISE, "DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "CogVideoXDPMScheduler": (NOISE, "CogVideoXDDIMScheduler", {}),
+    "EulerAncestralDiscreteScheduler": (NOISE, "EulerDiscreteScheduler", {}),
+    "DPMSolverSDEScheduler": (NOISE, "DPMSolverMultistepScheduler", {}),
+    "SASolverScheduler": (NOISE, "UniPCMultistepScheduler", {}),
+    "LTXEulerAncestralRFScheduler": (NOISE, "FlowMatchEulerDiscreteScheduler", {}),
+    "KDPM2AncestralDiscreteScheduler": (NOISE, "HeunDiscreteScheduler", {}),
+    "KDPM2DiscreteScheduler": (BETWEEN, "HeunDiscreteScheduler", {}),
+}
+WITHOUT_TWIN = (  # they draw noise in each step, and models are made for them
+    *("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
+    *("CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler", "DDPMWuerstchenScheduler"),
+    *("UnCLIPScheduler", "RePaintScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler"),
+    *("AmusedScheduler", "VQDiffusionScheduler"),
+)
+OF_THE_MODEL = ("prediction_type", "variance_type")  # settings that cannot be changed without another model
 
 
 def check_scheduler(scheduler) -> None:
     """Refuse a scheduler whose step a plan cannot replace.
 
     Raises:
-        UserError: An unknown class, or a setting that changes its step.
+        UserError: An unknown class, one that draws noise in each step, or a setting that changes its step; with the
+            line of code that mends it where there is one.
     """
     name = type(scheduler).__name__
+    if name in TWINS:
+        reason, twin, changes = TWINS[name]
+        raise UserError(f"the pipeline's {name} {reason}, which no plan can follow: {_loads(twin, changes)}")
+    if name in WITHOUT_TWIN:
+        raise UserError(f"the pipeline's {name} {NOISE}, which no plan can follow: use the pipeline without one")
     if name not in SOLVERS:
         raise UserError(f"the pipeline's scheduler is {name}; plans know {', '.join(SOLVERS)}: load one of them")
-    for key, needed in SOLVERS[name][1].items():
-        value = scheduler.config.get(key, needed)
-        if value != needed:
-            raise UserError(f"the pipeline's {name} has {key} = {value}: a plan needs {key} = {needed}")
+    for key, allowed in SOLVERS[name].needs.items():
+        value = scheduler.config.get(key, allowed[0])
+        if value not in allowed:
+            remedy = _loads(name, {key: allowed[0]}) if key not in OF_THE_MODEL else "use the pipeline without one"
+            raise UserError(f"the pipeline's {name} has {key} = {value}, which no plan can follow: {remedy}")
+    if scheduler.config.get("rescale_betas_zero_snr") and scheduler.config.prediction_type == "epsilon":
+        text = f"the pipeline's {name} begins where the model's noise says nothing of the data (zero SNR)"
+        raise UserError(f"{text}: {_loads(name, {'rescale_betas_zero_snr': False})}")
 
 
-def solver_of(scheduler) -> FlowMatching | VPrediction:
+def _loads(name: str, changes: dict[str, Any]) -> str:
+    """Return the line of code that loads another scheduler from the config of a pipeline's own."""
+    given = "".join(f", {key}={value!r}" for key, value in changes.items())
+    return f"pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config{given})"
+
+
+def solver_of(scheduler) -> Solver:
     """Return how a scheduler steps, on the T steps that it has just been set to."""
     check_scheduler(scheduler)
-    return SOLVERS[type(scheduler).__name__][0](scheduler)
+    return SOLVERS[type(scheduler).__name__].solver(scheduler)
+
+
+def calls_per_step(scheduler) -> int:
+    """Return how many steps, of one model call each, a scheduler makes of one of its own."""
+    return SOLVERS[type(scheduler).__name__].calls[0]
+
+
+def steps_of(scheduler, num_inference_steps: int) -> int:
+    """Return T, the number of steps with one model call each that a scheduler makes."""
+    each, others = SOLVERS[type(scheduler).__name__].calls
+    return each * num_inference_steps + others
+
+
+def num_inference_steps_of(scheduler, steps: int) -> int:
+    """Return the argument with which a scheduler makes so many steps, or the next possible number."""
+    each, others = SOLVERS[type(scheduler).__name__].calls
+    return -((others - steps) // each)
 
 
 def first_order(scheduler, i: int, k: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ertacache.pipelines.uncached import CALL_NAMES
-from ertacache.plans.requirements import transformer_of
+from ertacache.utils.denoisers import denoiser_of
 
 REMEDIES = {"latents": "the same size", "text_length": "the same max_sequence_length"}  # what to give the call
 SIZES = ("height", "width", "num_frames")  # the shape of the latents, as the call knows it
@@ -58,9 +58,9 @@ def arguments_under_way(pipe) -> dict[str, int | float]:
 
 @contextlib.contextmanager
 def watching(pipe) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary that the first call of a pipeline's transformer fills: conditions, and numbers of the call."""
-    found, transformer = {}, transformer_of(pipe)
-    if not isinstance(transformer, torch.nn.Module):
+    """Yield a dictionary that the first call of a pipeline's denoiser fills: conditions, and numbers of the call."""
+    found, denoiser = {}, denoiser_of(pipe)
+    if not isinstance(denoiser, torch.nn.Module):
         yield found
         return
 
@@ -68,7 +68,7 @@ def watching(pipe) -> Iterator[dict[str, Any]]:
         if not found:
             found.update(arguments_under_way(pipe) | conditions_of(args, kwargs))
 
-    handle = transformer.register_forward_pre_hook(see, with_kwargs=True)
+    handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield found
     finally:

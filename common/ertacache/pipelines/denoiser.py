@@ -3,8 +3,9 @@
 import functools
 
 from ertacache.pipelines.enabled import Enabled
+from ertacache.utils.denoisers import DENOISERS
 
-DENOISERS = ("transformer", "transformer_2", "unet", "controlnet")  # attributes of a pipeline
+SKIPPED = (*DENOISERS, "controlnet")  # attributes of a pipeline whose calls a plan skips
 DYNAMO = ("_torchdynamo_orig_callable", "_torchdynamo_wrapper_id")
 
 
@@ -82,7 +83,7 @@ def put_back(enabled: Enabled) -> None:
     pipe = enabled.pipe()
     if pipe is None or getattr(pipe.scheduler, "enabled", None) is not enabled:
         return
-    for name in DENOISERS:
+    for name in SKIPPED:
         part = getattr(pipe, name, None)
         stands_in = is_stand_in(part)
         if part is None or (stands_in and part._enabled is enabled):

@@ -9,19 +9,20 @@ from typing import Any
 
 from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.block_residuals import check_blocks, hook_blocks, unhook_blocks
-from ertacache.pipelines.denoiser import DENOISERS, PlannedDenoiser, is_stand_in
+from ertacache.pipelines.denoiser import SKIPPED, PlannedDenoiser, is_stand_in
 from ertacache.pipelines.enabled import Enabled, around_blocks, enabled_of
 from ertacache.pipelines.scheduler import PlannedScheduler
 from ertacache.plans import Plan, PlanSet
 from ertacache.plans.drift import LIMITS
 from ertacache.plans.names import HUB_ID, HUB_PREFIX
-from ertacache.plans.requirements import Requirements, transformer_of
+from ertacache.plans.requirements import Requirements
+from ertacache.utils.denoisers import DENOISERS, denoiser_of
 from ertacache.utils.errors import PlanError, UserError, reason_of, shown
 from ertacache.utils.provenance import fingerprint
 
 ON_DRIFT = (*LIMITS, "ignore")
-MODELS = ("transformer", "transformer_2")  # whose blocks a plan may cache around
 PER_TOKEN = ("LTXConditionPipeline", "SanaWMPipeline")  # pipelines with a time for each token
+INNER = ("prior_pipe", "decoder_pipe")  # attributes that are pipelines of their own
 REFUSED = {  # pipelines, and what they do
     "SkyReelsV2DiffusionForcingPipeline": "denoises each frame at a time of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "denoises each frame at a time of its own",
@@ -44,7 +45,8 @@ def enable(
     they are. A call with another number of steps than the plan's is a PlanError before its first model call.
 
     Args:
-        pipe: A pipeline with a `transformer` and a scheduler that plans know (numerics/schedulers.py).
+        pipe: A pipeline with a denoiser (`transformer`, `unet`, …) and a scheduler that plans know
+            (numerics/schedulers.py).
         plan: A plan; {speed-up: plan}, of which calls follow the first until `ertacache.speedup` chooses another; the
             path of a plan, or of a directory with a plan.json; or hf://OWNER/NAME for one on the Hub.
         on_drift: What is done where a run is unlike those of the calibration (drift.py). "warn": one warning, at the
@@ -55,7 +57,7 @@ def enable(
 
     Raises:
         PlanError: A plan for another model or scheduler, or one that a pipeline cannot follow.
-        UserError: A pipeline without a transformer, an unknown scheduler, or a bad argument.
+        UserError: A pipeline without a denoiser, an unknown scheduler, or a bad argument.
 
     Example:
         >>> ertacache.enable(pipe, "my-plan.json")
@@ -71,7 +73,7 @@ def enable(
     plans = read_plans(plan)
     own = originals(pipe)
     check_scheduler(own["scheduler"])
-    models = [own[name] for name in MODELS if name in own]
+    models = [own[name] for name in DENOISERS if name in own]
     for each in plans.members:
         _check_plan(pipe, each, on_drift)
     enabled = Enabled(plans, on_drift, drift_limit)
@@ -93,10 +95,10 @@ def _check_plan(pipe, plan: Plan, on_drift: str) -> None:
         raise PlanError(f"the plan ({plan.title}) has no drift to look at: {remedy}")
     own = originals(pipe)
     _check_hook(own["scheduler"], plan)
-    dtype = str(transformer_of(pipe).dtype).removeprefix("torch.")
+    dtype = str(denoiser_of(pipe).dtype).removeprefix("torch.")
     plan.check(Requirements.of(pipe, plan.steps, {"dtype": dtype}), "calibrate one: ertacache.calibrate(pipe, prompts)")
     if around_blocks(plan):
-        for name in MODELS:
+        for name in DENOISERS:
             if name in own:
                 check_blocks(own[name])
 
@@ -133,7 +135,7 @@ def disable(pipe) -> None:
     for name, part in originals(pipe).items():
         if getattr(pipe, name) is not part:
             setattr(pipe, name, part)
-            if name in MODELS:
+            if name in DENOISERS:
                 unhook_blocks(part)
 
 
@@ -152,7 +154,7 @@ def originals(pipe) -> dict[str, Any]:
 
 def parts_of(pipe) -> dict[str, Any]:
     """Return a pipeline's scheduler and denoisers as they are, with or without stand-ins, by name."""
-    parts = {name: getattr(pipe, name, None) for name in ("scheduler", *DENOISERS)}
+    parts = {name: getattr(pipe, name, None) for name in ("scheduler", *SKIPPED)}
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -164,8 +166,12 @@ def original(part):
 
 
 def check_pipeline(pipe) -> None:
-    """Refuse a pipeline without a transformer or a scheduler, or one that no plan can follow."""
-    for name, part in (("transformer", transformer_of(pipe)), ("scheduler", getattr(pipe, "scheduler", None))):
+    """Refuse a pipeline without a denoiser or a scheduler, or one that no plan can follow."""
+    inner = [name for name in INNER if hasattr(pipe, name)]
+    if inner:
+        text = f"a {type(pipe).__name__} is several pipelines in one"
+        raise UserError(f"{text}: give one of them, {' or '.join(f'pipe.{name}' for name in inner)}")
+    for name, part in (("transformer or unet", denoiser_of(pipe)), ("scheduler", getattr(pipe, "scheduler", None))):
         if part is None:
             raise UserError(f"a {type(pipe).__name__} without a {name} cannot follow a plan: load it with one")
     for kind in type(pipe).__mro__:

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from ertacache.numerics.schedulers import num_inference_steps_of
 from ertacache.pipelines.block_residuals import BlockResiduals
 from ertacache.pipelines.conditions import arguments_under_way, conditions_of, difference
 from ertacache.pipelines.course import Course
@@ -57,8 +58,9 @@ class Enabled:
         if self.plan is None:
             return
         steps = len(scheduler.timesteps)
-        calibrate = f"ertacache.calibrate(pipe, prompts, num_inference_steps={steps})"
-        remedy = f"give num_inference_steps={self.plan.steps}, or make a plan with {calibrate}"
+        planned, given = (num_inference_steps_of(scheduler, number) for number in (self.plan.steps, steps))
+        calibrate = f"ertacache.calibrate(pipe, prompts, num_inference_steps={given})"
+        remedy = f"give num_inference_steps={planned}, or make a plan with {calibrate}"
         self.plan.check(Requirements.of_scheduler(scheduler, steps), remedy)
 
     def on(self, native: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

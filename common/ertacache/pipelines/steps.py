@@ -161,7 +161,7 @@ class BudgetSteps(OwnSteps):
             raise PlanError(
                 f"the plan has no length for the step {i} of this run: calibrate one for these noise levels"
             )
-        return here / there if there else 0.0
+        return here / there if there else 1.0
 
     # --- shares ------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ertacache.utils.denoisers import denoiser_of
+
 
 @dataclass(frozen=True)
 class Requirements:
@@ -12,7 +14,7 @@ class Requirements:
 
     Args:
         steps: T, steps of the uncached run.
-        model: Class and public config of the transformer, as JSON values.
+        model: Class and public config of the denoiser, as JSON values.
         scheduler: The same of the scheduler.
         settings: Guidance, height, width, dtype, …
 
@@ -26,8 +28,8 @@ class Requirements:
 
     @classmethod
     def of(cls, pipe, steps: int, settings: Mapping[str, Any]) -> "Requirements":
-        """Return those of a diffusers pipeline with a transformer and a `scheduler`, also where it follows a plan."""
-        model = transformer_of(pipe)
+        """Return those of a diffusers pipeline with a denoiser and a `scheduler`, also where it follows a plan."""
+        model = denoiser_of(pipe)
         model = getattr(model, "_orig_mod", model)  # inside of torch.compile's wrapper
         return cls(steps, _describe(model), _describe(pipe.scheduler), json.loads(json.dumps(settings)))
 
@@ -35,12 +37,6 @@ class Requirements:
     def of_scheduler(cls, scheduler, steps: int) -> "Requirements":
         """Return those of a scheduler alone."""
         return cls(steps, {}, _describe(scheduler))
-
-
-def transformer_of(pipe):
-    """Return a pipeline's `transformer`, or its `transformer_2` where it has that alone; None without either."""
-    first = getattr(pipe, "transformer", None)
-    return getattr(pipe, "transformer_2", None) if first is None else first
 
 
 def _describe(component) -> dict[str, Any]:

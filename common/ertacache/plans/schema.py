@@ -119,9 +119,9 @@ def _size(letter: str, sizes: Mapping[str, int]) -> int | str:
 def grid_problem(name: str, levels: Sequence[float], rises: bool = False) -> str | None:
     """Return whether noise levels do not fall from step to step, or rise where the scheduler's do.
 
-    The last one may equal the one before, as some pipelines set it.
+    Two in a row may be equal, as Heun's method has them, which calls the model twice at a level.
     """
     lengths = np.diff(levels) * (1 if rises else -1)
-    if not (np.all(lengths[:-1] > 0) and np.all(lengths >= 0)):  # NaN too
+    if not (np.all(lengths >= 0) and np.all(lengths[1:] + lengths[:-1] > 0)):  # NaN too
         return f"{name} must {'rise' if rises else 'fall'} from noise to data"
     return None

@@ -7,19 +7,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ertacache.utils.denoisers import denoisers_of
+
 
 def fingerprint(pipe) -> str:
     """Return a hash that tells checkpoints of one architecture apart: of each parameter's first 16 values in bfloat16.
 
     Args:
-        pipe: A pipeline with a `transformer` and perhaps a `transformer_2` (Wan2.2).
+        pipe: The pipeline.
 
     Returns:
         16 hexadecimal digits, or "offloaded" where the weights are not in memory.
     """
-    modules = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    modules = [module for module in modules if module is not None]
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters = [p for module in denoisers_of(pipe).values() for p in module.parameters()]
     tensors = [tensor for p in parameters for tensor in _plain_tensors(p)]
     if any(tensor.is_meta for tensor in tensors):  # sequential offload keeps the weights elsewhere
         return "offloaded"

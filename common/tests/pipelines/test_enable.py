@@ -15,7 +15,7 @@ from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscre
 import ertacache
 from conftest import ROOT
 from ertacache import PlanError, Requirements
-from ertacache.numerics.schedulers import SOLVERS, solver_of
+from ertacache.numerics.schedulers import solver_of
 from ertacache.pipelines.enable import originals
 from ertacache.utils.provenance import fingerprint
 from helpers import (
@@ -219,13 +219,15 @@ def test_what_a_plan_cannot_follow_is_refused():
     plan = threshold_plan(tiny, (2,))
     with refused("CogVideoXPipeline", "ertacache.enable(pipe, plan)"):
         ertacache.summary(tiny.pipe)
-    with refused("SimpleNamespace", "transformer"):
-        ertacache.enable(SimpleNamespace(unet=object(), scheduler=tiny.pipe.scheduler), plan)
+    with refused("SimpleNamespace", "transformer or unet"):
+        ertacache.enable(SimpleNamespace(vae=object(), scheduler=tiny.pipe.scheduler), plan)
+    with refused("SimpleNamespace", "several pipelines in one", "pipe.decoder_pipe"):
+        ertacache.enable(SimpleNamespace(decoder_pipe=object(), unet=object(), scheduler=tiny.pipe.scheduler), plan)
     tiny.pipe.scheduler = CogVideoXDPMScheduler.from_config(tiny.pipe.scheduler.config)
-    with refused("CogVideoXDPMScheduler", *SOLVERS):
+    with refused("CogVideoXDPMScheduler", "diffusers.CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)"):
         ertacache.enable(tiny.pipe, plan)
     random = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with refused("stochastic_sampling = True", "stochastic_sampling = False"):
+    with refused("stochastic_sampling = True", "stochastic_sampling=False"):
         solver_of(random)
     tiny = flux()
     ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))

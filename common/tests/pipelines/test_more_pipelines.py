@@ -11,7 +11,7 @@ import ertacache
 from ertacache import PlanError
 from ertacache.numerics.schedulers import first_order
 from ertacache.pipelines.enable import originals
-from ertacache.plans.requirements import transformer_of
+from ertacache.utils.denoisers import denoiser_of
 from helpers import HALF, CallCounter, budget_plan, fast, refused, threshold_plan
 from more_tiny_pipelines import (
     MORE,
@@ -37,7 +37,7 @@ FOLLOWED = [build for build in MORE.values() if build not in REFUSED + PER_TOKEN
 
 def calls_of(tiny, **changes):
     """Final latents of a run, and the number of model calls."""
-    with CallCounter(transformer_of(tiny.pipe)) as calls:
+    with CallCounter(denoiser_of(tiny.pipe)) as calls:
         return tiny.run(**changes), calls.count
 
 

@@ -117,7 +117,7 @@ def test_noise_levels_that_follow_the_images_size_are_no_warning():
     ],
 )
 def test_options_that_change_a_step_are_refused_by_name(scheduler, words):
-    with refused(words, "= True", "= False"):
+    with refused(words, "= True", "=False)"):
         check_scheduler(scheduler)
 
 

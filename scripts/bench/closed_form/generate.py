@@ -147,9 +147,4 @@ def load(model="demo", device="cpu", dtype=torch.float32, offload="none"):
         if name not in DEFAULTS or changes[name] <= 0:
             raise UserError(f"--model {model}: give demo, or b and shift as numbers above 0: b=0.3,shift=1")
     values = DEFAULTS | changes
-    points = closed_form.all_points()
-    members = torch.zeros(len(closed_form.captions()), len(points), dtype=torch.bool)
-    for row, indices in zip(members, closed_form.captions().values(), strict=True):
-        row[list(indices)] = True
-    denoiser = closed_form.ClosedFormDenoiser(points.to(dtype), members, values["b"], "moving scenes").to(device)
-    return Pipeline(denoiser, values["shift"])
+    return Pipeline(closed_form.denoiser_of_width(values["b"], dtype).to(device), values["shift"])

@@ -105,14 +105,14 @@ def requirements(tiny, steps=STEPS):
     return Requirements.of(tiny.pipe, steps, {})
 
 
-def budget_plan(tiny, computed, history_length=1):
+def budget_plan(tiny, computed, history_length=1, steps=STEPS):
     """First-order jumps between these steps, on the grid that the pipeline itself asks for."""
-    tiny.run()
-    own, ends = tiny.pipe.scheduler, [*computed, STEPS]
+    tiny.run(steps)
+    own, ends = tiny.pipe.scheduler, [*computed, steps]
     grid = tuple(solver_of(own).sigmas.tolist())
     jumps = [first_order(own, i, k) for i, k in pairwise(ends)]
     weights = tuple((w, *[0.0] * (history_length - 1)) for _, w in jumps)
-    return BudgetPlan(requirements(tiny), tuple(computed), weights, grid, scale=tuple(a for a, _ in jumps))
+    return BudgetPlan(requirements(tiny, steps), tuple(computed), weights, grid, scale=tuple(a for a, _ in jumps))
 
 
 def threshold_plan(tiny, cached, **changes):

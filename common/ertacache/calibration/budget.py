@@ -142,6 +142,7 @@ class BudgetCalibration:
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
             self.elements = self.first.latents[0].numel()
+        self.stop = self.begin + self.end  # the step of the T at which a pipeline's call ends
         self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
         if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
@@ -425,6 +426,7 @@ class BudgetCalibration:
             requirements=self.session.calibrated,
             computed=tuple(self.begin + i for i in best.schedule),
             begin=self.begin,
+            end=0 if self.target.sigmas is not None or self.stop == self.session.steps else self.stop,
             native_sigmas=tuple(self.native_sigmas.tolist()),
             target=self.target.name,
             sigmas=() if self.target.sigmas is None else tuple(self.target.sigmas.tolist()),
@@ -443,8 +445,9 @@ class BudgetCalibration:
         """
         native, steps = self.native_sigmas.cpu().double().numpy(), len(self.native_sigmas) - 1
         weights, scales = np.zeros((steps, history_length, history_length)), np.ones((steps, history_length))
-        grid = native[self.begin :] if self.target.sigmas is None else self.target.sigmas.cpu().double().numpy()
-        for step in range(self.begin + 1, steps):
+        own = self.target.sigmas
+        grid = native[self.begin : self.stop + 1] if own is None else own.cpu().double().numpy()
+        for step in range(self.begin + 1, steps if own is not None else self.stop):
             begin = int(np.abs(grid[:-1] - native[step]).argmin())
             later = [c for c in schedule if c > begin]
             fitted = planner.late_start_weights(gram, (begin, *later), history_length, self.scaled)

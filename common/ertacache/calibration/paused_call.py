@@ -46,7 +46,7 @@ class PausedCalls:
     def __init__(self, pipe, arguments: Mapping[str, Any]):
         self.pipe, self.arguments = pipe, dict(arguments)
         self.open: list[PausedCall] = []
-        self.repeatable = getattr(pipe, "guider", None) is None and not any(map(stateful, originals(pipe).values()))
+        self.repeatable = not (has_memory(pipe) or any(map(stateful, originals(pipe).values())))
         """Whether a step depends on the latents alone. Else velocities that are known cannot stand for model calls."""
 
     def __enter__(self):
@@ -131,13 +131,13 @@ class PausedCall:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Noise levels from where the call begins, [T' + 1]."""
-        return self.run.solver.sigmas[self.begin :]
+        """Noise levels of the call's own steps, [T' + 1]."""
+        return self.run.solver.sigmas[self.begin : self.run.course.end + 1]
 
     @property
     def times(self) -> torch.Tensor:
-        """Times of the model from where the call begins, [T']."""
-        return self.run.scheduler.timesteps[self.begin :]
+        """Times of the model at the call's own steps, [T']."""
+        return self.run.scheduler.timesteps[self.begin : self.run.course.end]
 
     @property
     def free(self) -> torch.Tensor | None:
@@ -177,9 +177,13 @@ class PausedCall:
 
     def _work(self, pipe, state: contextlib.AbstractContextManager) -> None:
         try:
-            name = prompt_argument(pipe)
-            arguments = {**self.sampler.arguments, name: len(self.prompts) if name == "batch_size" else self.prompts}
-            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            name, prompts = prompt_argument(pipe), self.prompts
+            generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            if len(prompts) == 1:  # some pipelines take no lists of texts, or of generators
+                prompts, generators = prompts[0] if isinstance(prompts[0], str) else prompts, generators[0]
+            arguments = {**self.sampler.arguments, name: prompts, "generator": generators}
+            if name == "batch_size":
+                arguments[name] = len(self.prompts)
             known, complete = arguments_of_call(pipe)
             if "output_type" in known or not complete:
                 arguments["output_type"] = "latent"
@@ -244,6 +248,7 @@ class Pausing(Enabled):
         if call.computed is None:
             return Watched(run, call) if run.leads else OwnSteps(run)
         course.planned = run.planned = tuple(course.begin + i for i in call.computed)
+        course.plan_ends = course.end
         course.replayed = frozenset(run.planned[1 : len(call.known)])
         return Rollout(run, call)
 
@@ -324,7 +329,7 @@ def arguments_of_call(pipe) -> tuple[dict[str, Any], bool]:
         if "__call__" not in vars(kind):
             continue
         parameters = inspect.signature(vars(kind)["__call__"]).parameters.values()
-        known = {p.name: p.default for p in parameters} | known
+        known = {p.name: p.default for p in list(parameters)[1:]} | known  # without self
         complete = not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         if complete:
             break
@@ -338,6 +343,12 @@ def prompt_argument(pipe) -> str:
     """
     known, complete = arguments_of_call(pipe)
     return "prompt" if "prompt" in known or not complete else next(iter(known), "prompt")
+
+
+def has_memory(pipe) -> bool:
+    """Return whether a pipeline's guidance may depend on the steps before: it has a guider, or keeps a momentum."""
+    code = inspect.unwrap(type(pipe).__call__).__code__
+    return getattr(pipe, "guider", None) is not None or any("momentum" in name for name in code.co_varnames)
 
 
 def stateful(part, shared: bool = False) -> list[str]:

@@ -44,8 +44,8 @@ def follow(
     Returns:
         The final latents [B, …].
     """
-    if plan.begin:
-        text = f"the plan begins at step {plan.begin}, as a call with strength < 1 does"
+    if plan.begin or plan.end:
+        text = f"the plan is for the steps from {plan.begin} to {plan.end or plan.steps} of a call alone"
         raise PlanError(f"{text}: use it with such a pipeline, by ertacache.enable")
     x, history = inputs.latents, []
     for i, weights, scale in zip(plan.computed, plan.weights_on(inputs.sigmas), plan.scale, strict=True):

@@ -11,8 +11,9 @@ which α and σ follow, and by what its model predicts. `SOLVERS` lists those th
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -361,7 +362,9 @@ def check_scheduler(scheduler) -> None:
     name = type(scheduler).__name__
     if name in TWINS:
         reason, twin, changes = TWINS[name]
-        raise UserError(f"the pipeline's {name} {reason}, which no plan can follow: {_loads(twin, changes)}")
+        is_learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+        line = _loads(twin, changes, {"variance_type": None} if is_learned else {})
+        raise UserError(f"the pipeline's {name} {reason}, which no plan can follow: {line}")
     if name in WITHOUT_TWIN:
         raise UserError(f"the pipeline's {name} {NOISE}, which no plan can follow: use the pipeline without one")
     if name not in SOLVERS:
@@ -376,10 +379,17 @@ def check_scheduler(scheduler) -> None:
         raise UserError(f"{text}: {_loads(name, {'rescale_betas_zero_snr': False})}")
 
 
-def _loads(name: str, changes: dict[str, Any]) -> str:
-    """Return the line of code that loads another scheduler from the config of a pipeline's own."""
+def _loads(name: str, changes: dict[str, Any], others: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the line of code that loads another scheduler from the config of a pipeline's own.
+
+    Args:
+        name: Of its class.
+        changes: Arguments of the class.
+        others: What is no argument of it, but is read from its config by pipelines.
+    """
+    config = f"{{**pipe.scheduler.config, {str(others)[1:-1]}}}" if others else "pipe.scheduler.config"
     given = "".join(f", {key}={value!r}" for key, value in changes.items())
-    return f"pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config{given})"
+    return f"pipe.scheduler = diffusers.{name}.from_config({config}{given})"
 
 
 def solver_of(scheduler) -> Solver:

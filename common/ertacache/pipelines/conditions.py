@@ -5,7 +5,7 @@ Settings that a call is given do not tell: most have defaults, which differ betw
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,14 +46,33 @@ def arguments_under_way(pipe) -> dict[str, int | float]:
     They are read from its frame, for they are what the call uses, defaults and corrections included; no pipeline keeps
     all of them.
     """
-    frame, kind = sys._getframe(), type(pipe)
-    while not (frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), kind)):
-        frame = frame.f_back
-        if frame is None:
-            return {}
+    frame = _call_under_way(pipe)
+    if frame is None:
+        return {}
     code, known = frame.f_code, frame.f_locals
     names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]).difference(UNRELATED)
     return {name: known[name] for name in sorted(names) if type(known.get(name)) in (int, float)}
+
+
+def steps_under_way(pipe, times: Sequence[float]) -> int:
+    """Return how many steps the call that is under way makes: fewer than there are times with `denoising_end` < 1.
+
+    Args:
+        pipe: The pipeline.
+        times: Of the scheduler's steps from the one at which the call begins.
+    """
+    frame = _call_under_way(pipe)
+    listed = None if frame is None else frame.f_locals.get("timesteps")
+    listed = listed.tolist() if isinstance(listed, torch.Tensor) else []
+    return len(listed) if listed and listed == list(times[: len(listed)]) else len(times)
+
+
+def _call_under_way(pipe):
+    """Return the frame of the call of such a pipeline that is under way in this thread; None outside of one."""
+    frame, kind = sys._getframe(), type(pipe)
+    while frame and not (frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), kind)):
+        frame = frame.f_back
+    return frame
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from ertacache.utils.errors import UserError
 class Course:
     """Which of T steps one call of a pipeline computes. All schedulers that step in the call share it.
 
-    A call begins at step 0, or later at `strength` < 1. It computes the step at which it begins, every step before the
-    plan's first one, the plan's steps, and the steps that drift adds.
+    A call begins at step 0, or later at `strength` < 1, and ends at step T, or earlier at `denoising_end` < 1. It
+    computes the step at which it begins, every step before the plan's first one and from where the plan ends, the
+    plan's steps, and the steps that drift adds.
 
     Args:
         steps: T.
@@ -38,10 +39,12 @@ class Course:
         self.plan = plan
         self.within = (lambda: None) if within is None else weakref.ref(within)  # its run keeps it
         self.steps, self.planned = steps, tuple(planned)
+        self.plan_ends = getattr(plan, "end", 0) or steps
         self.thread = threading.get_ident()
         self.runs = []  # of the schedulers that step in this call
         self.leader = None  # the first of them to step
         self.begin: int | None = None  # the first step
+        self.end = steps  # the step after the last
         self.added: set[int] = set()  # steps that drift has had computed
         self.replayed: frozenset[int] = frozenset()  # computed steps whose velocities are known (calibration)
         self.monitor = None  # of the drift (plans/drift.py)
@@ -53,14 +56,19 @@ class Course:
 
     @property
     def step(self) -> int | None:
-        """The step whose model calls come next: None before the first one, T after the last."""
+        """The step whose model calls come next: None before the first one, `end` after the last."""
         return min((run.next for run in self.runs if run.next is not None), default=None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of its steps have been made."""
+        return self.step == self.end
 
     @property
     def skips(self) -> bool:
         """Whether the model calls that come next are skipped."""
         step = self.step
-        return step is not None and step < self.steps and (not self.computes(step) or step in self.replayed)
+        return step is not None and step < self.end and (not self.computes(step) or step in self.replayed)
 
     @property
     def computed(self) -> int:
@@ -75,11 +83,11 @@ class Course:
     @property
     def speedup(self) -> float | None:
         """Speed-up of the call's loop against as many computed steps; None until it has ended."""
-        return self.clock.speedup(self.steps - self.begin) if self.step == self.steps else None
+        return self.clock.speedup(self.end - self.begin) if self.is_over else None
 
     def takes(self, args: tuple, kwargs: dict) -> bool:
         """Return whether a model call belongs to this course."""
-        return self.step != self.steps and self.times.belong(self, args, kwargs)
+        return not self.is_over and self.times.belong(self, args, kwargs)
 
     def note_drift(self, i: int, beyond: bool) -> None:
         """Note at planned step i whether the run is beyond its limit; if so, the steps up to the next are computed."""
@@ -89,10 +97,11 @@ class Course:
 
     def computes(self, i: int) -> bool:
         """Return whether step i is computed."""
-        return i == self.begin or i < self.planned[0] or i in self.planned or i in self.added
+        is_outside = i == self.begin or i < self.planned[0] or i >= self.plan_ends
+        return is_outside or i in self.planned or i in self.added
 
     def after(self, i: int) -> int:
-        """Return the next computed step after step i, T after the last."""
+        """Return the next computed step after step i, which a call may end before; T after the last."""
         return next((k for k in range(i + 1, self.steps) if self.computes(k)), self.steps)
 
 

@@ -1,25 +1,14 @@
 """A denoiser that is not called on skipped steps."""
 
-import functools
-
 from ertacache.pipelines.enabled import Enabled
+from ertacache.pipelines.stand_in import EqualToItsOriginal, kind_for
 from ertacache.utils.denoisers import DENOISERS
 
 SKIPPED = (*DENOISERS, "controlnet")  # attributes of a pipeline whose calls a plan skips
 DYNAMO = ("_torchdynamo_orig_callable", "_torchdynamo_wrapper_id")
 
 
-class _EqualToItsDenoisers(type):
-    """Has a stand-in's class equal that of its denoiser, as `from_pipe` asks: it compares by `type()`."""
-
-    def __eq__(cls, other) -> bool:
-        return other is cls or other is vars(cls).get("stands_in_for")
-
-    def __hash__(cls) -> int:
-        return hash(vars(cls).get("stands_in_for", cls.__name__))
-
-
-class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
+class PlannedDenoiser(metaclass=EqualToItsOriginal):
     """Stands in for a denoiser of a pipeline, to which it delegates whatever is not defined here.
 
     On a skipped step of a call that follows a plan it returns what the last computed step returned for the same call,
@@ -33,7 +22,7 @@ class PlannedDenoiser(metaclass=_EqualToItsDenoisers):
     """
 
     def __new__(cls, denoiser, enabled: Enabled):
-        return super().__new__(_kind_for(type(denoiser)))
+        return super().__new__(kind_for(PlannedDenoiser, type(denoiser)))
 
     def __init__(self, denoiser, enabled: Enabled):
         vars(self).update(_denoiser=denoiser, _enabled=enabled, __module__=type(denoiser).__module__)
@@ -94,8 +83,3 @@ def put_back(enabled: Enabled) -> None:
 def is_stand_in(part) -> bool:
     """Return whether a part of a pipeline is a stand-in for a denoiser."""
     return issubclass(type(part), PlannedDenoiser)
-
-
-@functools.cache
-def _kind_for(kind: type) -> type:
-    return _EqualToItsDenoisers("PlannedDenoiser", (PlannedDenoiser,), {"stands_in_for": kind})

@@ -11,7 +11,7 @@ from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.block_residuals import check_blocks, hook_blocks, unhook_blocks
 from ertacache.pipelines.denoiser import SKIPPED, PlannedDenoiser, is_stand_in
 from ertacache.pipelines.enabled import Enabled, around_blocks, enabled_of
-from ertacache.pipelines.scheduler import PlannedScheduler
+from ertacache.pipelines.scheduler import PlannedScheduler, is_planned
 from ertacache.plans import Plan, PlanSet
 from ertacache.plans.drift import LIMITS
 from ertacache.plans.names import HUB_ID, HUB_PREFIX
@@ -27,6 +27,10 @@ REFUSED = {  # pipelines, and what they do
     "SkyReelsV2DiffusionForcingPipeline": "denoises each frame at a time of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "denoises each frame at a time of its own",
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "denoises each frame at a time of its own",
+    "CosmosTextToWorldPipeline": "steps its scheduler twice for each of its steps",
+    "CosmosVideoToWorldPipeline": "steps its scheduler twice for each of its steps",
+    "StableDiffusionPanoramaPipeline": "denoises overlapping views one by one with the same scheduler",
+    "StableDiffusionSAGPipeline": "reads the model's attention maps in each step",
     "ChronoEditPipeline": "may cut its latents and its solver's history in the middle of a call",
 }
 
@@ -160,7 +164,7 @@ def parts_of(pipe) -> dict[str, Any]:
 
 def original(part):
     """Return the scheduler or denoiser that a stand-in stands in for; any other part itself."""
-    if type(part) is PlannedScheduler:
+    if is_planned(part):
         return part.own
     return part._denoiser if is_stand_in(part) else part
 

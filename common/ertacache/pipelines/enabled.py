@@ -115,7 +115,7 @@ class Enabled:
 
     def end(self, course: Course | None) -> None:
         """Add up a course that has ended, or was left; a call that it was made within goes on."""
-        if course is not None and course is self.course and course.step == course.steps:
+        if course is not None and course is self.course and course.is_over:
             self.here.course = course.within()
         with self.lock:
             if course in self.running:

@@ -6,6 +6,7 @@ import threading
 import torch
 
 from ertacache.numerics.schedulers import solver_of
+from ertacache.pipelines.conditions import steps_under_way
 from ertacache.pipelines.enabled import Enabled
 from ertacache.plans.schema import grid_problem
 from ertacache.utils.errors import UserError
@@ -36,6 +37,7 @@ class PlannedRun:
         if not (self.shows_own_grid or shown):
             self.solver.show(levels)
         self.next: int | None = None
+        self.due: int | None = None  # where it begins, if the scheduler does not know
         self.finite: list[tuple[int, torch.Tensor]] = []  # whether the model's outputs are, by computed step
         self.course = enabled.join(self, begun=shown)
 
@@ -79,7 +81,7 @@ class PlannedRun:
         self.next = i + 1
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = self.next
-        if self.next == self.steps:
+        if self.next == self.course.end:
             self.end(x)
         return x
 
@@ -92,7 +94,7 @@ class PlannedRun:
         places = [i for i, known in enumerate(self.times) if known == t]
         if not places:
             raise UserError(f"the pipeline steps at time {t:g}, none of this run's {self.steps}: disable the plan")
-        due = getattr(self.scheduler, "begin_index", None) if self.next is None else self.next
+        due = getattr(self.scheduler, "begin_index", self.due) if self.next is None else self.next
         return due if due in places else places[0]
 
     def begin(self, i: int) -> None:
@@ -100,6 +102,7 @@ class PlannedRun:
         self.next = i
         if self.course.leader is None:
             self.course.leader, self.course.begin = self, i
+            self.course.end = i + steps_under_way(self.enabled.pipe(), self.times[i:])
             self.enabled.begin(self.course)
         self.levels = self.grid.tolist()  # [T+1]
         self.way = self.enabled.steps_of(self)
@@ -111,7 +114,7 @@ class PlannedRun:
             UserError: The run has led to latents that are not finite.
         """
         self.way.end(x)
-        if self.course.step == self.steps:
+        if self.course.is_over:
             self.course.outputs = None
             self.enabled.end(self.course)
         if not x.isfinite().all():

@@ -15,6 +15,7 @@ from ertacache.numerics.schedulers import check_scheduler
 from ertacache.pipelines.denoiser import put_back
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
+from ertacache.pipelines.stand_in import EqualToItsOriginal, kind_for
 from ertacache.pipelines.summary import summary_of
 
 LOG = logging.getLogger("ertacache")
@@ -22,11 +23,11 @@ LEVEL_TOLERANCE = 0.01  # of the largest noise level
 QUALITY = "quality may be lower: calibrate one with these settings"
 
 
-class PlannedScheduler:
+class PlannedScheduler(metaclass=EqualToItsOriginal):
     """Stands in for a pipeline's original scheduler, to which it delegates whatever is not defined here.
 
-    To `isinstance` and `save_pretrained` its class is the original's; `type()` distinguishes them. The state of a run
-    begins with `set_timesteps`, so that no other call, finished or not, can reach into it.
+    To `isinstance` and `save_pretrained` its class is the original's; `is_planned` distinguishes them. The state of a
+    run begins with `set_timesteps`, so that no other call, finished or not, can reach into it.
 
     Args:
         own: The original scheduler.
@@ -35,6 +36,9 @@ class PlannedScheduler:
     """
 
     OWN = ("own", "enabled", "run", "in_use", "signature", "step", "set_timesteps", "__module__")
+
+    def __new__(cls, own, *_, **__):
+        return super().__new__(kind_for(PlannedScheduler, type(own)))
 
     def __init__(self, own, enabled: Enabled, in_use: bool = False):
         check_scheduler(own)
@@ -78,6 +82,13 @@ class PlannedScheduler:
         self.begin(shown=False)
         self.warn_of_other_levels()
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which step the call begins, also to a scheduler that does not ask for it, as PNDM's."""
+        if hasattr(self.own, "set_begin_index"):
+            self.own.set_begin_index(begin_index)
+        elif self.run is not None:
+            self.run.due = begin_index
+
     def begin(self, shown: bool) -> None:
         """Begin a run, unless the plan is for other steps or another scheduler."""
         self.enabled.check(self.own)
@@ -96,9 +107,9 @@ class PlannedScheduler:
         if self.run.missed:
             text = f"no model call was skipped at step {self.run.next - 1}, as the plan has it"
             self.warn("missed", f"{text}: was the model put in after ertacache.enable? Call it again")
-        if self.run.next == self.run.steps:
+        if self.run.next == self.run.course.end:
             self.warn_of_drift()
-        if self.run.course.step == self.run.steps:
+        if self.run.course.is_over:
             self.report()
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
@@ -138,9 +149,14 @@ class PlannedScheduler:
             return
         if LOG.isEnabledFor(logging.INFO):
             LOG.info("%s", summary_of(course, self.enabled).last_call)
-        if course.skipped == 0 and course.plan.nfe < course.steps and not course.added:
+        if course.skipped == 0 and course.plan.speedup > 1 and not course.added:
             text = f"the plan has skipped no step of this call, which began at step {course.begin} of {course.steps}"
             self.warn("nothing", f"{text}: calibrate one for such calls")
+
+
+def is_planned(scheduler) -> bool:
+    """Return whether a scheduler is a stand-in."""
+    return issubclass(type(scheduler), PlannedScheduler)
 
 
 def _like(original, replacement):
@@ -154,4 +170,4 @@ def _like(original, replacement):
 
 
 def _is_default(value, default) -> bool:
-    return value is default or (isinstance(value, (int, float, str, bool)) and value == default)
+    return value is None or value is default or (isinstance(value, (int, float, str, bool)) and value == default)

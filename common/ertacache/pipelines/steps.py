@@ -16,7 +16,7 @@ PER_TOKEN = "per_token_timesteps"  # LTXConditionPipeline: a time for each token
 
 def steps_of(run):
     """Return how a run follows its plan."""
-    if len(run.planned) == run.steps and run.shows_own_grid:
+    if run.shows_own_grid and all(map(run.course.computes, range(run.course.begin, run.course.end))):
         return OwnSteps(run)
     return BudgetSteps(run) if run.plan.kind == "budget" else ThresholdSteps(run)
 

@@ -27,6 +27,7 @@ class BudgetPlan(Plan):
         sigmas: A grid of the plan's own that `computed` counts on, falling; () for the run's native grid.
         scale: a, [N]: 1 but for solvers with x' = a x + b v, a ≠ 1.
         begin: The step at which the calibrated call began; above 0 with `strength` < 1.
+        end: The step at which it ended, below T with `denoising_end` < 1; 0 for T.
         predicted_error: Mean squared error of the final latents, its geometric mean over the fitted calibration prompts
             (in plans from before 2026-11-26: the mean).
         held_out_error: The same on calibration prompts left out of the fit.
@@ -49,7 +50,7 @@ class BudgetPlan(Plan):
         **{"predicted_error": OPTIONAL_NUMBER, "held_out_error": OPTIONAL_NUMBER},
     }
     ARRAYS: ClassVar = {"weights": "N,H", "scale": "N", "native_sigmas": "T+1", "sigmas": "M"}
-    OPTIONAL_FIELDS: ClassVar = {"begin": int}
+    OPTIONAL_FIELDS: ClassVar = {"begin": int, "end": int}
     OPTIONAL_ARRAYS: ClassVar = {
         **{"predictor": "N,H-1", "prediction_errors": "P,N", "repair": "N,H", "repair_scale": "N"},
         **{"start_weights": "T,H,H", "start_scale": "T,H"},
@@ -63,6 +64,7 @@ class BudgetPlan(Plan):
     target: str = "reference"
     sigmas: tuple[float, ...] = ()
     begin: int = 0
+    end: int = 0
     scale: tuple[float, ...] = ()
     predicted_error: float | None = None
     held_out_error: float | None = None
@@ -86,8 +88,8 @@ class BudgetPlan(Plan):
 
     @property
     def speedup(self) -> float:
-        """The speed-up in model calls of a run that begins where the calibration did; T/N if that was step 0."""
-        return (self.steps - self.begin) / self.nfe
+        """The speed-up in model calls of a run that begins and ends where the calibration did: T/N for a whole one."""
+        return ((self.end or self.steps) - self.begin) / self.nfe
 
     @property
     def nfe(self) -> int:
@@ -101,7 +103,7 @@ class BudgetPlan(Plan):
 
     @property
     def version(self) -> int:
-        return 2 if self.start_weights or self.begin else 1
+        return 2 if self.start_weights or self.begin or self.end else 1
 
     @property
     def has_drift(self) -> bool:
@@ -165,7 +167,9 @@ class BudgetPlan(Plan):
         problem = grid_problem("native_sigmas", self.native_sigmas, rises) or grid_problem("sigmas", self.sigmas, rises)
         if problem:
             return problem
-        computed, end = self.computed, len(self.sigmas) - 1 if self.sigmas else self.steps
+        if not 0 <= self.end <= self.steps or (self.end and self.sigmas):
+            return f"end = {self.end}, must be from 0 to {self.steps}, and 0 for a plan with a grid of its own"
+        computed, end = self.computed, len(self.sigmas) - 1 if self.sigmas else self.end or self.steps
         ascends = all(a < b for a, b in zip(computed, [*computed[1:], end], strict=True))
         if not computed or computed[0] != self.begin or not ascends:
             return f"computed steps {shown(list(computed))}, must ascend from {self.begin} within 0 … {end - 1}"

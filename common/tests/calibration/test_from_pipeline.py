@@ -21,7 +21,7 @@ from ertacache.calibration.choice import geometric_mean
 from ertacache.calibration.paused_call import THREAD
 from ertacache.calibration.session import CalibrationSession
 from ertacache.numerics.schedulers import first_order
-from ertacache.pipelines.scheduler import PlannedScheduler
+from ertacache.pipelines.scheduler import is_planned
 from helpers import PROMPTS, CallCounter, calibrate, fast, refused, with_prompts
 from more_tiny_pipelines import (
     chronoedit,
@@ -178,7 +178,7 @@ def test_the_pipeline_is_left_as_it_is(empty_folder):
     assert not list(empty_folder.iterdir())
     ertacache.enable(tiny.pipe, plan)
     again = calibrate(tiny)[2]
-    assert again == plan and type(tiny.pipe.scheduler) is PlannedScheduler and tiny.pipe.scheduler.plan is plan
+    assert again == plan and is_planned(tiny.pipe.scheduler) and tiny.pipe.scheduler.plan is plan
 
 
 @pytest.mark.slow

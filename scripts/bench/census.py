@@ -1,0 +1,296 @@
+"""Which of diffusers' pipelines plans work in: each is built with tiny random models, calibrated, and run with plans.
+
+    .venv/bin/python scripts/bench/census.py --json runs/census.json
+    .venv/bin/python scripts/bench/census.py Flux StableDiffusionXL        # names that begin so
+    .venv/bin/python scripts/bench/census.py --sample 8                    # others on each day
+
+A pipeline works if `ertacache.calibrate` makes plans for it, if at 1× its result is the uncached one bit for bit, if at
+2× and 3× its denoisers are called at the computed steps alone and the error is the one that was predicted, and if it is
+as before after `disable`. It is refused if one line says so before its first model call. Rows of finished pipelines are
+taken from the JSON file. The exit code is 1 if a pipeline neither works nor is refused.
+"""
+
+if __name__ == "__main__":
+    import ertacache.utils.interrupts
+
+import contextlib
+import inspect
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import ertacache
+from ertacache import UserError
+from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.evaluation.table import facts
+from ertacache.pipelines.enable import originals
+from ertacache.pipelines.enabled import enabled_of
+from ertacache.utils.denoisers import DENOISERS
+from ertacache.utils.errors import run_program
+from ertacache.utils.files import write_atomically
+
+TESTS = Path(__file__).resolve().parents[2] / "common" / "tests"  # where the builders are
+BUILDERS = ("census_images", "census_videos", "census_unets")
+PROMPTS = ("a red star", "a blue sea", "a green cat on a chair", "an old tree")
+FITTED = 3  # of them, which the weights are fitted on
+SPEEDUPS = (1, 2, 3)
+TOLERANCE = 0.02  # of the predicted error
+WORKS, REFUSED, FAILS, NOT_BUILT = "works", "refused", "fails", "not built"
+
+
+@dataclass
+class Row:
+    """What became of a pipeline.
+
+    Attributes:
+        name: Of its class.
+        outcome: "works", "refused", "fails" or "not built".
+        note: Why, and what to do.
+        scheduler: Its class.
+        calls: Denoiser calls of a run, uncached and at each speed-up.
+        seconds: That the examination took.
+    """
+
+    name: str
+    outcome: str
+    note: str = ""
+    scheduler: str = ""
+    calls: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+class Calls:
+    """Counts the calls of a pipeline's denoisers by step while it follows a plan; uncached, all at step −1."""
+
+    def __init__(self, pipe):
+        self.pipe, self.at = pipe, Counter()
+        parts = {name: part for name, part in originals(pipe).items() if name in DENOISERS}
+        self.handles = [part.register_forward_pre_hook(self.note) for part in parts.values()]
+
+    def note(self, *_):
+        enabled = getattr(self.pipe.scheduler, "enabled", None)
+        self.at[-1 if enabled is None else enabled.course.step] += 1  # None before the first step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if None in self.at:
+            self.at[enabled_of(self.pipe).last.begin] += self.at.pop(None)
+        for handle in self.handles:
+            handle.remove()
+
+
+class Wrong(Exception):
+    """A pipeline that neither works nor is refused."""
+
+
+def examine(tiny, steps: int) -> tuple[int, ...]:
+    """Calibrate a pipeline and follow its plans.
+
+    Returns:
+        Denoiser calls uncached, and at each of SPEEDUPS.
+
+    Raises:
+        UserError: It is refused, before a model call.
+        Wrong: It does not work.
+    """
+    pipe = tiny.pipe
+    name = prompt_argument(pipe)
+    prompts = [prompt_of(tiny, name, text) for text in PROMPTS]
+    changes = [{name: [value] if isinstance(value, int) else value} if value is not None else {} for value in prompts]
+    with Calls(pipe) as calls:
+        plain = [tiny.run(steps, seed, **change) for seed, change in enumerate(changes)]
+    uncached = calls.at.total() // len(prompts)
+    arguments = {key: value for key, value in tiny.arguments.items() if key != name}
+    if "num_inference_steps" in arguments_of_call(pipe)[0]:
+        arguments["num_inference_steps"] = steps
+    with Calls(pipe) as calls, tempfile.TemporaryDirectory() as work:
+        try:
+            options = {"effort": "quick", "progress": False, "work": work}
+            plans = ertacache.calibrate(pipe, prompts, SPEEDUPS, **options, **arguments)
+        except UserError as error:
+            if calls.at.total():
+                raise Wrong(f"refused after {calls.at.total()} model calls: {error}") from error
+            raise
+    ertacache.enable(pipe, plans, on_drift="ignore")
+    per_step, made = {}, [uncached]
+    for speedup in SPEEDUPS:
+        ertacache.speedup(pipe, speedup)
+        plan, count = plans[speedup], len(prompts) if speedup == SPEEDUPS[1] else 1
+        with Calls(pipe) as calls:
+            found = [tiny.run(steps, seed, **changes[seed]) for seed in range(count)]
+        made.append(calls.at.total() // count)
+        if speedup == 1:
+            per_step = dict(calls.at)
+            if not torch.equal(found[0], plain[0]):
+                raise Wrong(f"at 1× it is {(found[0] - plain[0]).abs().max():.2g} from the uncached result")
+        elif dict(calls.at) != {step: count * per_step.get(step, 0) for step in plan.computed}:
+            raise Wrong(f"at {speedup}× steps {sorted(calls.at)} were computed, of the plan's {list(plan.computed)}")
+        if not all(x.isfinite().all() for x in found):
+            raise Wrong(f"at {speedup}× the result is not finite")
+        if count > 1 and type(tiny).__name__ == "Tiny":
+            errors = [(x - y).double().square().mean().item() for x, y in zip(found[:FITTED], plain, strict=False)]
+            error = math.exp(sum(map(math.log, errors)) / FITTED)
+            if abs(error / plan.predicted_error - 1) > TOLERANCE:
+                raise Wrong(f"at {speedup}× the error is {error:.3g}, predicted {plan.predicted_error:.3g}")
+    ertacache.disable(pipe)
+    if not torch.equal(tiny.run(steps, 0, **changes[0]), plain[0]):
+        raise Wrong("after disable it is not as before")
+    return tuple(made)
+
+
+def prompt_of(tiny, name: str, text: str):
+    """Return what a pipeline takes in place of a text; where it takes none, what the builder gives."""
+    if name == "class_labels":
+        return len(text)
+    return text if name in ("prompt", "content_prompt", "editing_prompt") else tiny.arguments.get(name)
+
+
+def row_of(name: str, build: Callable, steps: int) -> Row:
+    """Build and examine a pipeline; one that is refused for its scheduler again with the one that the line loads."""
+    start, row = time.perf_counter(), Row(name, NOT_BUILT)
+    try:
+        with quiet():
+            tiny = build()
+            scheduler = originals(tiny.pipe).get("scheduler")
+            row.scheduler = type(scheduler).__name__
+            try:
+                row.calls, row.outcome = examine(tiny, steps), WORKS
+            except UserError as error:
+                row.outcome, row.note = REFUSED, str(error)
+                line = str(error).rpartition(": pipe.scheduler = ")[2]
+                if line != str(error):
+                    row.calls = _with_scheduler(build(), line, steps)
+    except Wrong as problem:
+        row.outcome, row.note = FAILS, str(problem)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        row.note = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+        row.outcome = FAILS if row.scheduler else NOT_BUILT
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _with_scheduler(tiny, code: str, steps: int) -> tuple[int, ...]:
+    """Examine a pipeline with the scheduler that an expression makes; () where it is refused too."""
+    import diffusers
+
+    tiny.pipe.scheduler = eval(code, {"pipe": tiny.pipe, "diffusers": diffusers})
+    try:
+        return examine(tiny, steps)
+    except UserError:
+        return ()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what diffusers has to say about models that are too small."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def pipelines() -> dict[str, str]:
+    """Return diffusers' pipelines that denoise step by step by name, with why one cannot be built here."""
+    import diffusers
+
+    known: dict[str, str] = {}
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if not inspect.isclass(kind) or not hasattr(kind, "from_pretrained"):
+            continue
+        is_old = "deprecated" in kind.__module__ or any(base.__name__.startswith("Deprecated") for base in kind.__mro__)
+        if not is_old and "__call__" in dir(kind) and kind.__module__.startswith("diffusers.pipelines"):
+            known[name] = ""
+    return known
+
+
+def builders() -> tuple[dict[str, Callable], dict[str, str]]:
+    """Return the builders by name of pipeline, and why others have none."""
+    sys.path.insert(0, str(TESTS))
+    build, cannot = {}, {}
+    for module in map(import_module, BUILDERS):
+        build |= module.PIPELINES
+        cannot |= module.CANNOT
+    return build, cannot
+
+
+def matrix(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table, and a line that counts them."""
+    lines = ["| pipeline | scheduler | plans | denoiser calls: uncached, 1×, 2×, 3× |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row.name):
+        plans = row.outcome if row.outcome == WORKS else f"{row.outcome}: {row.note}"
+        if row.outcome == REFUSED and row.calls:
+            plans += " (works with it)"
+        cells = [row.name, row.scheduler, plans.replace("|", "\\|"), ", ".join(map(str, row.calls))]
+        lines.append("| " + " | ".join(cells) + " |")
+    count = Counter(row.outcome for row in rows)
+    built = len(rows) - count[NOT_BUILT]
+    twins = sum(row.outcome == REFUSED and bool(row.calls) for row in rows)
+    counts = [
+        f"{count[WORKS]} of {built} pipelines that can be built here work",
+        f"{twins} more with the scheduler that the refusal names",
+        f"{count[REFUSED] - twins} are refused",
+        f"{count[FAILS]} fail",
+        f"{count[NOT_BUILT]} cannot be built",
+    ]
+    return "\n".join([*lines, "", facts(", ".join(counts))])
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="beginnings of names of pipelines; all without any")
+    parser.add_argument("--steps", type=int, default=8, help="num_inference_steps")
+    parser.add_argument("--sample", type=int, help="examine so many, others on each day")
+    parser.add_argument("--json", type=Path, help="file that keeps the rows")
+    arguments = parser.parse_args()
+    build, cannot = builders()
+    names = sorted(set(build) | set(cannot) | set(pipelines()))
+    if arguments.names:
+        names = [name for name in names if name.startswith(tuple(arguments.names))]
+        if not names:
+            raise UserError(f"{', '.join(arguments.names)}: no pipeline of that name")
+    if arguments.sample:
+        names = [name for name in names if name in build]
+        first = date.today().toordinal() * arguments.sample % len(names)
+        names = (names * 2)[first : first + arguments.sample]
+    kept = {}
+    if arguments.json and arguments.json.exists():
+        kept = {row["name"]: Row(**row) for row in json.loads(arguments.json.read_text("utf-8"))}
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    rows = []
+    for number, name in enumerate(names, 1):
+        if name in build:
+            row = kept.get(name) or row_of(name, build[name], arguments.steps)
+        else:
+            row = Row(name, NOT_BUILT, cannot.get(name, "no builder"))
+        rows.append(row)
+        print(f"{number}/{len(names)} {name}: {row.outcome} {row.note[:160]}".rstrip(), file=sys.stderr)
+        if arguments.json:
+            merged = kept | {row.name: row for row in rows}
+            write_atomically(arguments.json, json.dumps([asdict(row) for row in merged.values()], indent=1).encode())
+    print(matrix(rows))
+    if any(row.outcome == FAILS for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_program(main)

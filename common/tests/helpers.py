@@ -132,6 +132,7 @@ def with_prompts(tiny):
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def encode_prompt(prompt, *_, **__):
+        prompt = [prompt] if isinstance(prompt, str) else prompt
         nothing = [""] * len(prompt)
         text, other, mask = states(prompt, 5, 16), states(nothing, 5, 16), torch.ones(len(prompt), 5, dtype=torch.int64)
         return {

@@ -179,8 +179,8 @@ class PausedCall:
         try:
             name, prompts = prompt_argument(pipe), self.prompts
             generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-            if len(prompts) == 1:  # some pipelines take no lists of texts, or of generators
-                prompts, generators = prompts[0] if isinstance(prompts[0], str) else prompts, generators[0]
+            if len(prompts) == 1:  # some pipelines take no lists of texts, images or generators, but all of classes
+                prompts, generators = prompts if isinstance(prompts[0], int) else prompts[0], generators[0]
             arguments = {**self.sampler.arguments, name: prompts, "generator": generators}
             if name == "batch_size":
                 arguments[name] = len(self.prompts)

@@ -102,7 +102,7 @@ class PlannedRun:
         self.next = i
         if self.course.leader is None:
             self.course.leader, self.course.begin = self, i
-            self.course.end = i + steps_under_way(self.enabled.pipe(), self.times[i:])
+            self.course.end = i + steps_under_way(self.enabled.pipe(), self.scheduler.timesteps[i:].tolist())
             self.enabled.begin(self.course)
         self.levels = self.grid.tolist()  # [T+1]
         self.way = self.enabled.steps_of(self)

@@ -242,7 +242,7 @@ def test_an_error_in_one_prompts_call_ends_all():
     encode = tiny.pipe.encode_prompt
 
     def encode_prompt(prompt, **options):
-        if prompt == [PROMPTS[2]]:
+        if prompt == PROMPTS[2]:
             raise error
         return encode(prompt, **options)
 

@@ -32,6 +32,8 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
         "results/overview",
         "results/strength",
         "results/planner",
+        "results/unets",
+        "results/census",
         "results/reliability",
         "results/flux",
         "results/wan",

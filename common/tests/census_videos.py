@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import census_images
 import diffusers
 import torch
-from census_images import PROMPT, Encoder, _autoencoder, alive, builds, made, prompted, states
 from diffusers import (
     AdaptiveProjectedGuidance,
     AdaptiveProjectedMixGuidance,
@@ -28,6 +26,8 @@ from diffusers import (
 from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
+import census_images
+from census_images import PROMPT, Encoder, _autoencoder, alive, builds, made, prompted, states
 from more_tiny_pipelines import (
     NoChecker,
     TinyModular,

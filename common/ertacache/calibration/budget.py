@@ -141,7 +141,10 @@ class BudgetCalibration:
             self.native_sigmas = getattr(native, "all_sigmas", native.sigmas)  # [T+1]
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
-            self.elements = self.first.latents[0].numel()
+            self.elements = self.first.latents.numel() // self.prompts_in(0)
+            rows, prompts = len(self.first.latents), self.prompts_in(0)
+        if rows % prompts:
+            raise UserError(f"the pipeline's latents have {rows} rows for {prompts} prompts: give batch_size=1")
         self.stop = self.begin + self.end  # the step of the T at which a pipeline's call ends
         self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
@@ -203,11 +206,11 @@ class BudgetCalibration:
         write_atomically(self.trajectory_path(batch), save(named))
         matrices = np.zeros((self.fitted, 2 * self.end + 1, 2 * self.end + 1))
         for row in range(len(final)):
-            prompt = self.session.starts[batch] + row
+            prompt = self.session.starts[batch] + row % self.prompts_in(batch)
             if prompt < self.fitted:
                 part = slice(row, row + 1)
                 one = [[x[part] if free is None else x[part] * free[part] for x in xs] for xs in (latents, velocities)]
-                matrices[prompt] = Gram.of(*one).matrix
+                matrices[prompt] += Gram.of(*one).matrix
         return {"matrices": matrices, "elements": self.elements if batch == 0 else 0}
 
     def trajectory_path(self, batch: int):
@@ -309,7 +312,8 @@ class BudgetCalibration:
         self.session.require_finite(v, batch, i)
         state.history = [v, *state.history][:history_length]
         errors = [self.target_latents(batch, step).to(state.x.device) - state.x.float() for step in (i, k)]
-        return products([*state.history, *([state.x] if self.scaled else []), *errors], self.free(batch))
+        rows = products([*state.history, *([state.x] if self.scaled else []), *errors], self.free(batch))
+        return self.by_prompt(batch, rows).sum(0)
 
     def fit(
         self, grams: np.ndarray, history_length: int, first_order: tuple[float, float]
@@ -343,7 +347,21 @@ class BudgetCalibration:
     def squared_errors(self, batch: int, final: torch.Tensor) -> list[float]:
         """Return the mean squared error of each prompt's final latents."""
         error, free = final.cpu().double() - self.target_latents(batch, self.end), self.free(batch)
-        return (error if free is None else error * free).square().flatten(1).mean(1).tolist()
+        squares = (error if free is None else error * free).square().flatten(1).mean(1)
+        return self.by_prompt(batch, squares.numpy()).mean(0).tolist()
+
+    def prompts_in(self, batch: int) -> int:
+        """Return the number of prompts in a batch."""
+        start = self.session.starts[batch]
+        return len(self.session.prompts[start : start + self.session.batch_size])
+
+    def by_prompt(self, batch: int, rows: np.ndarray) -> np.ndarray:
+        """Return what belongs to the rows of a batch as [rows of a prompt, prompts, …].
+
+        There is one row for each prompt but in pipelines that keep the latents of both guidance branches (DiT), one
+        after the other.
+        """
+        return rows.reshape(-1, self.prompts_in(batch), *rows.shape[1:])
 
     def tuned_shift(self, steps: int) -> float:
         """Return the shift in SHIFTS with which `steps` of the model's own solver come nearest to the target."""

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from census_unets import PIPELINES
 
 import ertacache
+from census_unets import PIPELINES
 from helpers import CallCounter, budget_plan
 
 STEPS, ENDS = 10, 7  # denoising_end = 0.7

@@ -1,0 +1,46 @@
+"""The census of diffusers' pipelines on a few of them; others on each day."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+def census(*arguments):
+    command = [sys.executable, ROOT / "scripts" / "bench" / "census.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_outcomes(tmp_path):
+    outcomes = {
+        "StableDiffusionPipeline": "works",
+        "DDPMPipeline": "refused",
+        "KandinskyCombinedPipeline": "refused",
+        "SanaSprintPipeline": "refused",
+        "FluxPipeline": "works",
+    }
+    done = census(*outcomes, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert {name: rows[name]["outcome"] for name in outcomes} == outcomes
+    assert rows["FluxPipeline"]["calls"] == [8, 8, 4, 3]
+    assert rows["StableDiffusionPipeline"]["calls"] == [9, 9, 4, 3]  # PNDM makes one more
+    assert "| DDPMPipeline | DDPMScheduler | with `DDIMScheduler` |" in done.stdout
+    assert "| KandinskyCombinedPipeline | DDIMScheduler | no: is several pipelines in one: " in done.stdout
+
+
+@pytest.mark.slow
+def test_pipelines_of_the_day():
+    done = census("--sample", 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "; 4 pipelines were built" in done.stdout or "*4 pipelines were built" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_unknown_name_is_one_line():
+    done = census("Nonsense")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: Nonsense: no pipeline")

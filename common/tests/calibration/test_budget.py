@@ -348,7 +348,7 @@ def test_a_non_finite_output_names_prompt_and_step(tmp_path):
         ({"weights": ((float("nan"),),) * 4}, ("weights", "finite")),
         ({"scale": (1.0,)}, ("scale", "[4]")),
         ({"native_sigmas": (1.0, 0.0)}, ("native_sigmas", f"[{STEPS + 1}]")),
-        ({"sigmas": (1.0, 0.5, 0.5, 0.2, 0.1, 0.0)}, ("sigmas", "fall")),
+        ({"sigmas": (1.0, 0.5, 0.6, 0.2, 0.1, 0.0)}, ("sigmas", "fall")),
         ({"sigmas": (1.0, 0.5, 0.0)}, ("computed", "0 … 1")),
     ],
 )

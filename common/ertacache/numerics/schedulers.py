@@ -136,7 +136,8 @@ class OnSigmas(Solver):
             solver.set_begin_index(0)
 
         def step(done: list[int], i: int, k: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            solver.sigmas, solver.timesteps = sigmas[[*done, i, k]], times[[*done, i]]
+            rest = range(k, len(times))  # as many steps are to come: the last ones may be of lower order
+            solver.sigmas, solver.timesteps = sigmas[[*done, i, *rest, len(times)]], times[[*done, i, *rest]]
             if done and i != done[-1] + 1 and hasattr(solver, "last_sample"):
                 solver.last_sample = None
             return solver.step(v, times[i], x, return_dict=False)[0]

@@ -35,14 +35,14 @@ def test_computing_beyond_the_limit_is_nearly_the_uncached_run(scheduler):
     tiny.pipe.scheduler = getattr(diffusers, scheduler).from_config(tiny.pipe.scheduler.config, **changes)
     plain = tiny.run()
     calls = len(tiny.pipe.scheduler.timesteps)
-    plan, errors = drifting(tiny, tuple(range(0, calls, 2))), {}
+    plan, errors = drifting(tiny, (0, 1, 4, 6)), {}
     for mode in ("ignore", "compute"):
         ertacache.enable(tiny.pipe, plan, on_drift=mode)
         with CallCounter(tiny.pipe.components["unet"]._denoiser) as made:
             errors[mode] = (tiny.run() - plain).abs().max().item()
-        assert made.count == (calls - 1 if mode == "compute" else plan.nfe)  # drift shows at the second one
+        assert made.count == (calls if mode == "compute" else plan.nfe)
         ertacache.disable(tiny.pipe)
-    assert errors["compute"] < 0.5 * errors["ignore"]
+    assert errors["compute"] < 0.01 * errors["ignore"]
 
 
 def test_a_compiled_unet_has_no_other_graph():

@@ -247,18 +247,19 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def pipelines() -> dict[str, str]:
-    """Return diffusers' pipelines that denoise step by step by name, with why one cannot be built here."""
+def pipelines() -> list[str]:
+    """Return the names of diffusers' pipelines, without deprecated ones."""
     import diffusers
 
-    known: dict[str, str] = {}
+    known = []
     for name in dir(diffusers):
         kind = getattr(diffusers, name) if name.endswith("Pipeline") else None
         if not inspect.isclass(kind) or not hasattr(kind, "from_pretrained"):
             continue
         is_old = "deprecated" in kind.__module__ or any(base.__name__.startswith("Deprecated") for base in kind.__mro__)
-        if not is_old and "__call__" in dir(kind) and kind.__module__.startswith("diffusers.pipelines"):
-            known[name] = ""
+        is_here = kind.__module__.startswith(("diffusers.pipelines", "diffusers.modular_pipelines"))
+        if not is_old and "__call__" in dir(kind) and is_here:
+            known.append(name)
     return known
 
 

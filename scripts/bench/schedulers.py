@@ -85,7 +85,7 @@ def main() -> None:
     for speedup in options.speedups:
         head += [f"plan, {speedup:g}×", "fewer steps"]
     print(markdown(head, [row(name, options) for name in SCHEDULERS]))
-    print(f"\n{facts(f'{options.count} samples, T = {options.steps}, g = {options.guidance:g}, b = {options.b:g}')}")
+    print(f"\n{facts(f'{options.count} samples, g = {options.guidance:g}, b = {options.b:g}')}")
 
 
 if __name__ == "__main__":

@@ -315,6 +315,7 @@ _TABLE = {"clip_sample": (False,), **_EXACT}
 SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": Known(FlowMatching, {"stochastic_sampling": (False,)}),
     "FlowMatchHeunDiscreteScheduler": Known(FlowMatching, calls=(2, -1)),
+    "HeliosScheduler": Known(FlowMatching, {"stages": (1,), "thresholding": (False,)}),
     "RFlowScheduler": Known(lambda scheduler: FlowMatching(scheduler, sign=-1.0)),
     "UniPCMultistepScheduler": Known(_flow_or_angle, _MULTISTEP),
     "DPMSolverMultistepScheduler": Known(_flow_or_angle, _MULTISTEP),
@@ -344,13 +345,17 @@ TWINS = {  # what plans cannot follow: the reason, and what to load instead, fro
     "KDPM2AncestralDiscreteScheduler": (NOISE, "HeunDiscreteScheduler", {}),
     "KDPM2DiscreteScheduler": (BETWEEN, "HeunDiscreteScheduler", {}),
 }
-WITHOUT_TWIN = (  # they draw noise in each step, and models are made for them
-    *("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
-    *("CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler", "DDPMWuerstchenScheduler"),
-    *("UnCLIPScheduler", "RePaintScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler"),
-    *("AmusedScheduler", "VQDiffusionScheduler"),
-)
-OF_THE_MODEL = ("prediction_type", "variance_type")  # settings that cannot be changed without another model
+WITHOUT_TWIN = {  # the same of those that models are made for, so that nothing else can be loaded
+    **dict.fromkeys(
+        ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"), NOISE
+    ),
+    **dict.fromkeys(("CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler"), NOISE),
+    **dict.fromkeys(("DDPMWuerstchenScheduler", "UnCLIPScheduler", "RePaintScheduler", "KarrasVeScheduler"), NOISE),
+    **dict.fromkeys(("ScoreSdeVeScheduler", "AmusedScheduler", "VQDiffusionScheduler"), NOISE),
+    "FlowMapEulerDiscreteScheduler": "tells the model both ends of each step",
+    "PiflowScheduler": "makes several steps of each model call",
+}
+OF_THE_MODEL = ("prediction_type", "variance_type", "stages")  # settings that cannot be changed without another model
 
 
 def check_scheduler(scheduler) -> None:
@@ -367,7 +372,8 @@ def check_scheduler(scheduler) -> None:
         line = _loads(twin, changes, {"variance_type": None} if is_learned else {})
         raise UserError(f"the pipeline's {name} {reason}, which no plan can follow: {line}")
     if name in WITHOUT_TWIN:
-        raise UserError(f"the pipeline's {name} {NOISE}, which no plan can follow: use the pipeline without one")
+        reason = WITHOUT_TWIN[name]
+        raise UserError(f"the pipeline's {name} {reason}, which no plan can follow: use the pipeline without one")
     if name not in SOLVERS:
         raise UserError(f"the pipeline's scheduler is {name}; plans know {', '.join(SOLVERS)}: load one of them")
     for key, allowed in SOLVERS[name].needs.items():

@@ -37,6 +37,7 @@ OTHERS = {
 }
 CASES = [
     *[("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}), ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0})],
+    ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]}),
     *[(name, FLOW) for name in MULTISTEP],
     *[
         (name, {**TABLE, **changes, "prediction_type": prediction})
@@ -161,9 +162,9 @@ def test_a_setting_that_no_plan_can_follow_is_refused_with_the_line_that_mends_i
 
 
 @pytest.mark.parametrize("name", WITHOUT_TWIN)
-def test_schedulers_that_draw_noise_and_have_no_twin_are_refused_by_name(name):
+def test_schedulers_that_models_are_made_for_are_refused_by_name(name):
     scheduler = type(name, (), {"config": {}})()
-    with refused(name, "draws noise in each step", "without one"):
+    with refused(name, WITHOUT_TWIN[name], "without one"):
         check_scheduler(scheduler)
 
 
@@ -174,8 +175,7 @@ def test_every_scheduler_of_diffusers_is_known_refused_by_name_or_unknown():
     assert unknown <= {
         *("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "IPNDMScheduler"),
         *("BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-        *("FlowMapEulerDiscreteScheduler", "HeliosScheduler", "MiniMaxH3Scheduler", "PiflowScheduler"),
-        "RFD4ProteinaScheduler",
+        *("MiniMaxH3Scheduler", "RFD4ProteinaScheduler"),
     }
 
 

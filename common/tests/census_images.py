@@ -375,7 +375,7 @@ def _lumina(pipeline) -> Tiny:
     width = {"hidden_size": 16, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16}
     model = alive(_model("LuminaNextDiT2DModel", **width, sample_size=4, num_layers=1, cross_attention_dim=16))
     parts = {"transformer": model, "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": _autoencoder()}
-    return prompted(made(pipeline, parts, height=16, width=16), "text mask other mask")
+    return prompted(made(pipeline, parts, height=32, width=32), "text mask other mask")
 
 
 @_builds(Lumina2Pipeline={})

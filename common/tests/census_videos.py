@@ -598,6 +598,7 @@ def modular(pipeline, core, like, named, branches=2, config=None, **arguments) -
         "core": "LTXCoreDenoiseStep",
         "like": "LTXPipeline",
         "named": {**TEXT, "prompt_attention_mask": "mask", "negative_prompt_attention_mask": "mask"},
+        **{"height": 64, "width": 64, "num_frames": 9},
     },
     HunyuanVideo15ModularPipeline={
         "core": "HunyuanVideo15CoreDenoiseStep",

@@ -669,9 +669,9 @@ FOR_EACH = {  # what the call wants as many of as prompts
     "Kandinsky5I2IPipeline": "image",
 }
 CANNOT: dict[str, str] = {
-    "BriaFibo2Pipeline": "not at this size: its injection blocks would not run",
+    "BriaFibo2Pipeline": "a tiny model of it fails in its attention",
     "VisualClozePipeline": "two pipelines in one call: VisualClozeGenerationPipeline, then FluxFillPipeline",
-    "OmniGenPipeline": "not built yet: its model reads the token ids of a Llama tokenizer",
+    "OmniGenPipeline": "its model reads the token ids of a Llama tokenizer",
     "ZImageOmniPipeline": "it needs a SigLIP encoder, and a denoiser made for its states",
     "Kandinsky6SRPipeline": "it sharpens tiles of a given video, and takes no prompt",
     "FluxPriorReduxPipeline": "it makes text states, and does not denoise",

@@ -653,9 +653,9 @@ FOR_EACH = {  # what the call wants as many of as prompts
 }
 CANNOT: dict[str, str] = {
     "ConsisIDPipeline": "it needs OpenCV",
-    "Cosmos2_5_TransferPipeline": "not built yet: it goes over the video in chunks, with a ControlNet",
-    "Cosmos3OmniPipeline": "not built yet: one model of text and video, which reads token ids",
-    "SanaWMPipeline": "not built yet: it needs a camera path",
+    "Cosmos2_5_TransferPipeline": "it goes over the video in chunks, with a ControlNet",
+    "Cosmos3OmniPipeline": "one model of text and video, which reads token ids",
+    "SanaWMPipeline": "it needs a camera path",
     "LTX2DFRPipeline": "it needs a model of LTX-2.5, with keyframe slots",
     "LTX2DFRTemporalRefinePipeline": "it refines the keyframes of LTX2DFRPipeline",
 }

@@ -99,7 +99,7 @@ class Enabled:
             begun: Whether it may join a course that has stepped, as a scheduler does that was copied during a call.
         """
         course = self.course
-        fits = course is not None and course.steps == run.steps
+        fits = course is not None and course.steps == run.steps and course.plan is run.plan
         if not (fits and (course.step is None or (begun and course.step <= course.begin + 1))):
             self.end(course)
             outputs = BlockResiduals() if around_blocks(run.plan) else Outputs()

@@ -41,6 +41,17 @@ def test_a_set_begins_with_its_least_speedup_and_switches_between_calls():
     assert ertacache.summary(tiny.pipe).calls == 5
 
 
+def test_a_scheduler_that_was_set_before_the_choice_follows_it():
+    """WanAnimate sets its scheduler once more at the end of each call."""
+    tiny = sd3()
+    plans = plans_of(tiny)
+    ertacache.enable(tiny.pipe, plans)
+    for speedup, calls in ((2, 4), (4, 2), (None, STEPS), (2, 4)):
+        ertacache.speedup(tiny.pipe, speedup)
+        assert counted(tiny)[1] == calls
+        tiny.pipe.scheduler.set_timesteps(STEPS)
+
+
 def test_without_a_plan_a_call_may_have_any_number_of_steps():
     tiny = flux()
     ertacache.enable(tiny.pipe, plans_of(tiny))

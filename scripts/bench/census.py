@@ -290,7 +290,7 @@ def answer(row: Row) -> str:
 
 
 def matrix(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table, and a line that counts them."""
+    """Return the rows as a Markdown table, whose last row counts them."""
     head = ["pipeline", "scheduler", "plans", "denoiser calls: uncached, 1×, 2×, 3×"]
     ordered = sorted(rows, key=lambda row: row.name)
     table = [(row.name, row.scheduler, answer(row), ", ".join(map(str, row.calls))) for row in ordered]
@@ -298,13 +298,12 @@ def matrix(rows: list[Row]) -> str:
     random = [row for row in built if row.outcome == REFUSED and NOISE in row.note]
     twins = [row for row in built if row.outcome == REFUSED and row.calls]
     works = [row for row in built if row.outcome == WORKS]
-    counts = (
-        f"{len(built)} pipelines were built and {len(rows) - len(built)} were not",
-        f"{len(works)} of the {len(built) - len(random)} that draw no noise in their steps work as they are",
-        f"{len(twins)} more pipelines work with the change that the refusal names",
-        f"{sum(row.outcome == FAILS for row in rows)} fail",
+    all_of_them = (
+        f"{len(works)} of the {len(built) - len(random)} that draw no noise work as they are, "
+        f"{len(twins)} more pipelines with a change, {sum(row.outcome == FAILS for row in rows)} fail"
     )
-    return f"{markdown(head, table)}\n\n{facts(', '.join(counts))}"
+    table.append((f"**{len(built)} that were built, of {len(rows)}**", "", f"**{all_of_them}**", ""))
+    return f"{markdown(head, table)}\n\n{facts(f'{len(rows)} pipelines')}"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_outcomes(tmp_path):
 def test_pipelines_of_the_day():
     done = census("--sample", 4)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "; 4 pipelines were built" in done.stdout or "*4 pipelines were built" in done.stdout
+    assert "| **4 that were built, of 4** |" in done.stdout and done.stdout.count("\n| ") == 6
 
 
 @pytest.mark.slow

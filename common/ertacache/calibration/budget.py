@@ -141,10 +141,10 @@ class BudgetCalibration:
             self.native_sigmas = getattr(native, "all_sigmas", native.sigmas)  # [T+1]
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
-            self.elements = self.first.latents.numel() // self.prompts_in(0)
             rows, prompts = len(self.first.latents), self.prompts_in(0)
-        if rows % prompts:
-            raise UserError(f"the pipeline's latents have {rows} rows for {prompts} prompts: give batch_size=1")
+            if rows % prompts:
+                raise UserError(f"the pipeline's latents have {rows} rows for {prompts} prompts: give batch_size=1")
+            self.elements = self.first.latents.numel() // prompts
         self.stop = self.begin + self.end  # the step of the T at which a pipeline's call ends
         self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents

@@ -353,8 +353,9 @@ def prompt_argument(pipe) -> str:
 
 def has_memory(pipe) -> bool:
     """Return whether a pipeline's guidance may depend on the steps before: it has a guider, or keeps a momentum."""
-    code = inspect.unwrap(type(pipe).__call__).__code__
-    return getattr(pipe, "guider", None) is not None or any("momentum" in name for name in code.co_varnames)
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    names = () if code is None else code.co_varnames
+    return getattr(pipe, "guider", None) is not None or any("momentum" in name for name in names)
 
 
 def stateful(part, shared: bool = False) -> list[str]:

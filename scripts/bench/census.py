@@ -285,15 +285,24 @@ def answer(row: Row) -> str:
     if row.calls and loaded:
         scheduler, changes = loaded.groups()
         return f"with `{changes if scheduler == row.scheduler else scheduler}`"
-    reason = re.sub(r"^(the pipeline's|a) \w+ |, which no plan can follow.*$", "", row.note)
-    return f"{'no' if row.outcome == REFUSED else row.outcome}: {reason}"
+    if row.outcome == REFUSED:
+        return "no: " + re.sub(r"^(the pipeline's|a) \w+ |, which no plan can follow.*$", "", row.note)
+    return f"{row.outcome}: {row.note}"
 
 
 def matrix(rows: list[Row]) -> str:
     """Return the rows as a Markdown table, whose last row counts them."""
-    head = ["pipeline", "scheduler", "plans", "denoiser calls: uncached, 1×, 2×, 3×"]
+    head = ["pipeline", "plans", "calls", "scheduler"]
     ordered = sorted(rows, key=lambda row: row.name)
-    table = [(row.name, row.scheduler, answer(row), ", ".join(map(str, row.calls))) for row in ordered]
+    table = [
+        (
+            row.name.removesuffix("Pipeline"),
+            answer(row),
+            ", ".join(map(str, row.calls)),
+            row.scheduler.removesuffix("Scheduler"),
+        )
+        for row in ordered
+    ]
     built = [row for row in rows if row.outcome != NOT_BUILT]
     random = [row for row in built if row.outcome == REFUSED and NOISE in row.note]
     twins = [row for row in built if row.outcome == REFUSED and row.calls]
@@ -302,7 +311,7 @@ def matrix(rows: list[Row]) -> str:
         f"{len(works)} of the {len(built) - len(random)} that draw no noise work as they are, "
         f"{len(twins)} more pipelines with a change, {sum(row.outcome == FAILS for row in rows)} fail"
     )
-    table.append((f"**{len(built)} that were built, of {len(rows)}**", "", f"**{all_of_them}**", ""))
+    table.append((f"**{len(built)} that were built, of {len(rows)}**", f"**{all_of_them}**", "", ""))
     return f"{markdown(head, table)}\n\n{facts(f'{len(rows)} pipelines')}"
 
 

@@ -29,8 +29,8 @@ def test_outcomes(tmp_path):
     assert {name: rows[name]["outcome"] for name in outcomes} == outcomes
     assert rows["FluxPipeline"]["calls"] == [8, 8, 4, 3]
     assert rows["StableDiffusionPipeline"]["calls"] == [9, 9, 4, 3]  # PNDM makes one more
-    assert "| DDPMPipeline | DDPMScheduler | with `DDIMScheduler` |" in done.stdout
-    assert "| KandinskyCombinedPipeline | DDIMScheduler | no: is several pipelines in one: " in done.stdout
+    assert "| DDPM | with `DDIMScheduler` | 8, 8, 4, 3 | DDPM |" in done.stdout
+    assert "| KandinskyCombined | no: is several pipelines in one: " in done.stdout
 
 
 @pytest.mark.slow

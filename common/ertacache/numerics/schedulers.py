@@ -74,15 +74,16 @@ class Solver:
         scheduler: On its T steps.
         unit: of_flow, of_angle or of_ratio.
         prediction: What the model predicts (`data_of`).
+
+    Attributes:
+        sigmas: The noise levels before each step and at the end, float32 [T+1], as they are now: pipelines may edit
+            them.
     """
+
+    sigmas: torch.Tensor
 
     def __init__(self, scheduler, unit: Callable[[float], tuple[float, float]], prediction: str):
         self.scheduler, self.unit, self.prediction = scheduler, unit, prediction
-
-    @property
-    def sigmas(self) -> torch.Tensor:
-        """The noise levels before each step and at the end, float32 [T+1], as they are now: pipelines may edit them."""
-        raise NotImplementedError
 
     def show(self, sigmas: torch.Tensor) -> None:
         """Set the scheduler to another grid, [T+1]."""

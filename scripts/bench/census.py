@@ -298,7 +298,7 @@ def matrix(rows: list[Row]) -> str:
         (
             row.name.removesuffix("Pipeline"),
             answer(row),
-            ",\N{NO-BREAK SPACE}".join(map(str, row.calls)),
+            ", ".join(map(str, row.calls)),
             row.scheduler.removesuffix("Scheduler"),
         )
         for row in ordered

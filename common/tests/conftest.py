@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each where several processes share the tests
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too; theirs was set by the line below
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ["OMP_NUM_THREADS"] = "1"  # in place of what the process that started this one has set below
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # of the programs that tests start, too
 
 import pytest
 import torch

@@ -245,10 +245,12 @@ def _with_scheduler(tiny, code: str, steps: int) -> tuple[int, ...]:
 def quiet() -> Iterator[None]:
     """Leave out what diffusers has to say about models that are too small."""
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def pipelines() -> list[str]:

@@ -27,7 +27,7 @@ from more_tiny_pipelines import (
     skyreels,
     zimage,
 )
-from tiny_pipelines import STEPS, flux_controlnet
+from tiny_pipelines import STEPS, flux_controlnet, wan
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:__array__")
 REFUSED = [skyreels, chronoedit]
@@ -99,6 +99,19 @@ def test_a_time_for_each_token_needs_a_plan_of_that_pipeline(build):
     tiny = build()
     with refused(type(tiny.pipe).__name__, "ertacache.calibrate(", error=PlanError):
         ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+
+
+def test_times_for_each_token_that_only_the_model_is_given():
+    """Wan2.2 TI2V: its scheduler steps as always, so any plan of the model is followed."""
+    tiny = wan()
+    tiny.pipe.register_to_config(expand_timesteps=True)
+    plain, calls = calls_of(tiny)
+    whole, half = budget_plan(tiny, range(STEPS)), budget_plan(tiny, HALF)
+    ertacache.enable(tiny.pipe, whole)
+    found, again = calls_of(tiny)
+    assert torch.equal(found, plain) and calls == again
+    ertacache.enable(tiny.pipe, half)
+    assert calls_of(tiny)[1] == len(HALF) * tiny.branches
 
 
 def test_tokens_that_are_given_stay_as_they_are():

@@ -29,7 +29,7 @@ from ertacache import UserError
 from ertacache.caches.registry import CACHES
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
-from ertacache.demos.model_folder import load_model_folder
+from ertacache.demos.model_folder import draws_captions, load_model_folder
 from ertacache.evaluation import table
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
 from ertacache.evaluation.rows import Row
@@ -137,7 +137,7 @@ def parse_arguments():
 
 def open_folder(args, sampler, options, captions: str) -> MethodRows:
     """Return the rows of one model folder, with its pipeline, prompts and settings."""
-    if not options.prompts and options.model != "demo":
+    if not options.prompts and not draws_captions(sampler, options.model):
         raise UserError("--prompts FILE is needed for a model other than the demo: one evaluation prompt a line")
     sites = args.sites.split(",") if args.sites else [options.site or "output"]
     if any(site not in ("output", "blocks") for site in sites):

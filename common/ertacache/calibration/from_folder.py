@@ -13,7 +13,7 @@ from ertacache.calibration.effort import effort_of
 from ertacache.calibration.search import Interrupted, goes_on, is_finished, keep_unfinished
 from ertacache.calibration.session import CalibrationSession, recorded
 from ertacache.calibration.threshold import ThresholdCalibration
-from ertacache.demos.model_folder import Sampler
+from ertacache.demos.model_folder import Sampler, draws_captions
 from ertacache.plans.names import (
     budget_name,
     budget_of,
@@ -215,7 +215,7 @@ def open_session(
         work: Folder for its checkpoints.
         most: Number of prompts to use, the first of them; None for all.
     """
-    default = "calibration-demo.txt" if model == "demo" else "calibration.txt"
+    default = "calibration-demo.txt" if draws_captions(sampler, model) else "calibration.txt"
     prompts = read_prompts(options.prompts or sampler.FOLDER / "prompts" / default)[:most]
     return CalibrationSession(
         sampler,

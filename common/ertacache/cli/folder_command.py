@@ -17,7 +17,7 @@ import torch
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
 from ertacache.cli.arguments import ArgumentParser, prompts_of
-from ertacache.demos.model_folder import Sampler, makes_videos, settings_parameters
+from ertacache.demos.model_folder import Sampler, draws_captions, makes_videos, settings_parameters
 from ertacache.evaluation.comparison import compare, doubt
 from ertacache.evaluation.metrics import METRICS, Lpips
 from ertacache.plans import Plan
@@ -134,7 +134,7 @@ def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
         UserError: Wrong input; the message names the flag.
     """
     args = parse_arguments(sampler, arguments)
-    default = sampler.FOLDER / "prompts" / ("demo.txt" if args.model == "demo" else "examples.txt")
+    default = sampler.FOLDER / "prompts" / ("demo.txt" if draws_captions(sampler, args.model) else "examples.txt")
     prompts = prompts_of(args.prompt, args.prompts, default)
     check_seed(args.seed)
     if args.repeats < 1:
@@ -269,7 +269,7 @@ def _prompt_accuracy(
     sampler: Sampler, pipe, model: str, prompts: Sequence[str], runs: Mapping[str, TimedRun]
 ) -> dict[str, float | None]:
     accuracy: dict[str, float | None] = {"baseline": None, "cached": None}
-    if model != "demo":
+    if not draws_captions(sampler, model):
         return accuracy
     for name, run in runs.items():
         images = [media.to_uint8(image) for image in run.images]

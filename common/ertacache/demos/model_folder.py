@@ -135,6 +135,11 @@ class Sampler(StepwiseSampler, Protocol):
         """
 
 
+def draws_captions(sampler: Sampler, model: str) -> bool:
+    """Return whether a model of the folder draws its grammar: the demo does, or all do (ALL_DRAW_CAPTIONS)."""
+    return model == "demo" or getattr(sampler, "ALL_DRAW_CAPTIONS", False)
+
+
 def load_model_folder(folder: str | Path) -> Sampler:
     """Load the `generate.py` of a model folder as a module.
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ertacache.demos.model_folder import OnStep, Sampler
+from ertacache.demos.model_folder import OnStep, Sampler, draws_captions
 from ertacache.evaluation import metrics
 from ertacache.evaluation.method import Method, MethodRun, Outcome, Runner
 from ertacache.evaluation.rows import LATENCY, Row, Timeline
@@ -297,8 +297,8 @@ class Evaluation:
         return batch.seconds, time.perf_counter() - start
 
     def prompt_accuracy(self, outcome: Outcome) -> float | None:
-        """Return the share of images that show what the prompt asks for; None for a model other than the demo."""
-        if self.model != "demo":
+        """Return the share of images that show what the prompt asks for; None where one cannot be judged."""
+        if not draws_captions(self.sampler, self.model):
             return None
         images = [media.to_uint8(image) for image in outcome.images]
         return self.sampler.grammar.prompt_accuracy(self.prompts, images, self.pipe)

@@ -199,6 +199,19 @@ def test_a_bad_argument_ends_with_one_line():
 
 
 @pytest.mark.slow
+def test_the_closed_form_problem_is_a_folder_like_the_others_at_any_hardness(tmp_path):
+    """Captions, calibration prompts and prompt accuracy of the demo hold for a model with another b."""
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", ROOT / "scripts" / "bench" / "closed_form"]
+    command += ["--model", "b=1", "--guidance", "1", "--steps", "12", "--methods", "fewer-steps,budget"]
+    command += ["--speedups", "2", "--count", "8", "--latency-repeats", "0", "--work", tmp_path / "work"]
+    done = subprocess.run([*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["budget"]["model"] == "b=1" and rows["none"]["prompt_accuracy"] is not None
+    assert rows["budget"]["psnr"] > rows["fewer-steps"]["psnr"] + 10
+
+
+@pytest.mark.slow
 def test_every_method_on_the_closed_form_problem(tmp_path):
     """A smooth problem, guidance 1 and wide points: plans are far above all that know less."""
     command = [sys.executable, ROOT / "scripts" / "bench" / "planner.py", "--steps", "12", "--guidances", "1"]

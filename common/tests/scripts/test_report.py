@@ -390,3 +390,33 @@ def test_the_overview_has_the_best_row_of_each_method(tmp_path):
     assert quality[0] == "| demo | speed-up | budget plan | threshold plan | TeaCache | best other cache |"
     assert quality[2] == "| FLUX | 2× | **70.0** | 52.0 | 40.0 | 45.0 (magcache) |"
     assert latency[2] == "| FLUX | 2× | 1.80× of 2.00× | 1.71× of 1.90× | 1.89× of 2.10× | 1.98× of 2.20× (magcache) |"
+
+
+# --- scripts/report/hardness.py ------------------------------------------------------------------------------------
+
+
+def test_hardness_ranks_problems_and_says_where_another_method_leads(tmp_path):
+    tail = {"psnr_p10": 30.0, "latents_below_30db": 0.25}
+    for name, fewer, others in (("easy", 45.0, 60.0), ("hard", 20.0, 71.5)):
+        rows = [
+            row("ERTACache4FLUX", "none", "none", None, 1.0, None),
+            row("ERTACache4FLUX", "budget (H = 5)", "budget", 2.0, 2.0, 70.0, **tail),
+            row("ERTACache4FLUX", "fewer-steps (6)", "steps", 2.0, 2.0, fewer, **tail),
+            row("ERTACache4FLUX", "least-squares (1)", "steps", 2.0, 2.0, others, **tail),
+            row("ERTACache4FLUX", "pab (1)", "peer", 2.0, 1.2, 90.0, **tail),
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    command = [sys.executable, str(ROOT / "scripts" / "report" / "hardness.py")]
+    files = [str(tmp_path / f"{name}.json") for name in ("easy", "hard")]
+    done = subprocess.run(
+        [*command, *files, "--figure", str(tmp_path / "lead.png")], capture_output=True, text=True, check=True
+    )
+    ours, theirs = "70.0 / 30.0 / 25 %", "30.0 / 25 % (least squares per step)"
+    hard, easy = done.stdout.splitlines()[2:4]
+    assert hard == f"| FLUX | 12 | 3.5 | 20.0 | 2× | {ours} | **71.5 / {theirs}** | −1.5 |"
+    assert easy == f"| FLUX | 12 | 3.5 | 45.0 | 2× | **{ours}** | 60.0 / {theirs} | +10.0 |"
+    assert Image.open(tmp_path / "lead.png").width > 300
+    (tmp_path / "none.json").write_text(json.dumps(rows[:2]))
+    done = subprocess.run([*command, str(tmp_path / "none.json")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: none.json has no row of fewer steps at 2×: measure it with --methods fewer-steps,…\n"

@@ -22,6 +22,7 @@ from ertacache.numerics.jump import follow
 FOLDER = Path(__file__).resolve().parent
 grammar = closed_form  # what it draws
 DEFAULTS = {"b": 0.1, "shift": 3.0}
+ALL_DRAW_CAPTIONS = True  # whatever the hardness
 
 
 class Pipeline:

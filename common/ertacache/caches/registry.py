@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ertacache.caches.delta_dit import delta_dit
+from ertacache.caches.easycache import easycache
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.pab import Broadcast, pab
 from ertacache.caches.profilingdit import Cadence, profilingdit
@@ -99,6 +100,11 @@ def apply_pab(subject: PipelineUnderTest, value: tuple[int, tuple[float, float],
 
 def apply_teacache(subject: PipelineUnderTest, threshold: float):
     return teacache(subject.model, TeaCachePolicy(threshold, subject.polynomial, subject.steps))
+
+
+def apply_easycache(subject: PipelineUnderTest, value: tuple[float, int]):
+    threshold, retained = value
+    return easycache(subject.model, subject.steps, threshold, retained)
 
 
 def apply_delta_dit(subject: PipelineUnderTest, value: tuple[int, float]):
@@ -187,6 +193,11 @@ CACHES: dict[str, OtherCache] = {
         package="cache_dit",
     ),
     "teacache": OtherCache(apply_teacache, THRESHOLDS, "δ = {:g}"),
+    "easycache": OtherCache(
+        apply_easycache,
+        (*((t, 7) for t in THRESHOLDS), *((t, 4) for t in (0.35, 0.5, 0.8)), *((t, 2) for t in (0.5, 0.8, 1.2, 2.0))),
+        "τ = {0[0]:g}, {0[1]} first steps",
+    ),
     "delta-dit": OtherCache(
         apply_delta_dit,
         ((2, 0.25), (2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0), (6, 1.0), (8, 1.0)),

@@ -10,6 +10,7 @@ from ertacache.caches import pab as pyramid
 from ertacache.caches import teacache as tea
 from ertacache.caches.block_stack import cached_ranges
 from ertacache.caches.delta_dit import delta_dit
+from ertacache.caches.easycache import EasyCachePolicy, easycache
 from ertacache.caches.pab import Broadcast, pab
 from ertacache.caches.profilingdit import Cadence, Profile, profilingdit
 from ertacache.caches.teacache import Fitting, TeaCachePolicy, teacache
@@ -217,3 +218,39 @@ def test_pab_reuses_each_kind_in_its_own_range_and_branch(monkeypatch):
         assert run(model, [1, 2, 3, 4]) == pytest.approx([1.1, 1.2, 3.3, 4.4])
     assert run(model, [1, 2]) == pytest.approx([1.1, 2.2])
     assert Broadcast.pyramid(2, (450, 930)) == Broadcast(2, 4, 6, 1, (450, 930))
+
+
+def test_easycache_sums_expected_changes_until_the_threshold():
+    """Inputs 1, 2, 3, 4, …, outputs ten times as much: k = 10, and a step expects 10 · 1 / |y| of the last output.
+
+    τ = 0.5. Steps 0 and 1 are always computed, y = 20. Step 2: 0.5, computed, y = 30; 3: 0.333, 4: 0.667, computed,
+    y = 50; 5, 6: 0.2, 0.4; 7: 0.6, computed, y = 80; 8, 9: 0.125, 0.25; 10 is the last.
+    """
+    policy, computed = EasyCachePolicy(0.5, steps=11, retained=2), []
+    for step in range(11):
+        x = torch.tensor([1.0 + step])
+        if policy.computes(step, x):
+            policy.computed(x, 10 * x)
+            computed.append(step)
+    assert computed == [0, 1, 2, 4, 7, 10]
+
+
+def test_easycache_adds_what_the_model_added_in_each_branch():
+    """x = 0 never changes, so that from the third step on nothing is expected to change either."""
+    model = Model()
+    with easycache(model, 5, threshold=0.1, retained=2):
+        for _ in range(2):  # a new run starts without memory
+            found = run_whole(model, [1, 2, 3, 4, 5])
+            assert found == {"cond": [111, 222, 222, 222, 555], "uncond": [111, 222, 222, 222, 555]}
+    assert computed(model) == [1, 1, 2, 2, 5, 5] * 2
+
+
+def run_whole(model, times):
+    """x after each call of both branches, for a cache of whole calls, which returns no text."""
+    found = {"cond": [], "uncond": []}
+    for time in times:
+        for name, values in found.items():
+            with model.cache_context(name):
+                values.append(model(torch.zeros(1, 2), torch.zeros(1, 3), torch.tensor(float(time)))[0][0, 0].item())
+    model._reset_stateful_cache()
+    return found

@@ -24,6 +24,7 @@ OWN = {  # values with which the method engages within eight steps
     "dbcache-taylorseer": (0.8, 2, 6),
     "dbcache-mask": (2, 3),
     "teacache": 0.6,
+    "easycache": (0.6, 2),
     "delta-dit": (2, 1.0),
     "profilingdit": (2, 0.75, 2),
     "t-gate": 0.5,

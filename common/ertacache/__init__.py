@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ertacache.calibration.accelerate import accelerate
     from ertacache.calibration.from_pipeline import calibrate
+    from ertacache.calibration.released import import_schedule
     from ertacache.pipelines.enable import disable, enable, speedup
     from ertacache.pipelines.summary import summary
     from ertacache.plans import BudgetPlan, Plan, PlanSet, ThresholdPlan
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "disable",
     "enable",
+    "import_schedule",
     "speedup",
     "summary",
 ]
@@ -34,6 +36,7 @@ _MODULES = {
     "calibrate": "calibration.from_pipeline",
     "disable": "pipelines.enable",
     "enable": "pipelines.enable",
+    "import_schedule": "calibration.released",
     "speedup": "pipelines.enable",
     "summary": "pipelines.summary",
     "BudgetPlan": "plans",

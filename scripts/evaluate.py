@@ -32,6 +32,7 @@ from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
 from ertacache.demos.model_folder import draws_captions, load_model_folder
 from ertacache.evaluation import table
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
+from ertacache.evaluation.rivals.methods import RIVALS
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.plans.names import check_speedups
@@ -47,6 +48,7 @@ ALL = (
     "least-squares",
     "uniform",
     "ertacache",
+    *RIVALS,
     *CACHES,
     "budget",
 )
@@ -113,7 +115,7 @@ def parse_arguments():
         raise UserError(f"--methods {','.join(unknown)}: choose from all, {', '.join(METHODS)}")
     if bool(args.thresholds) == bool(args.speedups):
         raise UserError("give either --speedups S,S,… or --thresholds λ,λ,…")
-    swept = {*BUDGET_METHODS, *CACHES} & set(args.methods)
+    swept = {*BUDGET_METHODS, *RIVALS, *CACHES} & set(args.methods)
     if args.thresholds and swept:
         raise UserError(f"--thresholds has no meaning for {', '.join(sorted(swept))}: give --speedups")
     for name, least in (("count", 1), ("latency_repeats", 0), ("latency_prompts", 1), ("samples", 0)):

@@ -39,6 +39,7 @@ from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli.arguments import ArgumentParser, parse_list
 from ertacache.demos.model_folder import load_model_folder
+from ertacache.evaluation.rivals.rollouts import optimal_steps
 from ertacache.evaluation.table import facts as facts_line
 from ertacache.numerics import ode
 from ertacache.plans.budget import BudgetPlan
@@ -110,7 +111,7 @@ class Cell:
             return BudgetPlan(session.requirements, tuple(schedule), rows, tuple(native.tolist()))
 
         euler = [calibration.first_order(i, i + 1) for i in range(steps)]
-        oss = self.optimal_steps(calibration, budget)
+        oss = optimal_steps(calibration, budget)
         tuned = ode.shifted_grid(native, budget, calibration.tuned_shift(budget))
         threshold = thresholds.threshold_for(budget)
         return {
@@ -120,25 +121,6 @@ class Cell:
             "least squares": self.quality(plan(uniform, planner.predictor_weights(gram, euler, uniform, 3)[0])),
             "threshold plan": self.quality(thresholds.plan(threshold)),
         }
-
-    def optimal_steps(self, calibration, budget: int) -> tuple[int, ...]:
-        """Return the schedule of optimal stepsizes for Euler: each step is the best one from where Euler stands."""
-        inputs, steps = calibration.inputs(0), self.settings["steps"]
-        targets = [calibration.target_latents(0, k) for k in range(steps + 1)]
-        stands, paths = {0: inputs.latents}, {0: (0,)}  # after n Euler steps, by the step that they lead to
-        for n in range(budget):
-            reached: dict[int, tuple[float, torch.Tensor, tuple[int, ...]]] = {}
-            for j, x in stands.items():
-                v = self.sampler.velocity(self.pipe, inputs, x, inputs.times[j])
-                last = n == budget - 1
-                for k in [steps] if last else range(j + 1, steps - (budget - n - 2)):
-                    moved = x + (inputs.sigmas[k] - inputs.sigmas[j]) * v
-                    error = (moved - targets[k]).square().mean().item()
-                    if k not in reached or error < reached[k][0]:
-                        reached[k] = (error, moved, (*paths[j], k))
-            stands = {k: x for k, (_, x, _) in reached.items()}
-            paths = {k: path for k, (_, _, path) in reached.items()}
-        return paths[steps][:-1]
 
 
 def table(rows: list[dict]) -> str:

@@ -19,6 +19,7 @@ from ertacache.calibration.from_folder import CalibrationOptions, open_session
 from ertacache.calibration.planner import adams_bashforth_weights, offline_weights, predictor_weights
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.evaluation.method import Method
+from ertacache.evaluation.rivals.methods import RIVALS, Rivals
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.numerics import ode
@@ -28,7 +29,7 @@ from ertacache.plans.names import budget_name, budget_of, threshold_name
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
 FLOP_PROMPTS = 2  # calibration prompts on which the FLOPs of a setting are counted
-METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *CACHES)
+METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *RIVALS, *CACHES)
 
 
 class MethodRows:
@@ -95,7 +96,7 @@ class MethodRows:
             if "fewer-steps" in methods:
                 steps = budget_of(self.steps, speedup)
                 yield evaluation.row(evaluation.fewer_steps("fewer-steps", f"fewer steps ({steps})", steps), speedup)
-            for name in (name for name in BUDGET_METHODS if name in methods):
+            for name in (name for name in (*BUDGET_METHODS, *RIVALS) if name in methods):
                 yield from self.group([name, speedup], partial(self.budget_methods, name, speedup), speedup)
         asked = [name for name in THRESHOLD_METHODS if name in methods]
         for site in self.sites if asked else []:
@@ -148,7 +149,17 @@ class MethodRows:
 
     def budget_methods(self, name: str, speedup: float) -> Iterator[Method]:
         """Yield methods with exactly T/speedup computed steps."""
+        if name in RIVALS:
+            return Rivals(self, budget_of(self.steps, speedup)).methods(name)
         return BudgetMethods(self, speedup).methods(name)
+
+    def weighted(self, schedule: Sequence[int], weights, scale=(), sigmas=()) -> BudgetPlan:
+        """Return a budget plan with these weights, on the uncached run's grid or on one of its own."""
+        native = tuple(self.budgets_for("reference").native_sigmas.tolist())
+        weights = tuple(tuple(float(w) for w in row) for row in weights)
+        grid = tuple(float(sigma) for sigma in sigmas)
+        requirements, scale = self.session.requirements, tuple(float(a) for a in scale)
+        return BudgetPlan(requirements, tuple(schedule), weights, native, sigmas=grid, scale=scale)
 
     def rows_of_cache(self, name: str, speedups: list[float]) -> Iterator[Row]:
         """Yield rows of another cache, at the setting whose FLOPs come nearest to each speed-up."""
@@ -217,19 +228,13 @@ class BudgetMethods:
         else:
             yield from self.ablation()
 
-    def weighted(self, schedule: Sequence[int], weights, scale=()) -> BudgetPlan:
-        """Return a budget plan with these weights, on the uncached run's grid."""
-        native = tuple(self.rows.budgets_for("reference").native_sigmas.tolist())
-        weights = tuple(tuple(float(w) for w in row) for row in weights)
-        return BudgetPlan(self.rows.session.requirements, tuple(schedule), weights, native, scale=tuple(scale))
-
     def adams_bashforth(self, name: str) -> Method:
         """Return fewer steps on a grid uniform in the noise level, by the two-step Adams–Bashforth method."""
         sigmas = np.linspace(1, 0, self.budget + 1)
         calibration = self.rows.budgets_for("reference")
         session = calibration.session
         weights = adams_bashforth_weights(sigmas) * ode.rate_of(session.sampler, session.pipe, calibration.first)
-        plan = replace(self.weighted(range(self.budget), weights), sigmas=tuple(sigmas.tolist()))
+        plan = self.rows.weighted(range(self.budget), weights, sigmas=sigmas)
         return self.evaluation.planned(name, f"Adams–Bashforth 2, uniform grid ({self.budget})", plan)
 
     def least_squares(self, name: str) -> Method:
@@ -238,7 +243,7 @@ class BudgetMethods:
         solver = [calibration.first_order(i, i + 1) for i in range(self.steps)]
         predicted = predictor_weights(calibration.trajectories(), solver, self.uniform, history_length=3)
         label = "least-squares prediction per step, uniform schedule"
-        return self.evaluation.planned(name, label, self.weighted(self.uniform, *predicted))
+        return self.evaluation.planned(name, label, self.rows.weighted(self.uniform, *predicted))
 
     def ablation(self) -> Iterator[Method]:
         """Yield the plan's two parts alone and together: which steps, and how the jumps are weighted."""
@@ -246,17 +251,17 @@ class BudgetMethods:
 
         def solver_jumps(schedule: Sequence[int]) -> BudgetPlan:
             pairs = [calibration.first_order(i, k) for i, k in pairwise([*schedule, self.steps])]
-            return self.weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
+            return self.rows.weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
 
         gram = calibration.trajectories()  # a rollout needs its latents
         rollout = calibration.rollout(self.uniform, plan.history_length)
         offline = offline_weights(gram, plan.computed, plan.history_length, calibration.scaled)
-        fitted = self.weighted(self.uniform, rollout.arrays["weights"], rollout.arrays["scale"])
+        fitted = self.rows.weighted(self.uniform, rollout.arrays["weights"], rollout.arrays["scale"])
         parts = {
             "uniform, solver's jumps": solver_jumps(self.uniform),
             "uniform, fitted on the plan's trajectory": fitted,
             "planned, solver's jumps": solver_jumps(plan.computed),
-            "planned, fitted on the reference": self.weighted(plan.computed, *offline),
+            "planned, fitted on the reference": self.rows.weighted(plan.computed, *offline),
         }
         for name, part in parts.items():
             yield self.evaluation.planned(f"budget: {name}", name, part)

@@ -27,7 +27,14 @@ from ertacache.evaluation.rows import Row, Source, check_row, read_source
 from ertacache.utils.errors import UserError
 from ertacache.utils.tables import MISSING, code, escaped
 
-OWN_SETTINGS = ("steps", "threshold", "site", "shift", "value")  # what a method chooses; the rest is common to all
+OWN_SETTINGS = (
+    "steps",
+    "threshold",
+    "site",
+    "shift",
+    "sigmas",
+    "value",
+)  # what a method chooses; the rest is common to all
 TABLE = ("label", "nfe", "speedup_flops", "speedup_latency", "speedup_end_to_end", "psnr", "psnr_p10")
 TABLE += ("psnr_worst", "below_30db", "ssim", "exact_psnr", "prompt_accuracy", "place")
 MORE = (

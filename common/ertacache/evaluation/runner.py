@@ -85,26 +85,41 @@ class Evaluation:
 
     # --- ways to run -------------------------------------------------------------------------------------------------
 
-    def inputs(self, part: slice, settings: dict[str, Any] | None = None, shift: float | None = None):
+    def inputs(
+        self,
+        part: slice,
+        settings: dict[str, Any] | None = None,
+        shift: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ):
         """Return the inputs of some prompts.
 
         Args:
             part: Of the prompts.
             settings: Other settings.
             shift: Puts settings["steps"] steps between the ends of the uncached run's grid, shifted by it.
+            sigmas: Puts the steps on this grid.
         """
-        settings = settings or self.settings
-        steps = self.settings["steps"] if shift is not None else settings["steps"]
+        settings, native = settings or self.settings, shift is None and sigmas is None
+        steps = settings["steps"] if native else self.settings["steps"]
         inputs = self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **{**settings, "steps": steps})
-        return inputs if shift is None else inputs.on(ode.shifted_grid(inputs.sigmas, settings["steps"], shift))
+        if native:
+            return inputs
+        if sigmas is not None:
+            return inputs.on(torch.tensor(sigmas).to(inputs.sigmas))
+        return inputs.on(ode.shifted_grid(inputs.sigmas, settings["steps"], shift))
 
     def in_loop(
-        self, plan: Plan | None = None, settings: dict[str, Any] | None = None, shift: float | None = None
+        self,
+        plan: Plan | None = None,
+        settings: dict[str, Any] | None = None,
+        shift: float | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Runner:
-        """Run the folder's loop: with a plan, or the model's solver at other settings or on a shifted grid."""
+        """Run the folder's loop: with a plan, or the model's solver at other settings or on another grid."""
 
         def run(part: slice, on_step: OnStep | None = None) -> MethodRun:
-            inputs = self.inputs(part, settings, shift)
+            inputs = self.inputs(part, settings, shift, sigmas)
             start = time.perf_counter()
             latents = self.sampler.denoise(self.pipe, inputs, plan, on_step)
             synchronize(self.pipe._execution_device)
@@ -188,18 +203,21 @@ class Evaluation:
         run = self.in_loop()
         return Method("none", "none", "none", run, run, self.settings, self.settings["steps"])
 
-    def planned(self, name: str, label: str, plan: Plan, path: Path | None = None) -> Method:
-        """Return the folder's loop with a plan as a method."""
+    def planned(self, name: str, label: str, plan: Plan, path: Path | None = None, family: str = "") -> Method:
+        """Return the folder's loop with a plan as a method. family: by default that of the plan, or of a solver."""
         extra = {"threshold": plan.threshold, "site": plan.site} if plan.kind == "threshold" else {}
-        family = "steps" if name in SOLVER_METHODS else plan.method
+        family = family or ("steps" if name in SOLVER_METHODS else plan.method)
         path = relative(path, self.sampler.FOLDER.parent) if path and path.exists() else None
         run, reference = self.in_loop(plan), self.in_loop()
         return Method(name, label, family, run, reference, self.settings, plan.nfe, plan, path, extra)
 
-    def fewer_steps(self, name: str, label: str, steps: int, shift: float | None = None) -> Method:
-        """Return the model's own solver with fewer steps as a method."""
-        settings, extra = {**self.settings, "steps": steps}, {} if shift is None else {"shift": shift}
-        run, reference = self.in_loop(settings=settings, shift=shift), self.in_loop()
+    def fewer_steps(
+        self, name: str, label: str, steps: int, shift: float | None = None, sigmas: Sequence[float] | None = None
+    ) -> Method:
+        """Return the model's own solver with fewer steps as a method, on its own grid, a shifted one, or `sigmas`."""
+        settings, choices = {**self.settings, "steps": steps}, {"shift": shift, "sigmas": sigmas}
+        extra = {name: value for name, value in choices.items() if value is not None}
+        run, reference = self.in_loop(settings=settings, **choices), self.in_loop()
         return Method(name, label, "steps", run, reference, settings, steps, extra=extra)
 
     def other_cache(self, name: str, label: str, value: Any, cached: Callable[[], AbstractContextManager]) -> Method:

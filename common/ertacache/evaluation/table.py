@@ -61,6 +61,15 @@ TITLES = {
     "taylorseer": "TaylorSeer",
     "teacache": "TeaCache",
     "first-block": "first block",
+    "easycache": "EasyCache",
+    "oss": "OSS, first order",
+    "oss-solver": "OSS, model's solver",
+    "lemica": "LeMiCa",
+    "dpcache": "DPCache",
+    "budcache": "BudCache, one prompt",
+    "spectrum": "Spectrum",
+    "spectrum-blend": "Spectrum, blend",
+    "neuralsolver": "NeuralSolver",
 }
 
 

@@ -52,6 +52,22 @@ def calibrate(
     run(request, out, speedups, seed, effort, force)
 
 
+@app.command("import")
+@takes_request
+def import_plan(
+    request: Request,
+    schedule: Annotated[
+        str, typer.Argument(metavar="SCHEDULE", help="a released list, a .pt or .json file, or computed steps 0,1,2,…")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="for the plan, a .json file")],
+    force: Annotated[bool, typer.Option("--force", help="overwrite an existing plan")] = False,
+) -> None:
+    """Make a plan of a schedule that was found elsewhere, for a model and its settings."""
+    from ertacache.cli.released import run
+
+    run(request, schedule, out, force)
+
+
 @app.command("inspect")
 def inspect_plan(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="a plan file, a folder with one, or hf://OWNER/NAME")],

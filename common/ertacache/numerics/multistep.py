@@ -60,9 +60,9 @@ def solver_matrix(sampler, pipe, inputs) -> np.ndarray:
         rows: list[np.ndarray] = []
 
         def basis(number: int) -> torch.Tensor:
-            values = torch.zeros_like(latents)
-            values.view(-1)[number] = 1.0
-            return values
+            values = torch.zeros(latents.numel())
+            values[number] = 1.0
+            return values.view(latents.shape).to(latents)
 
         def on_step(i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             rows.append(x.flatten()[: steps + 2].double().cpu().numpy())

@@ -126,7 +126,7 @@ class Rivals:
             known = ", ".join(map(str, grids.NEURAL_SOLVER))
             self.leave_out("neuralsolver", f"it is published for {known} steps, none within a tenth of the speed-up")
         else:
-            shift = grids.shift_of(self.calibration.native_sigmas.numpy())
+            shift = grids.shift_of(self.calibration.native_sigmas.cpu().numpy())
             sigmas, weights = grids.neural_solver(count, shift)
             session = self.rows.session
             rate = ode.rate_of(session.sampler, session.pipe, self.calibration.first)

@@ -1,4 +1,4 @@
-"""Drawings of scripts/report/report.py, by matplotlib; `section` is a `Section` of evaluation/report.py."""
+"""Drawings of the report (page.py), by matplotlib; `section` is a `Section` of evaluation/report.py."""
 
 import io
 import math

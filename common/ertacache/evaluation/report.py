@@ -1,7 +1,7 @@
 """What a report says of rows: grouped, compared, tabulated.
 
 Rows share a table only when they share the prompts, the first seed and the uncached run's settings. How the page looks
-is in scripts/report/.
+is in page.py.
 """
 
 import json

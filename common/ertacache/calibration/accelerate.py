@@ -117,9 +117,14 @@ def find_plans(
 
 
 def shipped_prompts(pipe) -> list[str]:
-    """Return the prompts that ship with the package, for pictures or for videos."""
-    kind = "videos" if "num_frames" in arguments_of_call(pipe)[0] else "images"
-    return (files("ertacache") / "prompts" / f"{kind}.txt").read_text("utf-8").splitlines()
+    """Return the calibration prompts that ship with the package, for images or for videos."""
+    return packaged_prompts("num_frames" in arguments_of_call(pipe)[0])
+
+
+def packaged_prompts(videos: bool, held_out: bool = False) -> list[str]:
+    """Return prompts that ship with the package: 16 to calibrate on, or 8 others to measure on."""
+    name = f"{'held-out-' * held_out}{'videos' if videos else 'images'}.txt"
+    return (files("ertacache") / "prompts" / name).read_text("utf-8").splitlines()
 
 
 def weights_of(pipe) -> str:

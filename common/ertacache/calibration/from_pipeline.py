@@ -100,19 +100,9 @@ def make_plans(
     if batch_size < len(prompts):
         _check_state(pipe, len(prompts))
     folder = ensure_writable(work or FOLDER)
-    sampler = PausedCalls(pipe, call_kwargs)
     try:
-        session = CalibrationSession(
-            sampler,
-            pipe,
-            prompts,
-            range(seed, seed + len(prompts)),
-            settings=_settings(pipe, steps, call_kwargs),
-            batch_size=batch_size,
-            work=folder,
-            model_id=_name_of(pipe),
-            progress=progress,
-        )
+        session = session_of_call(pipe, prompts, steps, seed, batch_size, folder, call_kwargs, progress)
+        sampler = session.sampler
         with contextlib.closing(session.progress), goes_on(), session.exclusive(), each_line_once("diffusers"):
             calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
@@ -139,6 +129,41 @@ def make_plans(
             with contextlib.suppress(OSError):  # what lies in it belongs to an interrupted calibration
                 folder.rmdir()
     return plans
+
+
+def session_of_call(
+    pipe,
+    prompts: Sequence,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    work: Path,
+    call_kwargs: Mapping[str, Any],
+    progress: bool = True,
+) -> CalibrationSession:
+    """Return a session on a pipeline's own calls; its sampler is a `PausedCalls`.
+
+    Args:
+        pipe: The pipeline.
+        prompts: Calibration prompts.
+        steps: T.
+        seed: Of the first prompt.
+        batch_size: Prompts per call.
+        work: Folder for checkpoints.
+        call_kwargs: Arguments of the call.
+        progress: Whether to show a progress bar.
+    """
+    return CalibrationSession(
+        PausedCalls(pipe, call_kwargs),
+        pipe,
+        prompts,
+        range(seed, seed + len(prompts)),
+        settings=_settings(pipe, steps, call_kwargs),
+        batch_size=batch_size,
+        work=work,
+        model_id=name_of(pipe),
+        progress=progress,
+    )
 
 
 def prompts_of(pipe, prompts) -> list:
@@ -210,7 +235,7 @@ def _recorded(call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: as_json(value) for name, value in call_kwargs.items() if name not in UNRECORDED}
 
 
-def _name_of(pipe) -> str:
+def name_of(pipe) -> str:
     """Return the Hub id, or the directory's name, that the pipeline was loaded from; its class where there is none."""
     name = getattr(pipe, "name_or_path", None)
     return (Path(name).name if Path(name).is_dir() else name) if name else type(pipe).__name__

@@ -26,6 +26,7 @@ import torch
 
 from ertacache.calibration.planner import Schedule
 from ertacache.calibration.search import HISTORY_LENGTHS
+from ertacache.numerics.jump import jump
 from ertacache.pipelines.enable import originals, stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
@@ -145,10 +146,14 @@ class PausedCall:
         free = self.moved if self.changed is None else self.moved & ~self.changed
         return None if free.all() else free
 
-    def go_on(self, row: tuple[float, list[float]] | None) -> None:
-        """Continue to the next computed step, or to the end. row: (a, w) of the jump; None: the solver's own step."""
+    def go_on(self, row: tuple[float, list[float]] | torch.Tensor | None) -> None:
+        """Continue to the next computed step, or to the end.
+
+        Args:
+            row: (a, w) of the jump; or the latents there, [B, …]; None: the solver's own step.
+        """
         self._state()
-        self.answers.put(row or "own step")
+        self.answers.put("own step" if row is None else row)
         self._receive()
 
     def close(self) -> None:
@@ -303,6 +308,10 @@ class Rollout(BudgetSteps):
         if self.run.leads:
             self.course.row = self.call.pause(self.run, x, self.velocities[0])
         return self.course.row
+
+    def target(self, i, k, x):
+        row = self.weights(i, k, x)
+        return row.to(x) if isinstance(row, torch.Tensor) else jump(x, self.velocities, row[1], row[0])
 
     def end(self, x):
         super().end(x)

@@ -1,8 +1,9 @@
 """Calls of one pipeline on the same prompts and seeds, each with a plan or without."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,19 @@ class Call:
         parts: The pipeline's own scheduler and denoisers, or the stand-ins that follow the plan, by name.
         arguments: Of the call.
         plan: That the stand-ins follow.
+        within: Returns a context that the call is made in: one with another cache.
     """
 
     name: str
     parts: Mapping[str, Any]
     arguments: Mapping[str, Any]
     plan: Plan | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext
+
+    @property
+    def key(self) -> list:
+        """What its results depend on, besides the identity of `Calls`."""
+        return [self.name, dict(self.arguments), self.plan and asdict(self.plan)]
 
 
 class Calls:
@@ -46,6 +54,7 @@ class Calls:
         count, size = len(self.prompts), request.batch_size
         self.batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self.pipe = request.load()
+        self.made: set[str] = set()  # names of the calls that this process has made
 
     @property
     def identity(self) -> list:
@@ -53,12 +62,18 @@ class Calls:
         request = self.request
         return [request.model, request.words(), request.prompts, self.seed, request.batch_size, self.on_drift]
 
-    def call(self, name: str, plan: Plan | None = None, **changes) -> Call:
-        """Return a call with a plan or without. changes: of its arguments."""
+    def call(
+        self,
+        name: str,
+        plan: Plan | None = None,
+        within: Callable[[], AbstractContextManager] = nullcontext,
+        **changes,
+    ) -> Call:
+        """Return a call with a plan or without, or within a context. changes: of its arguments."""
         disable(self.pipe)
         if plan is not None:
             enable(self.pipe, plan, on_drift=self.on_drift)
-        return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan)
+        return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan, within)
 
     def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:
         """Make a call for some prompts.
@@ -72,9 +87,10 @@ class Calls:
         self.pipe.set_progress_bar_config(disable=None if parallel.is_main() else True, leave=False, desc=text)
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]
         start = time.perf_counter()
-        with self.request.calling():
+        with self.request.calling(), call.within():
             result = self.pipe(prompt=self.prompts[part], generator=generators, output_type="np", **call.arguments)
         seconds = time.perf_counter() - start  # the result is in main memory, so the device has finished
+        self.made.add(call.name)
         images = getattr(result, "images", getattr(result, "frames", None))
         if images is None:
             raise UserError(f"{type(self.pipe).__name__} makes neither images nor videos: use ertacache.enable")

@@ -1,5 +1,6 @@
 """The commands and the options of their own; the shared ones are in options.py."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -140,15 +141,29 @@ def generate(
 
 
 @app.command()
-@takes_request
+@partial(takes_request, needs_prompts=False)
 def evaluate(
     request: Request,
-    plan: Annotated[list[str], typer.Option(metavar="PLAN", help="may be given several times")],
+    plan: Annotated[
+        list[str] | None, typer.Option(metavar="PLAN", help="measure this one; may be given several times")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="for the comparison [default without --plan: ertacache-evaluation]"),
+    ] = None,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="what the comparison learns on, one prompt a line")
+    ] = None,
     seed: Seed = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each, in turn; the median counts")] = 5,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the rows there")] = None,
 ) -> None:
-    """Measure plans, and plainly fewer steps, against the uncached run: speed-up and quality.
+    """Compare plans with other ways to spend as many model calls, against the uncached run: speed-up and quality.
+
+    Without --plan: budget plans at 2× and 3×, found in your store or calibrated now, beside fewer steps, fewer steps on
+    a tuned grid, OSS, and diffusers' first-block cache and TaylorSeer, on 8 prompts that ship with the package or on
+    those given. --out holds the report, and the JSON file that others can use. With --plan and --out the plans given
+    take the place of calibrated ones; with --plan alone they are measured beside fewer steps only.
 
     A run that was broken off goes on with what is missing.
 
@@ -156,4 +171,4 @@ def evaluate(
     """
     from ertacache.cli.evaluate import run
 
-    run(request, plan, seed, repeats, json)
+    run(request, plan or [], out, calibration_prompts, seed, repeats, json)

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,57 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ertacache.calibration.accelerate import packaged_prompts
 from ertacache.calibration.from_pipeline import FOLDER
 from ertacache.cli.calls import Call, Calls
+from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import doubt
-from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail, quality
+from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail
+from ertacache.evaluation.ranking import cell
 from ertacache.plans import Plan
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import check_file, write_atomically
+from ertacache.utils.files import check_file, read_prompts, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 
+DEFAULT_OUT = "ertacache-evaluation"
 MEASURES = ("psnr", "psnr_8bit", "ssim")
 HINT = "TeaCache, first-block cache and others on the same model: scripts/evaluate.py in a clone of the repository"
 
 
-def run(request: Request, sources: Sequence[str], seed: int, repeats: int, file: Path | None) -> None:
-    """Print the table, and write the rows as JSON to `file`."""
+def run(
+    request: Request,
+    sources: Sequence[str],
+    out: Path | None,
+    calibration_prompts: Path | None,
+    seed: int,
+    repeats: int,
+    file: Path | None,
+) -> None:
+    """Print the table, and write the rows as JSON to `file`; without plans, or with `out`, compare other methods."""
     check_seed(seed)
+    if not request.prompts:
+        videos = "num_frames" in inspect.signature(request.pipeline.__call__).parameters
+        request = dataclasses.replace(request, prompts=packaged_prompts(videos, held_out=True))
     plans = {source: request.plan(source) for source in sources}
     fixed = [name for name in ("sigmas", "timesteps") if name in request.arguments]
     if fixed:
         raise UserError(f"--set {fixed[0]} fixes the steps, fewer of them cannot be compared: leave it out")
     if file:
         check_file(file)
-    parallel.run_on_all_ranks(lambda: _run(request, plans, seed, repeats, file))
+    if plans and out is None:
+        if calibration_prompts:
+            raise UserError("--calibration-prompts without --out: plans given are measured, nothing is learned")
+        parallel.run_on_all_ranks(lambda: _run(request, plans, seed, repeats, file))
+    else:
+        from ertacache.cli.compare import Options, run_comparison
+
+        learned_on = read_prompts(calibration_prompts) if calibration_prompts else None
+        options = Options(plans, Path(out or DEFAULT_OUT), learned_on, seed, repeats, file)
+        parallel.run_on_all_ranks(lambda: run_comparison(request, options))
 
 
 def _run(request: Request, plans: Mapping[str, Plan], seed: int, repeats: int, file: Path | None) -> None:
@@ -84,31 +108,24 @@ def measure(calls: Calls, methods: Sequence[Call], repeats: int) -> list[dict[st
     """
     plans = [method.plan and dataclasses.asdict(method.plan) for method in methods]
     finished = Checkpoints(FOLDER, [calls.identity, plans], "evaluation-", ".partial")
-
-    def measured(number: int) -> list[list[dict[str, float | None]]]:
-        """Return the distances of a batch, by method and result."""
-        part = calls.batches[number]
-        reference, _ = calls.run(methods[0], part)
-        results = [calls.run(method, part)[0] for method in methods[1:]]
-        pairs = [zip(reference, images, strict=True) for images in results]
-        return [[quality(uncached[None], image[None]) for uncached, image in each] for each in pairs]
-
-    mine = [finished.of_this_rank(k, partial(measured, k)) for k in parallel.mine(len(calls.batches))]
-    batches = parallel.in_order(mine)  # also waits, so that nothing else runs while the first process measures time
+    measurement = Measurement(calls, finished)
+    pieces = measurement.quality(methods)  # also waits, so that nothing else runs while the first process measures time
     rows = []
     if parallel.is_main():
-        distances = [[], *([d for batch in batches for d in batch[i]] for i in range(len(methods) - 1))]
-        seconds: list[list[float]] = [[] for _ in methods]
-        for _ in range(repeats):
-            for method, times in zip(methods, seconds, strict=True):
-                times.append(calls.run(method, calls.batches[0])[1])
-        values = [{name: [d[name] for d in found] for name in MEASURES} for found in distances]
+        seconds = measurement.seconds(methods, repeats)
+        values = [values_of(found) for found in pieces]
         parts = zip(methods, seconds, values, strict=True)
         rows = [row(calls.request, method, times, seconds[0], each) for method, times, each in parts]
     finished.remove()
     with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
         Path(FOLDER).rmdir()
     return rows
+
+
+def values_of(pieces: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Return MEASURES of each image or video of a method, from its pieces."""
+    distances = [each for piece in pieces for each in piece["distances"]]
+    return {name: [each[name] for each in distances] for name in MEASURES}
 
 
 def row(
@@ -151,7 +168,7 @@ def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     steps = rows[0]["steps"]
     for r in rows:
-        calls = (f"{r['nfe']} of {steps}", f"{r['speedup_nfe']:.2f}×")
+        calls = (f"{cell(r, 'nfe')} of {steps}", f"{r['speedup_nfe']:.2f}×")
         speed = (f"{r['end_to_end_s']:.3g}", f"{r['speedup_end_to_end']:.2f}×")
         table.add_row(Text(r["label"]), *calls, *speed, *quality_cells(r))
     return table

@@ -42,26 +42,33 @@ def request_of(
     device: Annotated[str | None, _option("cpu, cuda, cuda:N or mps; default: a GPU when there is one", LOAD)] = None,
     offload: Annotated[Literal["none", "model", "sequential"], _option("save GPU memory, slower", LOAD)] = "none",
     revision: Annotated[str | None, _option("branch, tag or commit on the Hub", LOAD)] = None,
+    *,
+    needs_prompts: bool = True,
 ) -> Request:
-    """Return what the shared options ask for."""
+    """Return what the shared options ask for; without prompts, where a command has its own, the request has none."""
     flags = {"steps": steps, "guidance": guidance, "height": height, "width": width, "frames": frames}
     flags["negative_prompt"] = negative_prompt
     given = {name: value for name, value in flags.items() if value is not None}
-    texts = prompts_of(prompt, prompts)
+    texts = prompts_of(prompt, prompts) if needs_prompts or prompt or prompts else []
     return Request(model, texts, batch_size, given, settings or [], dtype, device, offload, revision)
 
 
-def takes_request(command: Callable[..., None]) -> Callable[..., None]:
+def takes_request(command: Callable[..., None], needs_prompts: bool = True) -> Callable[..., None]:
     """Turn command(request, …) into a function that has the parameters of `request_of` in place of `request`.
 
     typer reads options off a signature, so that this is all that it needs.
+
+    Args:
+        command: The command.
+        needs_prompts: Whether it refuses a command line without prompts.
     """
-    shared = inspect.signature(request_of).parameters
+    shared = dict(inspect.signature(request_of).parameters)
+    del shared["needs_prompts"]
     own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "request"}
 
     @functools.wraps(command)
     def run(**values) -> None:
-        request = request_of(**{name: values.pop(name) for name in shared})
+        request = request_of(**{name: values.pop(name) for name in shared}, needs_prompts=needs_prompts)
         try:
             command(request, **values)
         except KeyboardInterrupt as stop:  # typer would swallow what it says

@@ -153,6 +153,18 @@ class Request:
         path = Path(self.model).expanduser()
         return str(path) if path.is_dir() else self.model
 
+    @property
+    def name(self) -> str:
+        """The Hub id, or the folder's name without the way to it."""
+        path = Path(self.source)
+        return path.resolve().name if path.is_dir() else self.model
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub that the model is of; None for a folder."""
+        parts = [] if Path(self.source).is_dir() else self.index.parts
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
     def load(self):
         """Load the pipeline onto its device."""
         from ertacache.pipelines.load import load_pipeline

@@ -115,12 +115,16 @@ class BudgetSteps(OwnSteps):
             self.done = [*self.done, i]
             if self.course.drifting:
                 return stepped
-        scale, weights = self.weights(i, k, x)
-        target = jump(x, self.velocities, weights, scale)
+        target = self.target(i, k, x)
         if k == i + 1:
             return target
         self.jump = (i, k, x.clone(), target)
         return self.point(i + 1)
+
+    def target(self, i: int, k: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the latents that the jump from step i leads to at step k."""
+        scale, weights = self.weights(i, k, x)
+        return jump(x, self.velocities, weights, scale)
 
     @property
     def velocities(self) -> list[torch.Tensor]:

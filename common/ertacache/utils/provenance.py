@@ -50,8 +50,12 @@ def measured_with() -> str:
     return f"{machine()}; torch {versions['torch'].split('+')[0]}, diffusers {versions['diffusers']}"
 
 
-def machine() -> str:
-    """Return the GPU's name, or the processor architecture and the number of usable cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: torch.device | None = None) -> str:
+    """Return the GPU's name, or the processor architecture and the number of usable cores.
+
+    Args:
+        device: That was measured on; by default a GPU where there is one.
+    """
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"

@@ -1,0 +1,322 @@
+"""`ertacache evaluate MODEL`: budget plans beside other ways to spend as many model calls, on the user's own device.
+
+It calibrates what is missing, fits the other methods on the same calibration prompts, measures all of them on held-out
+prompts, and writes a report and a JSON file into one folder. Every piece is a checkpoint in that folder.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ertacache.calibration.accelerate import find_plans, shipped_prompts
+from ertacache.calibration.budget import SHIFTS
+from ertacache.calibration.effort import EFFORTS
+from ertacache.calibration.from_pipeline import FOLDER, check_call
+from ertacache.calibration.search import goes_on
+from ertacache.cli.calls import Call, Calls
+from ertacache.cli.compare_files import EvaluationFolder, document, without_paths, write_report
+from ertacache.cli.evaluate import row, table, values_of
+from ertacache.cli.measure import Measurement
+from ertacache.cli.request import Request
+from ertacache.evaluation.comparison import doubt
+from ertacache.evaluation.metrics import mean_and_tail
+from ertacache.evaluation.ranking import TITLES
+from ertacache.evaluation.rivals import FLOP_PROMPTS, Rivals, shifted_sigmas
+from ertacache.pipelines.enable import disable
+from ertacache.plans import Plan
+from ertacache.plans.names import budget_of
+from ertacache.utils import parallel
+from ertacache.utils.checkpoints import Checkpoints
+from ertacache.utils.errors import UserError
+from ertacache.utils.files import write_atomically
+from ertacache.utils.progress import duration
+from ertacache.utils.provenance import fingerprint, library_versions, machine
+
+SPEEDUPS = (2, 3)
+EFFORT = "quick"
+LEARNED_ON = 4  # calibration prompts that fewer steps and OSS are fitted on
+CACHES = ("first-block", "taylorseer")  # of diffusers
+CACHE_RUNS = 8  # about as many runs find a cache's settings
+METHODS = 4 + len(CACHES)  # measured at each speed-up
+SAMPLES = 2  # prompts shown in the report
+LEAST_WIDTH = 120  # of the table, in characters
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for, besides the request.
+
+    Attributes:
+        plans: Given ones by source, in place of calibrated ones.
+        out: Folder of the results.
+        learned_on: Calibration prompts; None for those that ship with the package.
+        seed: Of the first held-out prompt.
+        repeats: Timed calls of each method.
+        file: Also gets the rows.
+    """
+
+    plans: Mapping[str, Plan]
+    out: Path
+    learned_on: Sequence[str] | None
+    seed: int
+    repeats: int
+    file: Path | None
+
+    def targets(self, steps: int) -> dict[float, int]:
+        """Return N by target speed-up: those of the plans given, or SPEEDUPS."""
+        if self.plans:
+            return {plan.steps / plan.nfe: plan.nfe for plan in self.plans.values()}
+        return {speedup: budget_of(steps, speedup, "the comparison is at 2× and 3×:") for speedup in SPEEDUPS}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A call with the facts of its row (common/docs/reference/rows.md)."""
+
+    call: Call
+    name: str
+    family: str
+    asked: float | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def run_comparison(request: Request, options: Options) -> None:
+    """Run the comparison, or go on with it."""
+    targets = options.targets(request.steps)
+    folder = EvaluationFolder(options.out, request)
+    folder.check()
+    if options.learned_on:
+        check_apart(request.prompts, options.learned_on)
+    calls = Calls(request, options.seed, on_drift="ignore")
+    pipe = calls.pipe
+    steps = check_call(pipe, list(targets), request.batch_size, request.arguments)
+    learned_on = list(options.learned_on or shipped_prompts(pipe))
+    check_apart(request.prompts, learned_on)
+    identity = [calls.identity, fingerprint(pipe), str(pipe.dtype), str(machine()), library_versions(), learned_on]
+    identity.append([method.key for method in map(lambda s: calls.call(s, options.plans[s]), options.plans)])
+    disable(pipe)
+    work = Checkpoints(folder.path / FOLDER, ["comparison, 1", *identity], "evaluation-", ".partial")
+    total = model_calls(request, options, steps, len(learned_on))
+    announce(request, options, targets, total)
+    with goes_on():
+        first_call(calls, steps, total)
+        with request.calling():
+            methods = methods_of(calls, options, targets, learned_on, work.folder)
+        measurement = Measurement(calls, work, SAMPLES)
+        pieces = measurement.quality([method.call for method in methods])
+        if parallel.is_main():
+            seconds = measurement.seconds([method.call for method in methods], options.repeats)
+            rows = [
+                full_row(calls, method, times, seconds[0], found, pieces[0])
+                for method, times, found in zip(methods, seconds, pieces, strict=True)
+            ]
+            samples = [measurement.sample_paths(method.call) for method in methods]
+            finish(calls, options, folder, rows, samples, learned_on)
+    work.remove()
+    with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
+        (folder.path / FOLDER).rmdir()
+
+
+def check_apart(held_out: Sequence[str], learned_on: Sequence[str]) -> None:
+    """Refuse prompts that are measured and learned on."""
+    both = [prompt for prompt in held_out if prompt in learned_on]
+    if both:
+        remedy = "give --prompts or --calibration-prompts with others"
+        raise UserError(f"{len(both)} of the prompts, the first {both[0]!r}, are those that plans learn on: {remedy}")
+
+
+# --- what is to come ---------------------------------------------------------------------------------------------
+
+
+def model_calls(request: Request, options: Options, steps: int, prompts: int) -> int:
+    """Return about how many model calls the comparison makes, with a batch of prompts each."""
+
+    def batches(count: int) -> int:
+        return -(-count // request.batch_size)
+
+    effort, budgets = EFFORTS[EFFORT], list(options.targets(steps).values())
+    quick = 0 if options.plans else batches(min(prompts, effort.prompts)) * steps * (1 + effort.search * len(budgets))
+    oss = sum(1 + (n - 1) * (steps - n + 2) for n in budgets)
+    learned = batches(min(prompts, LEARNED_ON)) * (steps + len(SHIFTS) * sum(budgets) + oss)
+    caches = batches(min(prompts, FLOP_PROMPTS)) * steps * (1 + len(CACHES) * CACHE_RUNS // 2)
+    once = steps + METHODS * sum(budgets)
+    return steps + quick + learned + caches + once * (batches(len(request.prompts)) + options.repeats)
+
+
+def announce(request: Request, options: Options, targets: Mapping[float, int], total: int) -> None:
+    """Say what is done, how many model calls it takes, and where the results are written."""
+    if not parallel.is_main():
+        return
+    steps, prompts = request.steps, len(request.prompts)
+    budgets = " and ".join(str(n) for n in targets.values())
+    plans = ", ".join(options.plans) or f"calibrated now ({EFFORT}) unless your store has them"
+    size = f"{request.batch_size} prompt{'s' * (request.batch_size > 1)} each"
+    cost = f"about {total} model calls with {size}, the time of {total / steps:.0f} uncached calls"
+    lines = [
+        f"comparison on {request.pipeline.__name__}: {budgets} of {steps} steps, {prompts} held-out prompts",
+        f"1. budget plans: {plans}",
+        f"2. fewer steps, OSS and the caches {', '.join(CACHES)}, fitted on {LEARNED_ON} calibration prompts",
+        f"3. quality on the held-out prompts, then seconds in {options.repeats} rounds",
+        f"{cost}; results in {options.out}/",
+        "what is finished is kept: after an interruption the same command goes on",
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def first_call(calls: Calls, steps: int, total: int) -> None:
+    """Make the first uncached call, which warms up, and say how long all of them may take."""
+    start = time.perf_counter()
+    calls.run(calls.call("uncached"), calls.batches[0])
+    seconds = time.perf_counter() - start
+    if parallel.is_main():
+        left = duration(seconds * (total / steps - 1))
+        print(f"the first call took {seconds:.1f} s: about {left} in all, less what is finished", file=sys.stderr)
+
+
+# --- methods -----------------------------------------------------------------------------------------------------
+
+
+def methods_of(
+    calls: Calls, options: Options, targets: Mapping[float, int], learned_on: Sequence[str], work: Path
+) -> list[Method]:
+    """Return the uncached run, the plans, and the other methods with as many model calls or FLOPs.
+
+    Args:
+        calls: The pipeline.
+        options: Of the command line.
+        targets: N by target speed-up.
+        learned_on: Calibration prompts.
+        work: Folder for checkpoints.
+    """
+    request, pipe, steps = calls.request, calls.pipe, calls.request.steps
+    plans = {source: (plan.steps / plan.nfe, plan) for source, plan in options.plans.items()}
+    if not plans:
+        arguments = {"effort": EFFORT, "batch_size": request.batch_size, "call_kwargs": request.arguments}
+        found = find_plans(pipe, list(targets), learned_on, **arguments)
+        plans = {f"budget plan ({plan.nfe})": (speedup, plan) for speedup, plan in found.items()}
+    rivals = Rivals(pipe, learned_on[:LEARNED_ON], steps, request.batch_size, request.arguments, work)
+    disable(pipe)
+    problems = {"fewer steps on a tuned grid": rivals.reason_not_to_shift()}
+    problems |= {name: rivals.reason_not_to_cache(name) for name in CACHES}
+    if parallel.is_main():
+        for name, problem in problems.items():
+            if problem:
+                print(f"{name} is left out: {problem}", file=sys.stderr)
+    methods = [Method(calls.call("uncached"), "none", "none", None)]
+    for label, (speedup, plan) in plans.items():
+        call = calls.call(label if not options.plans else without_paths(label), plan)
+        methods.append(Method(call, plan.method, plan.method, speedup, {"timeline": timeline(plan)}))
+    disable(pipe)
+    for speedup, n in targets.items():
+        call = calls.call(f"fewer steps ({n})", num_inference_steps=n)
+        methods.append(Method(call, "fewer-steps", "steps", speedup))
+        if problems["fewer steps on a tuned grid"] is None:
+            shift = rivals.tuned_shift(n)
+            changes = {"num_inference_steps": n, "sigmas": shifted_sigmas(n, shift)}
+            call = calls.call(f"fewer steps ({n}), tuned shift ({shift:g})", **changes)
+            methods.append(Method(call, "fewer-steps-tuned", "steps", speedup, {"shift": shift}))
+        call = calls.call(f"OSS ({n})", rivals.optimal_steps_plan(n))
+        methods.append(Method(call, "oss", "steps", speedup))
+        disable(pipe)
+    for name in (name for name in CACHES if problems[name] is None):
+        for speedup, (value, label, within) in rivals.caches_at(name, list(targets)).items():
+            methods.append(Method(calls.call(label, within=within), name, "peer", speedup, {"value": value}))
+    return sorted(methods, key=lambda method: method.asked or 0)
+
+
+def timeline(plan: Plan) -> dict[str, Any] | None:
+    """Return which steps of which grid a budget plan computes."""
+    if plan.kind != "budget":
+        return None
+    return {"sigmas": list(plan.sigmas or plan.native_sigmas), "computed": list(plan.computed), "error": None}
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def full_row(
+    calls: Calls,
+    method: Method,
+    times: list[float],
+    uncached_times: list[float],
+    pieces: Sequence[Mapping[str, Any]],
+    uncached_pieces: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return a row with all fields of common/docs/reference/rows.md."""
+    request, pipe, values = calls.request, calls.pipe, values_of(pieces)
+    found = row(request, method.call, times, uncached_times, values)
+    flops, uncached = pieces[0]["flops"], uncached_pieces[0]["flops"]
+    speedup = uncached / flops if flops and uncached else None
+    if method.family == "peer" and speedup:
+        found |= {"nfe": request.steps / speedup, "speedup_nfe": speedup}
+    tail = mean_and_tail_of(values["psnr_8bit"])
+    others = {name: value for name, value in request.arguments.items() if name != "num_inference_steps"}
+    extra = {name: value for name, value in method.extra.items() if name in ("shift", "value")}
+    unmeasured = {name: None for name in TITLES if name not in found and name not in ("label", "place")}
+    return {
+        "folder": type(pipe).__name__,
+        "model": request.name,
+        **unmeasured,
+        **found,
+        "psnr_8bit_p10": tail["psnr_p10"],
+        "psnr_8bit_worst": tail["psnr_worst"],
+        "values": values,
+        "method": method.name,
+        "family": method.family,
+        "asked": method.asked,
+        "settings": {**others, "steps": found["steps"], **extra},
+        "steps": found["steps"],
+        "captions": None,
+        "prompts": len(request.prompts),
+        "seed": calls.seed,
+        "batch_size": request.batch_size,
+        "flops": flops,
+        "speedup_flops": speedup,
+        "latency_s": None,
+        "plan": method.call.name if method.name in ("budget", "budget-exact", "ertacache") else None,
+        "timeline": method.extra.get("timeline"),
+        "samples": None,
+        "sample_prompts": None,
+    }
+
+
+def mean_and_tail_of(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return mean and tail of PSNRs, of which None are those of equal results."""
+    import numpy as np
+
+    found = np.array([np.inf if value is None else value for value in values])
+    return mean_and_tail(found) if len(found) else {"psnr_p10": None, "psnr_worst": None}
+
+
+def finish(
+    calls: Calls,
+    options: Options,
+    folder: EvaluationFolder,
+    rows: list[dict[str, Any]],
+    samples: list[list[Path]],
+    learned_on: Sequence[str],
+) -> None:
+    """Print the table, and write the files."""
+    facts = document(calls, options.repeats, learned_on)
+    rows = [without_paths({**each, **{k: facts[k] for k in ("machine", "libraries", "date")}}) for each in rows]
+    console = Console()
+    console = console if console.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)
+    console.print(table(rows, len(calls.prompts)))
+    for each in rows[1:]:
+        reason = doubt([rows[0]["repeats_s"], each["repeats_s"]], each["speedup_nfe"])
+        if reason:
+            print(f"{each['label']}, {each['speedup_end_to_end']:.2f}×{reason}")
+    text = json.dumps({**facts, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder.json, text.encode())
+    if options.file:
+        text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(options.file, text.encode())
+    report = write_report(folder, rows, samples, calls.prompts, text)
+    print(f"{report}: the report; {folder.json}: all numbers, to be kept or sent")

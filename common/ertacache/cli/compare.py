@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from ertacache.calibration.budget import SHIFTS
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_pipeline import FOLDER, check_call
 from ertacache.calibration.search import goes_on
-from ertacache.cli.calls import Call, Calls
+from ertacache.cli.calls import Calls
 from ertacache.cli.compare_files import EvaluationFolder, document, without_paths, write_report
-from ertacache.cli.evaluate import row, table, values_of
+from ertacache.cli.compare_rows import Method, full_row, timeline
+from ertacache.cli.evaluate import table
 from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import doubt
-from ertacache.evaluation.metrics import mean_and_tail
-from ertacache.evaluation.ranking import TITLES
 from ertacache.evaluation.rivals import FLOP_PROMPTS, Rivals, shifted_sigmas
 from ertacache.pipelines.enable import disable
 from ertacache.plans import Plan
@@ -36,6 +35,7 @@ from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import write_atomically
+from ertacache.utils.locks import exclusive
 from ertacache.utils.progress import duration
 from ertacache.utils.provenance import fingerprint, library_versions, machine
 
@@ -76,17 +76,6 @@ class Options:
         return {speedup: budget_of(steps, speedup, "the comparison is at 2× and 3×:") for speedup in SPEEDUPS}
 
 
-@dataclass(frozen=True)
-class Method:
-    """A call with the facts of its row (common/docs/reference/rows.md)."""
-
-    call: Call
-    name: str
-    family: str
-    asked: float | None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
 def run_comparison(request: Request, options: Options) -> None:
     """Run the comparison, or go on with it."""
     targets = options.targets(request.steps)
@@ -99,13 +88,10 @@ def run_comparison(request: Request, options: Options) -> None:
     steps = check_call(pipe, list(targets), request.batch_size, request.arguments)
     learned_on = list(options.learned_on or shipped_prompts(pipe))
     check_apart(request.prompts, learned_on)
-    identity = [calls.identity, fingerprint(pipe), str(pipe.dtype), str(machine()), library_versions(), learned_on]
-    identity.append([method.key for method in map(lambda s: calls.call(s, options.plans[s]), options.plans)])
-    disable(pipe)
-    work = Checkpoints(folder.path / FOLDER, ["comparison, 1", *identity], "evaluation-", ".partial")
+    work = checkpoints_of(calls, options, folder, learned_on)
     total = model_calls(request, options, steps, len(learned_on))
     announce(request, options, targets, total)
-    with goes_on():
+    with goes_on(), exclusive(work.folder.with_suffix(".lock"), "making the same comparison"):
         first_call(calls, steps, total)
         with request.calling():
             methods = methods_of(calls, options, targets, learned_on, work.folder)
@@ -119,9 +105,19 @@ def run_comparison(request: Request, options: Options) -> None:
             ]
             samples = [measurement.sample_paths(method.call) for method in methods]
             finish(calls, options, folder, rows, samples, learned_on)
-    work.remove()
+        work.remove()
     with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
         (folder.path / FOLDER).rmdir()
+
+
+def checkpoints_of(calls: Calls, options: Options, folder: EvaluationFolder, learned_on: Sequence[str]) -> Checkpoints:
+    """Return the checkpoints of this comparison: of these weights, plans, prompts, device and library versions."""
+    pipe = calls.pipe
+    identity = [calls.identity, fingerprint(pipe), str(pipe.dtype), list(learned_on)]
+    identity += [machine(pipe._execution_device), library_versions()]
+    identity += [calls.call(source, plan).key for source, plan in options.plans.items()]
+    disable(pipe)
+    return Checkpoints(folder.path / FOLDER, ["comparison, 1", *identity], "evaluation-", ".partial")
 
 
 def check_apart(held_out: Sequence[str], learned_on: Sequence[str]) -> None:
@@ -231,68 +227,7 @@ def methods_of(
     return sorted(methods, key=lambda method: method.asked or 0)
 
 
-def timeline(plan: Plan) -> dict[str, Any] | None:
-    """Return which steps of which grid a budget plan computes."""
-    if plan.kind != "budget":
-        return None
-    return {"sigmas": list(plan.sigmas or plan.native_sigmas), "computed": list(plan.computed), "error": None}
-
-
 # --- results -----------------------------------------------------------------------------------------------------
-
-
-def full_row(
-    calls: Calls,
-    method: Method,
-    times: list[float],
-    uncached_times: list[float],
-    pieces: Sequence[Mapping[str, Any]],
-    uncached_pieces: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return a row with all fields of common/docs/reference/rows.md."""
-    request, pipe, values = calls.request, calls.pipe, values_of(pieces)
-    found = row(request, method.call, times, uncached_times, values)
-    flops, uncached = pieces[0]["flops"], uncached_pieces[0]["flops"]
-    speedup = uncached / flops if flops and uncached else None
-    if method.family == "peer" and speedup:
-        found |= {"nfe": request.steps / speedup, "speedup_nfe": speedup}
-    tail = mean_and_tail_of(values["psnr_8bit"])
-    others = {name: value for name, value in request.arguments.items() if name != "num_inference_steps"}
-    extra = {name: value for name, value in method.extra.items() if name in ("shift", "value")}
-    unmeasured = {name: None for name in TITLES if name not in found and name not in ("label", "place")}
-    return {
-        "folder": type(pipe).__name__,
-        "model": request.name,
-        **unmeasured,
-        **found,
-        "psnr_8bit_p10": tail["psnr_p10"],
-        "psnr_8bit_worst": tail["psnr_worst"],
-        "values": values,
-        "method": method.name,
-        "family": method.family,
-        "asked": method.asked,
-        "settings": {**others, "steps": found["steps"], **extra},
-        "steps": found["steps"],
-        "captions": None,
-        "prompts": len(request.prompts),
-        "seed": calls.seed,
-        "batch_size": request.batch_size,
-        "flops": flops,
-        "speedup_flops": speedup,
-        "latency_s": None,
-        "plan": method.call.name if method.name in ("budget", "budget-exact", "ertacache") else None,
-        "timeline": method.extra.get("timeline"),
-        "samples": None,
-        "sample_prompts": None,
-    }
-
-
-def mean_and_tail_of(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Return mean and tail of PSNRs, of which None are those of equal results."""
-    import numpy as np
-
-    found = np.array([np.inf if value is None else value for value in values])
-    return mean_and_tail(found) if len(found) else {"psnr_p10": None, "psnr_worst": None}
 
 
 def finish(

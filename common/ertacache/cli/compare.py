@@ -30,7 +30,7 @@ from ertacache.evaluation.comparison import doubt
 from ertacache.evaluation.rivals import FLOP_PROMPTS, Rivals, shifted_sigmas
 from ertacache.pipelines.enable import disable
 from ertacache.plans import Plan
-from ertacache.plans.names import budget_of
+from ertacache.plans.names import LEAST_BUDGET, budget_of
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.errors import UserError
@@ -73,7 +73,10 @@ class Options:
         """Return N by target speed-up: those of the plans given, or SPEEDUPS."""
         if self.plans:
             return {plan.steps / plan.nfe: plan.nfe for plan in self.plans.values()}
-        return {speedup: budget_of(steps, speedup, "the comparison is at 2× and 3×:") for speedup in SPEEDUPS}
+        if steps < LEAST_BUDGET * max(SPEEDUPS):
+            text = f"the comparison is at {SPEEDUPS[0]}× and {SPEEDUPS[1]}×, which {steps} steps are too few for"
+            raise UserError(f"{text}: give --steps {LEAST_BUDGET * max(SPEEDUPS)} or more, or plans with --plan")
+        return {speedup: budget_of(steps, speedup) for speedup in SPEEDUPS}
 
 
 def run_comparison(request: Request, options: Options) -> None:
@@ -104,7 +107,9 @@ def run_comparison(request: Request, options: Options) -> None:
                 for method, times, found in zip(methods, seconds, pieces, strict=True)
             ]
             samples = [measurement.sample_paths(method.call) for method in methods]
-            finish(calls, options, folder, rows, samples, learned_on)
+            plan = next(method.call.plan for method in methods if method.call.plan is not None)
+            facts = document(calls, options.repeats, learned_on, plan.requirements.settings)
+            finish(calls, options, folder, facts, rows, samples)
         work.remove()
     with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
         (folder.path / FOLDER).rmdir()
@@ -234,12 +239,11 @@ def finish(
     calls: Calls,
     options: Options,
     folder: EvaluationFolder,
+    facts: dict[str, Any],
     rows: list[dict[str, Any]],
     samples: list[list[Path]],
-    learned_on: Sequence[str],
 ) -> None:
     """Print the table, and write the files."""
-    facts = document(calls, options.repeats, learned_on)
     rows = [without_paths({**each, **{k: facts[k] for k in ("machine", "libraries", "date")}}) for each in rows]
     console = Console()
     console = console if console.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)

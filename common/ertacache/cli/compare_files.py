@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -58,8 +58,15 @@ class EvaluationFolder:
         ensure_writable(self.path)
 
 
-def document(calls: Calls, repeats: int, learned_on: Sequence[str]) -> dict[str, Any]:
-    """Return all of the JSON file but the rows; its fields are in common/docs/reference/rows.md."""
+def document(calls: Calls, repeats: int, learned_on: Sequence[str], conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all of the JSON file but the rows; its fields are in common/docs/reference/rows.md.
+
+    Args:
+        calls: The pipeline and its prompts.
+        repeats: Timed calls of each method.
+        learned_on: Calibration prompts.
+        conditions: Arguments of the call with its defaults, as a plan has recorded them.
+    """
     request, pipe = calls.request, calls.pipe
     scheduler, denoisers = originals(pipe)["scheduler"], {k: v for k, v in originals(pipe).items() if k != "scheduler"}
     first = next(iter(denoisers.values()))
@@ -78,6 +85,7 @@ def document(calls: Calls, repeats: int, learned_on: Sequence[str]) -> dict[str,
         "libraries": library_versions(),
         "steps": request.steps,
         "settings": request.arguments,
+        "conditions": conditions,
         "batch_size": request.batch_size,
         "repeats": repeats,
         "prompts": calls.prompts,
@@ -103,7 +111,7 @@ def _last_part(word: str) -> str:
 
 def without_paths(value: Any) -> Any:
     """Return a JSON value with the home directory taken out of all texts."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {without_paths(name): without_paths(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(each) for each in value]

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ertacache.calibration.accelerate import find_plans, shipped_prompts
 from ertacache.calibration.budget import SHIFTS
 from ertacache.calibration.effort import EFFORTS
@@ -23,10 +21,9 @@ from ertacache.calibration.search import goes_on
 from ertacache.cli.calls import Calls
 from ertacache.cli.compare_files import EvaluationFolder, document, without_paths, write_report
 from ertacache.cli.compare_rows import Method, full_row, timeline
-from ertacache.cli.evaluate import table
+from ertacache.cli.evaluate_rows import show
 from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
-from ertacache.evaluation.comparison import doubt
 from ertacache.evaluation.rivals import FLOP_PROMPTS, Rivals, shifted_sigmas
 from ertacache.pipelines.enable import disable
 from ertacache.plans import Plan
@@ -82,11 +79,11 @@ class Options:
 def run_comparison(request: Request, options: Options) -> None:
     """Run the comparison, or go on with it."""
     targets = options.targets(request.steps)
-    folder = EvaluationFolder(options.out, request)
-    folder.check()
     if options.learned_on:
         check_apart(request.prompts, options.learned_on)
-    calls = Calls(request, options.seed, on_drift="ignore")
+    folder = EvaluationFolder(options.out, request)
+    folder.check()
+    calls = Calls(request, options.seed)
     pipe = calls.pipe
     steps = check_call(pipe, list(targets), request.batch_size, request.arguments)
     learned_on = list(options.learned_on or shipped_prompts(pipe))
@@ -245,13 +242,7 @@ def finish(
 ) -> None:
     """Print the table, and write the files."""
     rows = [without_paths({**each, **{k: facts[k] for k in ("machine", "libraries", "date")}}) for each in rows]
-    console = Console()
-    console = console if console.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)
-    console.print(table(rows, len(calls.prompts)))
-    for each in rows[1:]:
-        reason = doubt([rows[0]["repeats_s"], each["repeats_s"]], each["speedup_nfe"])
-        if reason:
-            print(f"{each['label']}, {each['speedup_end_to_end']:.2f}×{reason}")
+    show(rows, len(calls.prompts), LEAST_WIDTH)
     text = json.dumps({**facts, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder.json, text.encode())
     if options.file:

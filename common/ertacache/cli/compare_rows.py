@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ertacache.cli.calls import Call, Calls
-from ertacache.cli.evaluate import row, values_of
+from ertacache.cli.evaluate_rows import row, values_of
 from ertacache.evaluation.metrics import mean_and_tail
 from ertacache.evaluation.ranking import TITLES
 from ertacache.plans import Plan

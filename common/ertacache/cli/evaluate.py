@@ -4,27 +4,18 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from ertacache.calibration.accelerate import packaged_prompts
 from ertacache.calibration.from_pipeline import FOLDER
 from ertacache.cli.calls import Call, Calls
+from ertacache.cli.evaluate_rows import row, show, values_of
 from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
-from ertacache.evaluation.comparison import doubt
-from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail
-from ertacache.evaluation.ranking import cell
 from ertacache.plans import Plan
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
@@ -34,7 +25,6 @@ from ertacache.utils.files import check_file, read_prompts, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 
 DEFAULT_OUT = "ertacache-evaluation"
-MEASURES = ("psnr", "psnr_8bit", "ssim")
 HINT = "TeaCache, first-block cache and others on the same model: scripts/evaluate.py in a clone of the repository"
 
 
@@ -78,11 +68,7 @@ def _run(request: Request, plans: Mapping[str, Plan], seed: int, repeats: int, f
     facts = {"model": request.model, "prompts": len(request.prompts), "seed": seed, "batch_size": request.batch_size}
     facts |= {"settings": request.arguments, "repeats": repeats, "machine": machine()}
     facts |= {"libraries": library_versions(), "date": date.today().isoformat()}
-    Console().print(table(rows, len(request.prompts)))
-    for row in rows[1:]:
-        reason = doubt([rows[0]["repeats_s"], row["repeats_s"]], row["speedup_nfe"])
-        if reason:
-            print(f"{row['label']}, {row['speedup_end_to_end']:.2f}×{reason}")
+    show(rows, len(request.prompts))
     if file:
         text = json.dumps([row | facts for row in rows], indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(file, (text + "\n").encode())
@@ -120,66 +106,3 @@ def measure(calls: Calls, methods: Sequence[Call], repeats: int) -> list[dict[st
     with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
         Path(FOLDER).rmdir()
     return rows
-
-
-def values_of(pieces: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Return MEASURES of each image or video of a method, from its pieces."""
-    distances = [each for piece in pieces for each in piece["distances"]]
-    return {name: [each[name] for each in distances] for name in MEASURES}
-
-
-def row(
-    request: Request, method: Call, times: list[float], uncached: list[float], values: Mapping[str, list]
-) -> dict[str, Any]:
-    """Return a row; names as in common/docs/reference/rows.md. A PSNR of equal images is None.
-
-    Args:
-        request: Of the calls.
-        method: What was called.
-        times, uncached: Seconds of its repeats, and of the uncached run's.
-        values: MEASURES of each image or video.
-    """
-    steps = method.arguments.get("num_inference_steps", request.steps)
-    nfe = method.plan.nfe if method.plan else steps
-    name = method.plan.method if method.plan else "none" if steps == request.steps else "fewer-steps"
-    found = {n: [math.inf if value is None else value for value in v] for n, v in values.items()}
-    means = {n: finite(np.mean(v)) if v else None for n, v in found.items()}
-    means |= mean_and_tail(np.array(found["psnr"])) if found["psnr"] else dict.fromkeys(PSNRS)
-    return {
-        "method": name,
-        "label": method.name,
-        "plan": method.name if method.plan else None,
-        "steps": steps,
-        "nfe": nfe,
-        "speedup_nfe": request.steps / nfe,
-        "repeats_s": times,
-        "end_to_end_s": statistics.median(times),
-        "speedup_end_to_end": statistics.median(uncached) / statistics.median(times),
-        **means,
-    }
-
-
-def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
-    """Return the rows as a table for a terminal."""
-    title = f"against the uncached run, {prompts} prompt{'s' if prompts > 1 else ''}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", overflow="fold")
-    for head in ("calls", "T/N", "s per call", "speed-up", "PSNR dB", "worst", "8 bits", "below 30 dB", "SSIM"):
-        table.add_column(head, justify="right", no_wrap=True)
-    steps = rows[0]["steps"]
-    for r in rows:
-        calls = (f"{cell(r, 'nfe')} of {steps}", f"{r['speedup_nfe']:.2f}×")
-        speed = (f"{r['end_to_end_s']:.3g}", f"{r['speedup_end_to_end']:.2f}×")
-        table.add_row(Text(r["label"]), *calls, *speed, *quality_cells(r))
-    return table
-
-
-def quality_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return mean and worst PSNR, PSNR of 8-bit files, share below 30 dB, and SSIM."""
-    psnrs = [_number(row[name], 1) for name in ("psnr", "psnr_worst", "psnr_8bit")]
-    share = "–" if row["below_30db"] is None else f"{100 * row['below_30db']:.0f} %"
-    return [*psnrs, share, _number(row["ssim"], 4)]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

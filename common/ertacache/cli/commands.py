@@ -149,7 +149,7 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="for the comparison [default without --plan: ertacache-evaluation]"),
+        typer.Option(metavar="FOLDER", help="for the comparison; without --plan: ertacache-evaluation"),
     ] = None,
     calibration_prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="what the comparison learns on, one prompt a line")
@@ -158,12 +158,11 @@ def evaluate(
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each, in turn; the median counts")] = 5,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the rows there")] = None,
 ) -> None:
-    """Compare plans with other ways to spend as many model calls, against the uncached run: speed-up and quality.
+    """Compare plans with fewer steps and other methods: speed-up, and quality against the uncached run.
 
-    Without --plan: budget plans at 2× and 3×, found in your store or calibrated now, beside fewer steps, fewer steps on
-    a tuned grid, OSS, and diffusers' first-block cache and TaylorSeer, on 8 prompts that ship with the package or on
-    those given. --out holds the report, and the JSON file that others can use. With --plan and --out the plans given
-    take the place of calibrated ones; with --plan alone they are measured beside fewer steps only.
+    Without --plan: budget plans at 2× and 3×, stored ones or calibrated now.
+
+    With --plan and --out: the plans given. With --plan alone: these and fewer steps only.
 
     A run that was broken off goes on with what is missing.
 

@@ -40,8 +40,11 @@ class Measurement:
         uncached = cache(lambda: self._run(methods[0], number))
 
         def piece(method: Call) -> dict[str, Any]:
-            images, flops = uncached() if method is methods[0] else self._run(method, number)
-            pairs = zip(uncached()[0], images, strict=True) if method is not methods[0] else ()
+            reference, flops = uncached()
+            if method is methods[0]:
+                return {"distances": [], "flops": flops}
+            images, flops = self._run(method, number)
+            pairs = zip(reference, images, strict=True)
             return {"distances": [quality(a[None], b[None]) for a, b in pairs], "flops": flops}
 
         needed = methods if self.samples and number == 0 else methods[1:]

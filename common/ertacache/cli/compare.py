@@ -24,7 +24,7 @@ from ertacache.cli.compare_rows import Method, full_row, timeline
 from ertacache.cli.evaluate_rows import show
 from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
-from ertacache.evaluation.rivals import FLOP_PROMPTS, Rivals, shifted_sigmas
+from ertacache.evaluation.other_methods import FLOP_PROMPTS, OtherMethods, shifted_sigmas
 from ertacache.pipelines.enable import disable
 from ertacache.plans import Plan
 from ertacache.plans.names import LEAST_BUDGET, budget_of
@@ -199,10 +199,10 @@ def methods_of(
         arguments = {"effort": EFFORT, "batch_size": request.batch_size, "call_kwargs": request.arguments}
         found = find_plans(pipe, list(targets), learned_on, **arguments)
         plans = {f"budget plan ({plan.nfe})": (speedup, plan) for speedup, plan in found.items()}
-    rivals = Rivals(pipe, learned_on[:LEARNED_ON], steps, request.batch_size, request.arguments, work)
+    others = OtherMethods(pipe, learned_on[:LEARNED_ON], steps, request.batch_size, request.arguments, work)
     disable(pipe)
-    problems = {"fewer steps on a tuned grid": rivals.reason_not_to_shift()}
-    problems |= {name: rivals.reason_not_to_cache(name) for name in CACHES}
+    problems = {"fewer steps on a tuned grid": others.reason_not_to_shift()}
+    problems |= {name: others.reason_not_to_cache(name) for name in CACHES}
     if parallel.is_main():
         for name, problem in problems.items():
             if problem:
@@ -216,15 +216,15 @@ def methods_of(
         call = calls.call(f"fewer steps ({n})", num_inference_steps=n)
         methods.append(Method(call, "fewer-steps", "steps", speedup))
         if problems["fewer steps on a tuned grid"] is None:
-            shift = rivals.tuned_shift(n)
+            shift = others.tuned_shift(n)
             changes = {"num_inference_steps": n, "sigmas": shifted_sigmas(n, shift)}
             call = calls.call(f"fewer steps ({n}), tuned shift ({shift:g})", **changes)
             methods.append(Method(call, "fewer-steps-tuned", "steps", speedup, {"shift": shift}))
-        call = calls.call(f"OSS ({n})", rivals.optimal_steps_plan(n))
+        call = calls.call(f"OSS ({n})", others.optimal_steps_plan(n))
         methods.append(Method(call, "oss", "steps", speedup))
         disable(pipe)
     for name in (name for name in CACHES if problems[name] is None):
-        for speedup, (value, label, within) in rivals.caches_at(name, list(targets)).items():
+        for speedup, (value, label, within) in others.caches_at(name, list(targets)).items():
             methods.append(Method(calls.call(label, within=within), name, "peer", speedup, {"value": value}))
     return sorted(methods, key=lambda method: method.asked or 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ertacache.cli.calls import Call, Calls
 from ertacache.evaluation.metrics import quality
-from ertacache.evaluation.rivals import counted
+from ertacache.evaluation.other_methods import counted
 from ertacache.utils import media, parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
 

@@ -13,7 +13,7 @@ from test_without_a_plan_file import Dies, dies_after, home  # noqa: F401
 from conftest import ROOT, VIDEOS, open_model_folder
 from ertacache.caches.registry import CACHES
 from ertacache.cli.compare_files import without_paths
-from ertacache.evaluation import rivals
+from ertacache.evaluation import other_methods
 from ertacache.evaluation.metrics import share_below
 from ertacache.evaluation.report import sections
 from ertacache.evaluation.rows import Source, check_row, read_source
@@ -34,7 +34,7 @@ FILE_FIELDS = {
 def small(tmp_path, monkeypatch):
     """Four calibration prompts, three shifts, and few settings of the caches."""
     (tmp_path / "learn.txt").write_text("a sailing boat\na fruit\na house\na green pear\n")
-    monkeypatch.setattr(rivals, "SHIFTS", (0.7, 1.0, 1.4))
+    monkeypatch.setattr(other_methods, "SHIFTS", (0.7, 1.0, 1.4))
     for name, values in {"first-block": (0.12, 0.5), "taylorseer": (2, 4)}.items():
         monkeypatch.setitem(CACHES, name, replace(CACHES[name], values=values))
 
@@ -109,7 +109,7 @@ def test_an_interrupted_comparison_goes_on(run, files, monkeypatch, capsys):
     assert "about " in said and "model calls with 4 prompts each" in said and "the first call took" in said
     made = dies_after(monkeypatch, 99)
     for name in ("error_on_shifted", "optimal_steps", "flops"):  # what was fitted is not fitted again
-        monkeypatch.setattr(rivals.Rivals, name, lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr(other_methods.OtherMethods, name, lambda *_: pytest.fail("fitted again"))
     run(*command)
     rows = json.loads(Path("result/evaluation.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["none", "budget", *METHODS[1:]]

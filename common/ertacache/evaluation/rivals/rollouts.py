@@ -4,13 +4,14 @@ All of it runs on the first calibration prompts, in their batches, beside a `Bud
 trajectories. Every rank does the same work; callers share what comes out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ertacache.calibration import optimal_steps as oss
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.planner import Schedule
 from ertacache.numerics.jump import jump
@@ -53,9 +54,7 @@ def uncached_velocities(calibration: BudgetCalibration, part: Part) -> list[torc
 def optimal_steps(calibration: BudgetCalibration, budget: int, prompts: int | None = None) -> Schedule:
     """Return the steps of OSS (Pei et al., 2025, arXiv 2503.21774), by dynamic programming on the student's states.
 
-    Stage n holds for each step k the latents of the best n solver steps that lead there, of first order. The next stage
-    takes each of them on to every later step and keeps the one with the least squared error to the uncached run,
-    summed over the prompts. About N (T − N) model calls per prompt.
+    One schedule for all prompts, by `calibration.optimal_steps`. About N (T − N) model calls per prompt.
 
     Args:
         calibration: With the uncached trajectories.
@@ -63,29 +62,23 @@ def optimal_steps(calibration: BudgetCalibration, budget: int, prompts: int | No
         prompts: How many, from the first; None for all.
     """
     calibration.trajectories()
-    session, steps, batches = calibration.session, calibration.end, list(parts(calibration, prompts))
-    targets = [[calibration.target_latents(p.batch, k)[: p.size] for k in range(steps + 1)] for p in batches]
-    stands: dict[int, list[torch.Tensor]] = {0: [p.inputs.latents for p in batches]}
-    paths: dict[int, Schedule] = {0: (0,)}  # the steps so far, by the step that they lead to
-    for n in range(budget):
-        reached: dict[int, tuple[float, list[torch.Tensor], Schedule]] = {}
-        for j, latents in stands.items():
-            velocities = [
-                session.sampler.velocity(session.pipe, p.inputs, x, p.inputs.times[j])
-                for p, x in zip(batches, latents, strict=True)
-            ]
-            for k in [steps] if n == budget - 1 else range(j + 1, steps - (budget - n - 2)):
-                a, w = calibration.first_order(j, k)
-                moved = [jump(x, [v], [w], a) for x, v in zip(latents, velocities, strict=True)]
-                error = sum(
-                    (x.float().cpu() - target[k]).square().sum().item()
-                    for x, target in zip(moved, targets, strict=True)
-                )
-                if k not in reached or error < reached[k][0]:
-                    reached[k] = (error, moved, (*paths[j], k))
-        stands = {k: moved for k, (_, moved, _) in reached.items()}
-        paths = {k: path for k, (_, _, path) in reached.items()}
-    return paths[steps][:-1]
+    session, batches = calibration.session, list(parts(calibration, prompts))
+    sizes = [p.size for p in batches]
+
+    def target_latents(k: int) -> torch.Tensor:
+        return torch.cat([calibration.target_latents(p.batch, k)[: p.size] for p in batches])
+
+    def velocities(states: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {
+            j: torch.cat([at(p, j, x) for p, x in zip(batches, states[j].split(sizes), strict=True)]) for j in states
+        }
+
+    def at(p: Part, j: int, x: torch.Tensor) -> torch.Tensor:
+        v = session.sampler.velocity(session.pipe, p.inputs, x.to(p.inputs.latents), p.inputs.times[j])
+        return v.float().cpu()
+
+    noise = torch.cat([p.inputs.latents.float().cpu() for p in batches])
+    return oss.optimal_steps(velocities, calibration.first_order, noise, target_latents, calibration.end, budget)
 
 
 # --- errors on the uncached trajectory -------------------------------------------------------------------------------

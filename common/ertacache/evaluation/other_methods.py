@@ -41,7 +41,7 @@ class Cached:
     steps: int
 
 
-class Rivals:
+class OtherMethods:
     """Fits other methods to a pipeline's call.
 
     Args:

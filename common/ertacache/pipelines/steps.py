@@ -98,6 +98,14 @@ class BudgetSteps(OwnSteps):
 
     def compute(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return the latents after a computed step."""
+        target, k = self.jump_from(i, x, v), self.course.after(i)
+        if k == i + 1:
+            return target
+        self.jump = (i, k, x.clone(), target)
+        return self.point(i + 1)
+
+    def jump_from(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return the latents at the computed step after step i, from latents and velocity there."""
         if self.history and v.shape != self.history[0][1].shape:
             shapes = f"{tuple(self.history[0][1].shape)} to {tuple(v.shape)}"
             raise UserError(f"the latents change their shape during the call, from {shapes}: disable the plan")
@@ -115,11 +123,7 @@ class BudgetSteps(OwnSteps):
             self.done = [*self.done, i]
             if self.course.drifting:
                 return stepped
-        target = self.target(i, k, x)
-        if k == i + 1:
-            return target
-        self.jump = (i, k, x.clone(), target)
-        return self.point(i + 1)
+        return self.target(i, k, x)
 
     def target(self, i: int, k: int, x: torch.Tensor) -> torch.Tensor:
         """Return the latents that the jump from step i leads to at step k."""

@@ -118,6 +118,8 @@ class BudgetCalibration:
         target: "reference" (the uncached run) or "exact" (the ODE's solution).
         state_of: state_of(session, inputs, schedule, known) returns the state of a batch, as `BatchState` does.
         around_pass: Context manager around each pass over the prompts.
+        good_enough: Mean squared error of the final latents, relative to their mean square, at which the search ends
+            before its limit; 0: never.
 
     Raises:
         UserError: Too few prompts, or too small latents, to fit the weights.
@@ -130,8 +132,10 @@ class BudgetCalibration:
         *,
         state_of: Callable[..., BatchState] = BatchState,
         around_pass: Callable[[], AbstractContextManager] = nullcontext,
+        good_enough: float = 0.0,
     ):
         self.session, self.state_of, self.around_pass = session, state_of, around_pass
+        self.good_enough = good_enough
         self.checkpoints = session.checkpoints(["budget, each prompt by its ratio", target])
         self.fitted = len(session.prompts) - len(session.prompts) // 4
         with around_pass():
@@ -416,10 +420,12 @@ class BudgetCalibration:
             candidates: Schedules by name, the most promising first.
             limit: Of model calls per prompt.
         """
-        search = Search(self, candidates, limit)
+        search, size = Search(self, candidates, limit), gram.matrix[gram.steps, gram.steps] / gram.elements
         try:
             for _ in search:
                 self.session.progress.update(0, f"best error {search.best.error:.2e}")
+                if search.best.error <= self.good_enough * size:
+                    break
         except KeyboardInterrupt:
             if search.best is None:
                 raise

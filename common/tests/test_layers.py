@@ -7,7 +7,7 @@ from pathlib import Path
 import ertacache
 
 LAYERS = (  # from the top
-    {"cli"},
+    {"cli", "comfyui"},
     {"evaluation"},
     {"calibration", "caches"},
     {"pipelines"},

@@ -171,3 +171,30 @@ def evaluate(
     from ertacache.cli.evaluate import run
 
     run(request, plan or [], out, calibration_prompts, seed, repeats, json)
+
+
+comfyui_nodes = typer.Typer(no_args_is_help=True)
+app.add_typer(comfyui_nodes, name="comfyui")
+Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="ComfyUI's folder, the one with main.py")]
+
+
+@comfyui_nodes.callback()
+def comfyui() -> None:
+    """Install the nodes for ComfyUI, or remove them."""
+
+
+@comfyui_nodes.command("install")
+def install_nodes(path: Checkout) -> None:
+    """Write a node folder, which imports the nodes from the installed ertacache; safe to repeat."""
+    from ertacache.cli.comfyui import install
+
+    print(f"wrote {install(path)}; ComfyUI's Python must have ertacache: restart ComfyUI")
+
+
+@comfyui_nodes.command("remove")
+def remove_nodes(path: Checkout) -> None:
+    """Delete what install has written, and nothing else."""
+    from ertacache.cli.comfyui import remove
+
+    folder, left = remove(path)
+    print(f"removed {folder}" + (f"; left in it: {', '.join(other.name for other in left)}" if left else ""))

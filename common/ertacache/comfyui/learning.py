@@ -142,6 +142,8 @@ class Learner:
         effort_of(effort)
         self.path, self.speedup, self.images, self.extra_calls = Path(path), speedup, images, extra_calls
         self.good_enough, self.effort, self.say = good_enough, effort, say
+        if work is not None:
+            Path(work).mkdir(parents=True, exist_ok=True)
         self.work = Path(tempfile.mkdtemp(prefix="ertacache-learning-", dir=work))
         self.plan: BudgetPlan | None = check_kind(Plan.load(path)) if self.path.exists() else None
         self.lessons: list[Lesson] = []

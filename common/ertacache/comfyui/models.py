@@ -15,7 +15,7 @@ from ertacache.utils.errors import PlanError, UserError
 SPACES = {"flow": "flow matching", "sigma": "epsilon or v-prediction in sigma space"}
 SCHEDULER = "ComfyUI"  # class of the scheduler in the plans that are made here; its config has the space
 LEARN = "make one with Learn plan (ERTACache)"
-CLASSES = {  # of ComfyUI, for those of diffusers
+CLASSES = {  # of ComfyUI's models, for those of diffusers; BaseModel is the base of all
     "FluxTransformer2DModel": "Flux",
     "WanTransformer3DModel": "WAN21",
     "QwenImageTransformer2DModel": "QwenImage",
@@ -96,8 +96,8 @@ def check_same_model(required: Mapping[str, Any], model) -> None:
     """Refuse a model of another class or config, as far as diffusers and ComfyUI have the same names for them."""
     present, name = describe(model), required.get("class")
     if name in CLASSES:
-        kinds = [kind.__name__ for kind in type(model).__mro__]
-        if CLASSES[name] not in kinds:
+        known = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in CLASSES.values()]
+        if known[:1] != [CLASSES[name]]:  # Chroma's class, for one, is derived from Flux
             raise PlanError(f"the plan is for a {name}, the model is a {present['class']}: load the plan's, or {LEARN}")
         names = [(key, other) for key, others in KEYS.items() for other in others]
         pairs = [(key, required[key], present[other]) for key, other in names if key in required and other in present]

@@ -145,8 +145,10 @@ def test_models_are_compared_with_what_the_plan_requires(plan):
     of_flux = required(plan, euler, flux)
     config = {"depth": 19, "guidance_embed": True, "dtype": torch.float32}
     models.check_model(of_flux, comfy_model("Flux", CONST, config))
-    inpaint = comfy_model("FluxFill", CONST, config, base=type("Flux", (), {}))
-    models.check_model(of_flux, inpaint)
+    derived = {"base": type("Flux", (), {})}
+    models.check_model(of_flux, comfy_model("FluxFill", CONST, config, **derived))
+    with refused("a FluxTransformer2DModel, the model is a Chroma"):
+        models.check_model(of_flux, comfy_model("Chroma", CONST, config, **derived))
     with refused("flow matching", "sigma space", "Learn plan"):
         models.check_model(of_flux, comfy_model("SDXL", EPS, {}))
     with refused("a FluxTransformer2DModel, the model is a WAN21"):

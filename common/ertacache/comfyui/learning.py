@@ -142,9 +142,7 @@ class Learner:
         effort_of(effort)
         self.path, self.speedup, self.images, self.extra_calls = Path(path), speedup, images, extra_calls
         self.good_enough, self.effort, self.say = good_enough, effort, say
-        if work is not None:
-            Path(work).mkdir(parents=True, exist_ok=True)
-        self.work = Path(tempfile.mkdtemp(prefix="ertacache-learning-", dir=work))
+        self.parent, self.work = work, None  # the folder is made for the first lesson
         self.plan: BudgetPlan | None = check_kind(Plan.load(path)) if self.path.exists() else None
         self.lessons: list[Lesson] = []
         self.common: dict[str, Any] | None = None  # what all lessons have in common
@@ -229,6 +227,10 @@ class Learner:
     def take(self, pupil: Pupil, states: dict[str, torch.Tensor], sigmas: torch.Tensor, device: torch.device) -> None:
         """Keep a run as a lesson, unless there is one of the same noise."""
         name = digest(states["x0"].flatten()[:4096].tolist())
+        if self.work is None:
+            if self.parent is not None:
+                Path(self.parent).mkdir(parents=True, exist_ok=True)
+            self.work = Path(tempfile.mkdtemp(prefix="ertacache-learning-", dir=self.parent))
         if all(lesson.name != name for lesson in self.lessons):
             path = self.work / f"lesson-{len(self.lessons)}.safetensors"
             save_file(states, path)
@@ -264,8 +266,11 @@ class Learner:
             self.say(f"{self.study.calls} of at most {self.study.limit} extra calls made to learn")
 
     def forget(self) -> None:
-        """Delete what was learned from."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Delete what was learned from, and end a calibration that waits."""
+        if self.study is not None:
+            self.study.answers.put(None)
+        if self.work is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
         self.lessons, self.study = [], None
 
 
@@ -338,7 +343,10 @@ class Study:
 
     def velocity(self, pipe, inputs: Lesson, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         self.requests.put((inputs, x, t))
-        return self.answers.get()
+        v = self.answers.get()
+        if v is None:
+            raise UserError("the learner was given up")
+        return v
 
     def first_order(self, pipe, inputs: Lesson, i: int, k: int) -> tuple[float, float]:
         return 1.0, (inputs.sigmas[k] - inputs.sigmas[i]).item()

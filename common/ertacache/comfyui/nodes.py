@@ -264,6 +264,8 @@ def learner_of(path: Path, options: dict[str, Any], say) -> Learner:
     fixed = {name: value for name, value in options.items() if name != "extra_calls"}
     known, learner = LEARNERS.get(path, (None, None))
     if known != fixed or (learner.plan is not None and not path.exists()):
+        if learner is not None:
+            learner.forget()
         learner = Learner(path, **options, work=folder_paths.get_temp_directory())
         LEARNERS[path] = fixed, learner
     learner.extra_calls, learner.say = options["extra_calls"], say

@@ -1,5 +1,7 @@
 """Learning a plan while images are made: results unchanged, extra calls as stated, a plan as good as calibrate's."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,19 @@ def test_an_interrupted_call_is_made_again(tmp_path):
     for inputs in all_images[:2]:
         make(whole, inputs)
     assert learner.plan.weights == whole.plan.weights
+
+
+def test_a_learner_that_is_given_up_leaves_nothing(tmp_path):
+    before = threading.active_count()
+    learner = Learner(tmp_path / "a.json", 3.0, images=2, extra_calls=3, work=tmp_path / "work")
+    for inputs in images(2):
+        make(learner, inputs)
+    assert threading.active_count() == before + 1 and learner.study.calls == 3
+    learner.forget()
+    for thread in threading.enumerate():
+        if thread.name == "ertacache-learning":
+            thread.join(60)
+    assert threading.active_count() == before and not list((tmp_path / "work").iterdir())
 
 
 def test_a_calibration_that_fails_leaves_the_images(tmp_path):

@@ -99,16 +99,19 @@ def api_form(nodes: dict) -> dict:
 
 
 def editor_form(api: dict, info: dict) -> dict:
-    """Return a workflow as the editor loads it: nodes in columns, by the longest way from a loader."""
-    depth: dict[str, int] = {}
+    """Return a workflow as the editor loads it: nodes in columns, each as near to those that take from it as it can."""
+    takers: dict[str, list[str]] = {node: [] for node in api}
+    for node, given in api.items():
+        for value in given["inputs"].values():
+            if isinstance(value, list):
+                takers[value[0]].append(node)
 
-    def depth_of(node: str) -> int:
-        if node not in depth:
-            links = [value[0] for value in api[node]["inputs"].values() if isinstance(value, list)]
-            depth[node] = 1 + max(map(depth_of, links), default=-1)
-        return depth[node]
+    def way_to_end(node: str) -> int:
+        return 1 + max(map(way_to_end, takers[node]), default=-1)
 
-    order = sorted(api, key=lambda node: (depth_of(node), int(node)))
+    last = max(map(way_to_end, api))
+    column = {node: last - way_to_end(node) for node in api}
+    order = sorted(api, key=lambda node: (column[node], int(node)))
     nodes, links, heights = {}, [], {}
     for place, node in enumerate(order):
         kind, given = api[node]["class_type"], api[node]["inputs"]
@@ -125,14 +128,14 @@ def editor_form(api: dict, info: dict) -> dict:
         height = (
             60 + 26 * (max(len(sockets), len(info[kind]["output"])) + len(widgets)) + 100 * (kind == "CLIPTextEncode")
         )
-        y = heights.get(depth[node], 0)
-        heights[depth[node]] = y + height + ROW
+        y = heights.get(column[node], 0)
+        heights[column[node]] = y + height + ROW
         outputs = [
             {"name": name, "type": type_name, "links": []}
             for name, type_name in zip(info[kind]["output_name"], info[kind]["output"], strict=True)
         ]
         nodes[node] = {
-            **{"id": int(node), "type": kind, "pos": [depth[node] * COLUMN, y], "size": [WIDTH, height - ROW]},
+            **{"id": int(node), "type": kind, "pos": [column[node] * COLUMN, y], "size": [WIDTH, height - ROW]},
             **{"flags": {}, "order": place, "mode": 0, "inputs": sockets, "outputs": outputs},
             **{"properties": {"Node name for S&R": kind}, "widgets_values": widgets},
         }

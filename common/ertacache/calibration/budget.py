@@ -33,7 +33,7 @@ from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import write_atomically
+from ertacache.utils.files import check_room, write_atomically
 
 ROUNDING = 1e-13  # mean squared error of the final latents over their mean square, of float32
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
@@ -155,6 +155,17 @@ class BudgetCalibration:
         if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
             size = f"{self.fitted} calibration prompts of {self.elements} numbers each"
             raise UserError(f"{size} are too few to fit the weights: give more prompts, or larger latents")
+        self.check_disk()
+
+    def check_disk(self) -> None:
+        """Refuse a calibration whose trajectories the disk cannot hold: x_0 … x_T of each prompt in float32."""
+        if parallel.is_main():
+            present = [path for path in map(self.trajectory_path, range(self.session.batches)) if path.exists()]
+            size = 4 * self.elements * (self.end + 1) * len(self.session.prompts)
+            missing = size - sum(path.stat().st_size for path in present)
+            remedy = "make room, choose another folder, or give fewer prompts (effort quick takes the first 8)"
+            check_room(self.session.work, missing, "the calibration", remedy)
+        parallel.barrier()
 
     def inputs(self, batch: int):
         """Return the inputs of a batch of prompts, on the grid that computed steps count on."""

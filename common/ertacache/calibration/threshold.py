@@ -23,7 +23,9 @@ from ertacache.calibration.choice import typical_error
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.session import CalibrationSession, existing
 from ertacache.plans.threshold import ThresholdPlan, check_threshold
-from ertacache.utils.files import write_atomically
+from ertacache.utils.devices import available_memory
+from ertacache.utils.errors import UserError
+from ertacache.utils.files import gibibytes, write_atomically
 
 FIT_PASSES = 2  # K, B are refitted on the trajectory that they themselves rectify
 LEAST_PHI = 0.01  # a multistep solver divides by the length of an interval, so that none may vanish
@@ -87,6 +89,8 @@ class Watcher:
 
     def __call__(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         r = self.site.residual(x, v)
+        if self.pairs and i == 0:
+            check_memory(r.nbytes * len(self.times))
         self.sums.norm[i] = algorithm.l1_norm(r)
         self.sums.velocity[i] = algorithm.l1_norm(v)
         if self.pairs:
@@ -113,6 +117,20 @@ class Watcher:
         moments = (wide, error, wide.square(), wide * error)
         self.sums.moments[i] = [wide.numel(), *map(algorithm.total, moments)]
         return algorithm.rectify(tilde, self.schedule.k[i], self.schedule.b[i]) if self.schedule.k else tilde
+
+
+def check_memory(needed: int) -> None:
+    """Refuse a pass that keeps more bytes of residuals in main memory than are available, before it fills it.
+
+    Raises:
+        UserError: It would.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        text = (
+            f"the residuals of one batch take {gibibytes(needed)} of main memory, {gibibytes(available)} are available"
+        )
+        raise UserError(f"{text}: give a smaller batch size, the site output, or a budget plan")
 
 
 class ThresholdCalibration:

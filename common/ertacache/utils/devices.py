@@ -1,4 +1,6 @@
-"""The device that a pipeline runs on: its name, synchronization, peak memory."""
+"""The device that a pipeline runs on: its name, synchronization, peak memory; main memory."""
+
+from pathlib import Path
 
 import torch
 
@@ -49,3 +51,12 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> float | None:
     """Return the peak memory of a GPU since the reset in MiB; None on other devices."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that programs can still take; None where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

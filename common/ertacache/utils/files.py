@@ -5,6 +5,7 @@ import errno
 import glob
 import os
 import platform
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -74,6 +75,29 @@ def ensure_writable(folder: str | Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
         raise unwritable(folder, error) from error
     return folder
+
+
+def check_room(folder: str | Path, needed: int, purpose: str, remedy: str) -> None:
+    """Refuse work whose files the disk of a folder cannot hold, before it begins.
+
+    Args:
+        folder: Of the files; it may be still to come.
+        needed: Bytes.
+        purpose: What keeps them, for the message.
+        remedy: Likewise.
+
+    Raises:
+        UserError: There is less room.
+    """
+    path = Path(folder).resolve()
+    free = shutil.disk_usage(next(existing for existing in (path, *path.parents) if existing.exists())).free
+    if needed > free:
+        raise UserError(f"{purpose} keeps {gibibytes(needed)} in {folder}, where {gibibytes(free)} are free: {remedy}")
+
+
+def gibibytes(size: int) -> str:
+    """Return bytes as a text in GiB, with two digits."""
+    return f"{size / 2**30:.2g} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
 def check_file(path: str | Path) -> None:

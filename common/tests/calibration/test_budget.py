@@ -1,5 +1,6 @@
 """Budget plans on dx/ds = A x, where the best weights are known, and what is refused."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,8 @@ from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.plans.names import budget_of
 from helpers import MATRIX as A
 from helpers import TOY_STEPS as STEPS
+from helpers import all_inputs, refused, toy_session
 from helpers import budget_calibration as calibration
-from helpers import refused, toy_session
 from toy import Pipe, ToySampler
 
 
@@ -259,6 +260,25 @@ def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_call_goes_on(tmp_path):
     assert BudgetPlan.load(plan.save(tmp_path / "plan.json")) == plan
     whole = calibration(tmp_path).plans([4])[4]
     assert whole.provenance["calibration"]["finished"] and whole.predicted_error <= plan.predicted_error
+
+
+def test_a_disk_that_cannot_hold_the_trajectories_is_refused_before_any_call(tmp_path, monkeypatch):
+    session = toy_session(tmp_path, prompts=8)
+    needed = 8 * (STEPS + 1) * all_inputs(session).latents[0].nbytes
+    usage = shutil.disk_usage(tmp_path)
+
+    def left(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    left(needed - 1)
+    with refused("the calibration keeps", f"in {tmp_path}, where", "are free: make room", "fewer prompts"):
+        BudgetCalibration(session)
+    assert session.pipe.transformer.calls == 0
+    left(needed)
+    started = BudgetCalibration(session)
+    started.trajectories()
+    left(0)
+    assert BudgetCalibration(session).has_trajectory(0)  # what is there already takes no more room
 
 
 def test_no_such_effort():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ertacache import algorithm
+from ertacache.calibration import threshold as threshold_module
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration, WatchedSchedule
 from helpers import all_inputs, refused, toy_session
@@ -246,6 +247,16 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
         peaks.append(sampler.peak)
         gc.unfreeze()
     assert peaks[0] > 2 * 4096 * 2 * 4 and peaks[1] <= peaks[0] * 1.01
+
+
+def test_residuals_that_do_not_fit_into_memory_are_refused_at_the_first_step(tmp_path, monkeypatch):
+    session = toy_session(tmp_path, prompts=3)
+    monkeypatch.setattr(threshold_module, "available_memory", lambda: 100)
+    with refused("residuals of one batch", "GiB are available", "smaller batch size"):
+        ThresholdCalibration(session).plan(0.1)
+    assert session.pipe.transformer.calls == 1
+    monkeypatch.setattr(threshold_module, "available_memory", lambda: None)  # a system that does not say
+    assert ThresholdCalibration(session).plan(0.1).nfe
 
 
 def test_bad_input_is_refused_by_name(tmp_path):

@@ -143,19 +143,25 @@ def vae_state_dict(upstream: Weights, source: str | Path = "the checkpoint") -> 
 def load_transformer(path: str | Path = TRANSFORMER, dtype: torch.dtype | None = None) -> STDiT3Transformer3DModel:
     """A published transformer: hub id, directory, or file of weights. Its sizes are those of the config.json beside."""
     file, weights = _read(path)
-    config = file.with_name("config.json")
-    published = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    known = inspect.signature(STDiT3Transformer3DModel.__init__).parameters
-    sizes = {name: value for name, value in published.items() if name in known}
+    sizes = _sizes_beside(file, STDiT3Transformer3DModel)
     state = transformer_state_dict(weights, path)
     return _model(STDiT3Transformer3DModel, sizes, state, TRANSFORMER_NAMES, path, dtype)
 
 
 def load_vae(path: str | Path = VAE, dtype: torch.dtype | None = None, **sizes) -> AutoencoderOpenSora:
-    """A published autoencoder, with its `shift` and `scale` in the config. sizes: other ones than the published."""
-    _, weights = _read(path)
+    """A published autoencoder, with its `shift` and `scale` in the config. sizes: others than its config.json has."""
+    file, weights = _read(path)
     statistics = {f"latents_{n}": weights[n].flatten().tolist() for n in ("shift", "scale") if n in weights}
-    return _model(AutoencoderOpenSora, statistics | sizes, vae_state_dict(weights, path), VAE_NAMES, path, dtype)
+    sizes = _sizes_beside(file, AutoencoderOpenSora) | statistics | sizes
+    return _model(AutoencoderOpenSora, sizes, vae_state_dict(weights, path), VAE_NAMES, path, dtype)
+
+
+def _sizes_beside(file: Path, model_class: type) -> dict:
+    """Return the arguments of a class that the config.json beside a file of weights has."""
+    config = file.with_name("config.json")
+    published = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    known = inspect.signature(model_class.__init__).parameters
+    return {name: value for name, value in published.items() if name in known}
 
 
 def load_pipeline(
@@ -178,11 +184,20 @@ def load_published(model: str | Path, dtype: torch.dtype = torch.bfloat16) -> Op
     """The pipeline of a published transformer, with the published autoencoder and text encoder from the hub.
 
     model: hub id or directory of the transformer, or a directory in which copies of the three repositories lie under
-    their own names (OpenSora-STDiT-v3, OpenSora-VAE-v1.2, t5-v1_1-xxl); what is not there comes from the hub.
+    their own names (OpenSora-STDiT-v3, OpenSora-VAE-v1.2, t5-v1_1-xxl). Copies of the others beside the transformer's
+    directory are taken too; what is not there comes from the hub.
     """
-    copies = {hub_id: Path(model).expanduser() / hub_id.split("/")[1] for hub_id in (TRANSFORMER, VAE, TEXT_ENCODER)}
-    parts = [copy if copy.is_dir() else hub_id for hub_id, copy in copies.items()]
-    return load_pipeline(*parts if any(isinstance(part, Path) for part in parts) else (model,), dtype=dtype)
+    path = Path(model).expanduser()
+    names = {hub_id: hub_id.split("/")[1] for hub_id in (TRANSFORMER, VAE, TEXT_ENCODER)}
+    if any((path / name).is_dir() for name in names.values()):
+        return load_pipeline(*_copies(path, names), dtype=dtype)
+    others = _copies(path.resolve().parent, names)[1:] if path.is_dir() else ()
+    return load_pipeline(model, *others, dtype=dtype)
+
+
+def _copies(folder: Path, names: Mapping[str, str]) -> list[Path | str]:
+    """Return the directory of each name in a folder, or where there is none the Hub id."""
+    return [folder / name if (folder / name).is_dir() else hub_id for hub_id, name in names.items()]
 
 
 def _read(path: str | Path) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
 PROMPTS=${PROMPTS:-}          # prompts to measure on, one per line; empty: COUNT held-out captions of the demo
+CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
 CALIBRATION=${CALIBRATION:-}  # other prompts to calibrate on; empty: captions of the demo's training part
 COUNT=${COUNT:-32}
 COUNTS=${COUNTS:-2,4,8,16}    # calibration prompts
@@ -16,5 +17,6 @@ sh scripts/setup.sh report
 [ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 [ -z "$CALIBRATION" ] || set -- --calibration-prompts "$CALIBRATION" "$@"
+[ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/figures.py figure5 --model "$MODEL" --folders "$FOLDER" --count "$COUNT" \
     --counts "$COUNTS" --out "$OUT" "$@"

@@ -5,6 +5,7 @@ set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
 PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
+CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
 COUNT=${COUNT:-16}
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4OpenSora1.2,ERTACache4CogVideoX-2B,ERTACache4Wan2.1
 EXTRA=${EXTRA-fewer-steps,budget}  # methods in addition to the paper's; empty: none
@@ -13,5 +14,6 @@ OUT=${OUT:-runs/reproduce/table1-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+[ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table1 --model "$MODEL" --folders "$FOLDERS" --extra "$EXTRA" \
     --count "$COUNT" --latency-repeats "$REPEATS" --out "$OUT" "$@"

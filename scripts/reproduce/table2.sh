@@ -5,6 +5,7 @@ set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
 PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
+CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
 COUNT=${COUNT:-64}
 CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the CLIP similarity; empty: none
 EXTRA=${EXTRA-fewer-steps,budget}  # methods in addition to the paper's; empty: none
@@ -14,5 +15,6 @@ OUT=${OUT:-runs/reproduce/table2-$MODEL}
 sh scripts/setup.sh
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 [ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
+[ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table2 --model "$MODEL" --extra "$EXTRA" \
     --count "$COUNT" --latency-repeats "$REPEATS" --out "$OUT" "$@"

@@ -5,6 +5,7 @@ set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
 PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
+CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
 COUNT=${COUNT:-16}
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4Wan2.1,ERTACache4FLUX
 CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the CLIP similarity; empty: none
@@ -13,5 +14,6 @@ OUT=${OUT:-runs/reproduce/table3-$MODEL}
 sh scripts/setup.sh
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
 [ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
+[ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table3 --model "$MODEL" --folders "$FOLDERS" --extra "" \
     --count "$COUNT" --latency-repeats 0 --out "$OUT" "$@"

@@ -6,6 +6,7 @@ set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo: the architectures at toy size; random; full
 PROMPTS=${PROMPTS:-}          # a file with one prompt per line, for MODEL=full
+CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4FLUX,ERTACache4OpenSora1.2
 REPEATS=${REPEATS:-5}         # timed runs, cached and uncached in turn
 OUT=${OUT:-runs/reproduce/table4-$MODEL}
@@ -14,5 +15,6 @@ sh scripts/setup.sh
 repeats=--repeats
 [ "$MODEL" != full ] || repeats=--latency-repeats  # the option's name in evaluate.py
 [ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+[ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table4 --model "$MODEL" --folders "$FOLDERS" --extra "" \
     $repeats "$REPEATS" --out "$OUT" "$@"

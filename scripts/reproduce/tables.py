@@ -106,8 +106,14 @@ def evaluate(args, folder: str, request: tuple[str, str, str], name: str = "", m
 
 def folder_flags(args, folder: str) -> list[str]:
     """Return the flags that choose the checkpoint and the evaluation prompts of a model folder."""
-    full = ["--model", paper("models")[folder]["checkpoint"], *REAL] if args.model == "full" else []
+    full = ["--model", checkpoint(args, folder), *REAL] if args.model == "full" else []
     return full + (["--prompts", str(args.prompts)] if args.prompts else [])
+
+
+def checkpoint(args, folder: str) -> str:
+    """Return the checkpoint of a model folder: its Hub id, or its directory in --checkpoints, named as on the Hub."""
+    hub_id = paper("models")[folder]["checkpoint"]
+    return hub_id if args.checkpoints is None else str(args.checkpoints / hub_id.split("/")[1])
 
 
 def measure(args, model: dict) -> list[dict]:
@@ -224,6 +230,8 @@ def open_parser(doc: str, what: tuple[str, ...], models: tuple[str, ...]) -> Arg
     parser.add_argument("what", choices=what)
     parser.add_argument("--model", choices=models, default="demo")
     parser.add_argument("--prompts", type=Path, help="one prompt a line: VBench's or MS-COCO's; --model full needs it")
+    text = "of --model full: a folder with directories named as on the Hub, FLUX.1-dev/ and so on (default: the Hub)"
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/WHAT-MODEL")
     parser.add_argument("--folders", default="", metavar="F,F,…", help="model folders (default: the paper's)")
     return parser
@@ -240,8 +248,23 @@ def parse_arguments(parser: ArgumentParser):
     unknown = [name for name in args.folders if name not in paper("models")]
     if unknown:
         raise UserError(f"--folders {','.join(unknown)}: choose from {', '.join(paper('models'))}")
+    check_checkpoints(args)
     args.out = ensure_writable(args.out or ROOT / "runs" / "reproduce" / f"{args.what}-{args.model}")
     return args
+
+
+def check_checkpoints(args) -> None:
+    """Refuse --checkpoints that are not used, or not there."""
+    if args.checkpoints is None:
+        return
+    if args.model != "full":
+        raise UserError(f"--checkpoints {args.checkpoints} is of --model full: leave it out with {args.model}")
+    args.checkpoints = args.checkpoints.expanduser().resolve()
+    for folder in args.folders:
+        path = Path(checkpoint(args, folder))
+        if not path.is_dir():
+            download = f"hf download {paper('models')[folder]['checkpoint']} --local-dir {path}"
+            raise UserError(f"--checkpoints {args.checkpoints}: no {path.name} in it; `{download}` puts it there")
 
 
 def main():

@@ -249,7 +249,7 @@ def report(
         "date": date.today().isoformat(),
     }
     media.save_metrics(args.out, metrics)
-    kind = "videos" if makes_videos(sampler) else "images"
+    kind = ("video" if makes_videos(sampler) else "image") + ("s" if len(prompts) > 1 else "")
     if comparison is None:
         print(f"{len(prompts)} {kind} in {args.out}/, {metrics['nfe']} steps computed for each")
         return

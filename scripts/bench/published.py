@@ -10,7 +10,7 @@ tokenizers a vocabulary of a few hundred pieces, trained on a few sentences, wit
 | ERTACache4FLUX | FLUX.1-dev/ of black-forest-labs |
 | ERTACache4Wan2.1 | Wan2.1-T2V-1.3B-Diffusers/ of Wan-AI |
 | ERTACache4CogVideoX-2B | CogVideoX-2b/ of THUDM |
-| ERTACache4OpenSora1.2 | OpenSora-STDiT-v3/, OpenSora-VAE-v1.2/ of hpcai-tech and t5-v1_1-xxl/ of DeepFloyd, side by side |
+| ERTACache4OpenSora1.2 | OpenSora-STDiT-v3/, OpenSora-VAE-v1.2/ of hpcai-tech, t5-v1_1-xxl/ of DeepFloyd |
 """
 
 import json
@@ -195,7 +195,7 @@ def write_cogvideox(folder: Path, name: str, sizes: Sizes, shard: str) -> Path:
 
 
 def write_opensora(folder: Path, transformer: str, vae: str, text: str, sizes: Sizes, shard: str) -> Path:
-    """Write the three repositories, weights under upstream's own names; T5 in the .bin files that it is published in."""
+    """Write the three repositories, weights under upstream's own names; T5 in .bin files, as it is published."""
     from safetensors.torch import save_file
 
     from opensora12 import AutoencoderOpenSora, STDiT3Transformer3DModel

@@ -28,7 +28,9 @@ from datetime import date
 from pathlib import Path
 
 import published
+
 from ertacache.cli.arguments import ArgumentParser
+from ertacache.plans.names import short_name
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions, measured_with
@@ -142,8 +144,7 @@ class Rehearsal:
     def of_command_line(self) -> list[Step]:
         """Return `ertacache calibrate`, `generate`, `evaluate`; Open-Sora's pipeline is none that they know."""
         out, steps = self.work / "plans", self.args.steps
-        name = self.pipeline.name.lower()
-        plan = out / f"{name}-{steps // 2}-of-{steps}.json"
+        plan = out / f"{short_name(self.pipeline)}-{steps // 2}-of-{steps}.json"
         flags = [word for flag, value in self.settings.items() for word in (f"--{flag}", str(value))]
         about = [str(self.pipeline), "--prompts", str(self.prompts), *flags, *self.loaded()]
         images = ["--plan", str(plan), "--out", str(self.work / "out" / "generate"), "--compare"]
@@ -230,14 +231,16 @@ class Rehearsal:
         about |= {"device": self.args.device, "settings": self.settings, "prompts": self.args.prompts}
         about |= {"checkpoint_mib": mib(size_of(self.checkpoints)), "machine": measured_with()}
         about |= {"libraries": library_versions(), "date": date.today().isoformat(), "steps": rows}
-        write_atomically(self.work / "rehearsal.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            self.work / "rehearsal.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
+        )
         text = f"{table(rows)}\n\n{about['folder']}, {about['size']}, {about['dtype']}, {self.settings}, "
         text += f"{self.args.prompts} calibration prompts; {about['machine']}; {about['date']}\n"
         write_atomically(self.work / "rehearsal.md", text.encode())
 
 
 def run_step(step: Step, log: Path) -> dict:
-    """Run a step. Returns its row: seconds, peak memory of its processes, peak size of the watched folder, exit code."""
+    """Run a step. Returns its row: seconds, peak memory, most bytes in the watched folder, exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start, disk, sent = time.monotonic(), 0, False
     with log.open("wb") as file:

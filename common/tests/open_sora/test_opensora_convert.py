@@ -128,3 +128,26 @@ def test_a_pipeline_is_put_together_from_three_checkpoints(tmp_path, monkeypatch
     assert load_pipeline(DATA / "stdit3", DATA / "vae", tmp_path / "text").transformer.dtype == torch.bfloat16
     with refused(tmp_path / "none", "check the name"):
         load_pipeline(DATA / "stdit3", DATA / "vae", tmp_path / "none")
+
+
+def test_copies_of_the_repositories_are_found_in_a_folder_and_beside_the_transformer(tmp_path, monkeypatch):
+    names = ("OpenSora-STDiT-v3", "OpenSora-VAE-v1.2", "t5-v1_1-xxl")
+    parts = [tmp_path / name for name in names]
+    hub = [convert.TRANSFORMER, convert.VAE, convert.TEXT_ENCODER]
+    asked = []
+    monkeypatch.setattr(convert, "load_pipeline", lambda *given, dtype: asked.append([str(part) for part in given]))
+    parts[0].mkdir()
+    convert.load_published(tmp_path)
+    convert.load_published(parts[0])
+    parts[1].mkdir()
+    parts[2].mkdir()
+    convert.load_published(tmp_path)
+    convert.load_published(parts[0])
+    convert.load_published(convert.TRANSFORMER)
+    everything = [str(part) for part in parts]
+    assert asked == [[everything[0], *hub[1:]]] * 2 + [everything] * 2 + [[convert.TRANSFORMER]]
+
+
+def test_an_autoencoder_has_the_sizes_of_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"cal_loss": False, "shift": [1.0], **VAE_SIZES}))
+    assert load_vae(checkpoint(tmp_path, weights("vae"), config=False)).config.spatial_layers_per_block == 1

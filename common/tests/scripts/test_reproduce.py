@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +186,12 @@ def test_figure_2_of_the_demo(tmp_path):
         (tables, "table2 --prompts nowhere.txt", "cannot read prompts from nowhere.txt"),
         (tables, "table4 --model full", "--model full needs --prompts FILE"),
         (tables, "table2 --extra magic", "--extra magic: choose from"),
+        (tables, "table2 --checkpoints there", "--checkpoints there is of --model full: leave it out"),
+        (
+            tables,
+            "table2 --model full --prompts two.txt --checkpoints there --folders ERTACache4FLUX",
+            "no FLUX.1-dev in",
+        ),
         (figures, "figure5 --counts 2,two", "'2,two' is no list of numbers"),
         (figures, "figure5 --counts 0", "--counts 0: give whole numbers of at least 1"),
         (figures, "figure5 --counts 3 --calibration-prompts two.txt", "two.txt has 2 prompts"),
@@ -205,6 +213,13 @@ def test_the_exit_code_of_the_script_that_measures_is_ours(tmp_path):
     done = run("reproduce/tables.py", "table2", "--latency-repeats", "-1", "--out", str(tmp_path))
     command, said = done.stderr.splitlines()
     assert done.returncode == 2 and command.startswith("$ evaluate.py") and said.startswith("error: --latency-repeats")
+
+
+def test_checkpoints_in_a_folder_have_their_names_on_the_hub():
+    args = Namespace(model="full", prompts=None, checkpoints=Path("/models"))
+    assert tables.folder_flags(args, "ERTACache4FLUX")[:2] == ["--model", "/models/FLUX.1-dev"]
+    args.checkpoints = None
+    assert tables.folder_flags(args, "ERTACache4FLUX")[:2] == ["--model", "black-forest-labs/FLUX.1-dev"]
 
 
 def test_there_is_a_script_for_each_table_and_figure():

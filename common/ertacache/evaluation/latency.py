@@ -32,7 +32,7 @@ from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.errors import UserError
 
 SPEEDUP = 2  # T/N of every method
-PLANS = ("baseline", "threshold", "budget")
+PLANS = ("baseline", "threshold", "threshold-blocks", "budget")
 SEARCHED = {
     "first-block": third_party.first_block,
     "dbcache": third_party.cache_dit,
@@ -51,14 +51,14 @@ def computed_steps(steps: int) -> tuple[int, ...]:
     return tuple(i for i in range(steps) if i not in cached)
 
 
-def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor) -> ThresholdPlan:
+def neutral_threshold_plan(pipe, settings, sigmas: torch.Tensor, site: str = "output") -> ThresholdPlan:
     """Return a plan that reuses the other steps and rectifies by nothing (K = 0, B = −2)."""
     steps = settings["steps"]
     return ThresholdPlan(
         requirements=Requirements.of(pipe, steps, settings),
         threshold=1.0,
         cached=uniform_cached(steps, budget_of(steps, SPEEDUP)),
-        site="output",
+        site=site,
         native_sigmas=tuple(sigmas.tolist()),
         rectified=True,
     )
@@ -218,8 +218,9 @@ class Latency:
 
     def run_of(self, name: str) -> Callable[[], float]:
         """Return a function that runs a method once and returns the seconds of its denoising loop."""
-        if name == "threshold":
-            return partial(self.loop, neutral_threshold_plan(self.pipe, self.settings, self.inputs.sigmas))
+        if name in ("threshold", "threshold-blocks"):
+            site = "blocks" if name == "threshold-blocks" else "output"
+            return partial(self.loop, neutral_threshold_plan(self.pipe, self.settings, self.inputs.sigmas, site))
         if name == "budget":
             return partial(self.loop, first_order_budget_plan(self.sampler, self.pipe, self.settings, self.inputs))
         if name == "teacache":

@@ -22,7 +22,7 @@ from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, bisect_thres
 from ertacache.numerics.blocks import blocks_of
 
 STEPS = 12
-COUNTS = {"baseline": 12, "threshold": 6, "budget": 6, "teacache": 6}
+COUNTS = {"baseline": 12, "threshold": 6, "threshold-blocks": 6, "budget": 6, "teacache": 6}
 
 
 def options(*arguments):

@@ -246,7 +246,8 @@ def run_step(step: Step, log: Path) -> dict:
     with log.open("wb") as file:
         environment = {**os.environ, **step.environment}
         options = {"env": environment, "cwd": step.folder, "stdout": file, "stderr": file, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(step.command, **options, start_new_session=True)
+        options |= {"start_new_session": True, "preexec_fn": hear_interrupts}
+        process = subprocess.Popen(step.command, **options)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # usage: of this process and its children
             if pid:
@@ -271,6 +272,11 @@ def run_step(step: Step, log: Path) -> dict:
         "passed": code == step.expected and not traceback,
         "said": said[-1].split("\r")[-1][:300],
     }
+
+
+def hear_interrupts() -> None:
+    """Let SIGINT end the process: a shell has what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def size_of(folder: Path) -> int:

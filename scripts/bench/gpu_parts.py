@@ -155,26 +155,21 @@ def flux(device: str, dtype: torch.dtype = torch.float32) -> tuple[Demo, Plan]:
 
 
 def offload(device: str) -> Iterator[dict]:
-    """Yield a row per kind of offload; on a CPU that of the model alone, which is all that runs there."""
-
-    def groups(kind: str, **options):
-        def apply(pipe):
-            for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-                module = getattr(pipe, name)
-                if hasattr(module, "enable_group_offload"):
-                    module.enable_group_offload(torch.device(device), CPU, offload_type=kind, **options)
-                else:
-                    module.to(device)
-
-        return apply
-
+    """Yield a row per kind of offload; sequential offload and streams are not of a CPU."""
+    target = torch.device(device)
     demo, plan = flux(device)
     wanted = demo.stock(plan)
-    kinds = {"model": lambda pipe: pipe.enable_model_cpu_offload(device=device)}
+    kinds = {
+        "model": lambda pipe: pipe.enable_model_cpu_offload(device=device),
+        "group, block": lambda pipe: pipe.enable_group_offload(
+            target, CPU, offload_type="block_level", num_blocks_per_group=1
+        ),
+    }
     if device != "cpu":
         kinds["sequential"] = lambda pipe: pipe.enable_sequential_cpu_offload(device=device)
-        kinds["group, leaf, stream"] = groups("leaf_level", use_stream=True)
-        kinds["group, block"] = groups("block_level", num_blocks_per_group=1)
+        kinds["group, leaf, stream"] = lambda pipe: pipe.enable_group_offload(
+            target, CPU, offload_type="leaf_level", use_stream=True
+        )
     for name, apply in kinds.items():
         demo, _ = flux("cpu")
         apply(demo.pipe)

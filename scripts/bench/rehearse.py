@@ -8,7 +8,8 @@ further step is a process of its own, at the smallest size that the model takes 
 speed-up, interrupted and resumed; `ertacache calibrate`, `generate` and `evaluate`; `ertacache.accelerate`; offload;
 the paper's tables. Steps that are done are not repeated; --only STEP,… repeats those that it names. A step passes if
 its exit code is the expected one and no traceback is in what it prints (logs/STEP.log). The results are in
-rehearsal.json and rehearsal.md of the work folder. Weights are random, so nothing here says anything about quality.
+rehearsal.json and rehearsal.md of the work folder; CPU seconds depend less than seconds on what else the machine does.
+Weights are random, so nothing here says anything about quality.
 """
 
 if __name__ == "__main__":
@@ -265,6 +266,7 @@ def run_step(step: Step, log: Path) -> dict:
         "step": step.name,
         "title": step.title,
         "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_mib": round(memory),
         "disk_mib": mib(disk) if step.watched else None,
         "exit_code": code,
@@ -297,10 +299,12 @@ def mib(size: float) -> float:
 
 def table(rows: Sequence[dict]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["step", "what", "s", "peak memory, MiB", "disk, MiB", "exit code", "passed"]
-    names = ("step", "title", "seconds", "peak_memory_mib", "disk_mib", "exit_code")
-    lines = [[*("–" if row[n] is None else row[n] for n in names), "yes" if row["passed"] else "no"] for row in rows]
-    return markdown(head, lines, ["---", "---", "--:", "--:", "--:", "--:", "---"])
+    head = ["step", "what", "s", "CPU s", "peak memory, MiB", "disk, MiB", "exit code", "passed"]
+    names = ("step", "title", "seconds", "cpu_seconds", "peak_memory_mib", "disk_mib", "exit_code")
+    cells = [[row.get(name) for name in names] for row in rows]
+    lines = [["–" if cell is None else cell for cell in line] for line in cells]
+    lines = [[*line, "yes" if row["passed"] else "no"] for line, row in zip(lines, rows, strict=True)]
+    return markdown(head, lines, ["---", "---", *["--:"] * 5, "---"])
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:

@@ -414,7 +414,8 @@ class BudgetCalibration:
             check_budget(budget, steps)
         limit, self.effort = effort_of(effort).search * steps, effort
         if self.fitted == len(self.session.prompts):
-            text = f"{self.fitted} calibration prompts, so that none is held out to measure the plan"
+            count = f"{self.fitted} calibration prompt{'s' if self.fitted > 1 else ''}"
+            text = f"{count}, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
         self.session.announce(self.end * self.target.calls_per_step + limit * len(budgets))
         gram = self.trajectories()

@@ -141,9 +141,8 @@ def test_the_gpu_day_starts_on_a_cpu(tmp_path):
     assert len(rows["plans"]) == 4 and all(row["pipeline to loop"] < 1e-5 for row in rows["plans"])
     reference = next(row for row in rows["plans"] if row["plan"] == "demo-30-budget-15")
     assert reference["mean squared error"] < 20 * reference["predicted"]
-    assert 5 <= rows["history"][0]["kept, latents"] <= 9 and rows["offload"] == [
-        {"offload": "model", "distance": 0.0, "seconds": rows["offload"][0]["seconds"]}
-    ]
+    assert 5 <= rows["history"][0]["kept, latents"] <= 9
+    assert {row["offload"]: row["distance"] for row in rows["offload"]} == {"model": 0, "group, block": 0}
     for name, count in (("latency, ERTACache4FLUX", 6), ("compile, ERTACache4FLUX", 5)):
         assert len(rows[name]) == count and all(row["error"] is None for row in rows[name])
     assert {row["speedup_nfe"] for row in rows["latency, ERTACache4FLUX"][1:5]} == {2.0}

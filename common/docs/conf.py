@@ -37,6 +37,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
         "results/census",
         "results/reliability",
         "results/comfyui",
+        "results/real-size",
         "results/flux",
         "results/wan",
         "results/cogvideox",

@@ -1,12 +1,13 @@
 #!/bin/sh
-# All that was never run on CUDA, in under nine minutes of one GPU: gpu_day.py says what. Writes OUT/gpu-day.json and .log.
+# All that was never run on CUDA, in under nine minutes of one GPU (gpu_day.py says what); writes OUT/gpu-day.json, .log.
 # It needs an environment with PyTorch for CUDA and the packages of pyproject.toml; nothing is downloaded. Either
 #   PYTHON=/path/to/python sh scripts/bench/gpu_day.sh       an environment that has them all, or
-#   WHEELS=folder sh scripts/bench/gpu_day.sh                wheels brought along, beside the machine's own PyTorch, from
-#       grep -v '^torch==' constraints.txt >others.txt       on a machine with a network and the same Python:
-#       pip download -d folder -c others.txt diffusers transformers accelerate einops ftfy beautifulsoup4 sentencepiece \
-#           protobuf imageio imageio-ffmpeg scikit-image platformdirs typer rich cache-dit torchao
-#   (without a PyTorch there, download torch for its CUDA version into the folder as well).
+#   WHEELS=folder sh scripts/bench/gpu_day.sh                wheels brought along, beside the machine's own PyTorch.
+# To bring them, on a machine with a network and the same Python:
+#   grep -v '^torch==' constraints.txt >others.txt
+#   pip download -d folder -c others.txt diffusers transformers accelerate einops ftfy beautifulsoup4 sentencepiece \
+#       protobuf imageio imageio-ffmpeg scikit-image platformdirs typer rich cache-dit torchao
+# Without a PyTorch there: download torch for its CUDA version into the folder as well.
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 PYTHON=${PYTHON:-python3}

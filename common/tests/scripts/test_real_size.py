@@ -127,7 +127,7 @@ def test_what_cannot_be_rehearsed(words, said, tmp_path):
 
 def day(out, *words):
     words = ["--device", "cpu", "--size", "toy", "--folders", "ERTACache4FLUX", "--backend", "eager", *words]
-    return gpu_day.parse_arguments([*words, "--seconds", "500", "--patience", "9", "--out", str(out)])
+    return gpu_day.parse_arguments([*words, "--seconds", "1500", "--patience", "9", "--out", str(out)])
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_the_gpu_day_starts_on_a_cpu(tmp_path):
     for name, count in (("latency, ERTACache4FLUX", 6), ("compile, ERTACache4FLUX", 5)):
         assert len(rows[name]) == count and all(row["error"] is None for row in rows[name])
     assert {row["speedup_nfe"] for row in rows["latency, ERTACache4FLUX"][1:5]} == {2.0}
-    assert all(row["distance to eager"] < 1e-4 for row in rows["compile"]) and len(rows["compile"]) == 4
+    assert all(row["distance to eager"] < 1e-4 for row in rows["compile"]) and len(rows["compile"]) == 2
 
 
 def test_parts_that_do_not_fit_are_cut_off_or_skipped_and_said(tmp_path, monkeypatch):

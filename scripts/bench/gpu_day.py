@@ -198,6 +198,9 @@ def main():
         logging.disable_progress_bar()
     day = Day(parse_arguments())
     day.run()
+    rows = [row for name, part in day.parts.items() if "," in name for row in part["rows"]]
+    if rows:
+        print(bench_latency.table(rows))
     print(day.file)
 
 

@@ -79,7 +79,7 @@ class Step:
         folder: Where it runs.
         expected: Exit code.
         watched: Folder whose size is observed, the disk that a calibration takes.
-        interrupt: Whether it is sent SIGINT once a file lies in a folder of `watched`.
+        interrupt: Whether it is sent SIGINT once a checkpoint lies in `watched`, which is emptied before.
     """
 
     name: str
@@ -243,6 +243,8 @@ class Rehearsal:
 def run_step(step: Step, log: Path) -> dict:
     """Run a step. Returns its row: seconds, peak memory, most bytes in the watched folder, exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    if step.interrupt:
+        shutil.rmtree(step.watched, ignore_errors=True)  # else its plan may be there
     start, disk, sent = time.monotonic(), 0, False
     with log.open("wb") as file:
         environment = {**os.environ, **step.environment}

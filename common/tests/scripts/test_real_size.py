@@ -103,9 +103,12 @@ def test_a_step_passes_by_its_exit_code_and_without_a_traceback(script, expected
 
 
 def test_a_step_is_interrupted_once_there_is_a_checkpoint(tmp_path):
-    folder = tmp_path / "calibration.partial"
-    script = f"trap 'exit 130' INT; mkdir {folder}; echo abc >{folder}/a.safetensors; while :; do sleep 0.1; done"
-    row = run_step(shell("a", script, watched=tmp_path, interrupt=True, expected=130), tmp_path / "log")
+    watched = tmp_path / "local"
+    folder = watched / "calibration.partial"
+    script = f"trap 'exit 130' INT; test -e {watched} && exit 1; mkdir -p {folder}; echo abc >{folder}/a.safetensors; "
+    watched.mkdir()  # of an earlier run
+    loop = "while :; do sleep 0.1; done"
+    row = run_step(shell("a", script + loop, watched=watched, interrupt=True, expected=130), tmp_path / "log")
     assert row["passed"] and row["exit_code"] == 130 and row["disk_mib"] is not None
 
 

@@ -201,7 +201,11 @@ class Rehearsal:
         return list(PROMPTS[: self.args.prompts])
 
     def prepare(self) -> None:
-        """Write the prompts, and copy the model folder: what a rehearsal calibrates must not be in the user's own."""
+        """Write the prompts, and copy the model folder: what a rehearsal calibrates must not be in the user's own.
+
+        The copy shares .venv, which is set up here, so that no step sets it up for the copy.
+        """
+        subprocess.run(["sh", str(ROOT / "scripts" / "setup.sh")], check=True)
         write_atomically(self.prompts, ("\n".join(self.texts()) + "\n").encode())
         folder = self.tree / self.args.folder.name
         ignored = shutil.ignore_patterns("demo", "cache", "sample", "__pycache__")

@@ -202,7 +202,7 @@ def test_the_shipped_plans_belong_to_the_shipped_demo(model_folder):
 @pytest.mark.parametrize("kind", [*SITES, "reference"])
 def test_the_shipped_plan_beats_fewer_steps(model_folder, kind):
     """On held-out prompts, at about 2×, against the uncached run."""
-    sampler, pipe, count = model_folder.sampler, model_folder.pipe, 8
+    sampler, pipe, count = model_folder.sampler, model_folder.pipe, 4
     plan = shipped_plan(sampler, kind)
     prompts = sampler.grammar.sample_captions(count, seed=5, held_out=True)
     inputs = sampler.prepare(pipe, prompts, range(count), steps=plan.steps)
@@ -217,7 +217,7 @@ def test_the_shipped_plan_at_half_the_calls_is_nearer_to_the_solution_than_the_u
     sampler, pipe = model_folder.sampler, model_folder.pipe
     steps = sampler.settings_of(pipe)["steps"]
     plan = BudgetPlan.load(sampler.FOLDER / "cache" / f"demo-{steps}-budget-{steps // 2}-exact.json")
-    inputs = sampler.prepare(pipe, model_folder.prompts, SEEDS, steps=steps)
+    inputs = sampler.prepare(pipe, model_folder.prompts[:1], SEEDS[:1], steps=steps)
     grid, rate = candidate_grid(inputs.sigmas, 50), rate_of(sampler, pipe, inputs)
     solution = integrate(sampler, pipe, inputs, grid, rate, substeps=2)
     uncached, planned = (sampler.denoise(pipe, inputs, p) for p in (None, plan))

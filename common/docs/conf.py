@@ -33,6 +33,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
         "results/overview",
         "results/strength",
         "results/planner",
+        "results/hardness",
         "results/unets",
         "results/census",
         "results/reliability",
@@ -45,6 +46,7 @@ NAVIGATION = {  # caption in the side bar → its pages; with index.md these are
         "results/comparison",
         "results/paper-tables",
         "results/tables/all-methods",
+        "results/tables/hardness",
     ],
 }
 project = html_title = "ERTACache"

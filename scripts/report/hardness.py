@@ -1,6 +1,6 @@
 """Print how hard problems are, and how far budget plans lead on them; draw one against the other.
 
-    .venv/bin/python scripts/report/hardness.py runs/hardness/*.json --figure common/docs/images/hardness.png \
+    .venv/bin/python scripts/report/hardness.py runs/hardness --figure common/docs/images/hardness.png \
         --markdown common/docs/results/tables/hardness.md
 
 Each file holds the rows of one problem, of scripts/evaluate.py: a model folder at some guidance and number of steps. A
@@ -136,13 +136,14 @@ def figure(problems: list[Problem]) -> bytes:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS.json", help="written by scripts/evaluate.py --json")
+    parser.add_argument("rows", nargs="+", type=Path, help="files of scripts/evaluate.py --json, or folders of them")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="where to write the figure")
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="where to write all rows of all problems")
     args = parser.parse_args()
     for path in filter(None, (args.figure, args.markdown)):
         check_file(path)
-    sources = [read_source(path) for path in args.rows]
+    files = [file for path in args.rows for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    sources = [read_source(path) for path in files]
     problems = [problem_of(section, source.name) for source in sources for section in sections([source])]
     if args.figure:
         write_atomically(args.figure, figure(problems))

@@ -18,6 +18,7 @@ from conftest import ROOT
 from ertacache import UserError
 from ertacache.evaluation.report import sections
 from ertacache.evaluation.rows import read_source
+from ertacache.evaluation.table import COLUMNS
 from helpers import row
 
 PROMPTS = ["a red <b>square</b>", "a blue square"]
@@ -396,7 +397,7 @@ def test_the_overview_has_the_best_row_of_each_method(tmp_path):
 
 
 def test_hardness_ranks_problems_and_says_where_another_method_leads(tmp_path):
-    tail = {"psnr_p10": 30.0, "latents_below_30db": 0.25}
+    tail = {"psnr_p10": 30.0, "psnr_worst": 20.0, "latents_below_30db": 0.25}
     for name, fewer, others in (("easy", 45.0, 60.0), ("hard", 20.0, 71.5)):
         rows = [
             row("ERTACache4FLUX", "none", "none", None, 1.0, None),
@@ -405,17 +406,17 @@ def test_hardness_ranks_problems_and_says_where_another_method_leads(tmp_path):
             row("ERTACache4FLUX", "least-squares (1)", "steps", 2.0, 2.0, others, **tail),
             row("ERTACache4FLUX", "pab (1)", "peer", 2.0, 1.2, 90.0, **tail),
         ]
+        rows = [dict.fromkeys(name for _, name, _ in COLUMNS) | values for values in rows]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     command = [sys.executable, str(ROOT / "scripts" / "report" / "hardness.py")]
-    files = [str(tmp_path / f"{name}.json") for name in ("easy", "hard")]
-    done = subprocess.run(
-        [*command, *files, "--figure", str(tmp_path / "lead.png")], capture_output=True, text=True, check=True
-    )
+    written = ["--figure", str(tmp_path / "lead.png"), "--markdown", str(tmp_path / "all.md")]
+    done = subprocess.run([*command, str(tmp_path), *written], capture_output=True, text=True, check=True)
     ours, theirs = "70.0 / 30.0 / 25 %", "30.0 / 25 % (least squares per step)"
     hard, easy = done.stdout.splitlines()[2:4]
     assert hard == f"| FLUX | 12 | 3.5 | 20.0 | 2× | {ours} | **71.5 / {theirs}** | −1.5 |"
     assert easy == f"| FLUX | 12 | 3.5 | 45.0 | 2× | **{ours}** | 60.0 / {theirs} | +10.0 |"
     assert Image.open(tmp_path / "lead.png").width > 300
+    assert (tmp_path / "all.md").read_text().count("## FLUX, T = 12, guidance 3.5") == 2
     (tmp_path / "none.json").write_text(json.dumps(rows[:2]))
     done = subprocess.run([*command, str(tmp_path / "none.json")], capture_output=True, text=True)
     assert done.returncode == 2

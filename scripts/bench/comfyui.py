@@ -499,7 +499,7 @@ def run(checkout: Path, work: Path, server: Server, width: int) -> None:
         ("another grid", shipped("text-to-image", **by_plan), f"{STEPS} steps"),
         ("no such plan", shipped("text-to-image", plan={"source": "none.json"}), "no plan file"),
         (
-            "a speed-up that the plan has not",
+            "a speed-up that the plan lacks",
             shipped("text-to-image", plan={"source": "flux.json", "speedup": 7.0}),
             "speedup",
         ),

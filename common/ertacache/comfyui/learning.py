@@ -54,7 +54,7 @@ class Pupil(Protocol):
     """What of a run a plan records and what all lessons have in common: guidance, …"""
 
     parameters: list[torch.Tensor]
-    """Of the model, for the plan's fingerprint of its weights."""
+    """What the plan's fingerprint of the weights reads of the model."""
 
     dtype: torch.dtype
 

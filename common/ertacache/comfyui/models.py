@@ -62,7 +62,7 @@ def space_of_plan(plan: BudgetPlan) -> str:
         return "flow"
     if name in ("EulerDiscreteScheduler", "LMSDiscreteScheduler") and prediction == "epsilon":
         return "sigma"
-    raise PlanError(f"the plan is for a {name} with {prediction or 'its'} prediction, which ComfyUI has not: {LEARN}")
+    raise PlanError(f"the plan is for a {name} with {prediction or 'its'} prediction, which ComfyUI lacks: {LEARN}")
 
 
 def describe(model) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check_model(plan: BudgetPlan, model, sampling=None) -> None:
     Args:
         plan: To follow.
         model: Of ComfyUI (`comfy.model_base.BaseModel`).
-        sampling: Its `model_sampling` with the patches of nodes like ModelSamplingFlux, where it has not got them yet.
+        sampling: Its `model_sampling` with the patches of nodes like ModelSamplingFlux, where they are not applied yet.
 
     Raises:
         PlanError: Another space, class or config of the model, or noise levels above its largest.

@@ -55,6 +55,7 @@ class Texts(HTMLParser):
             self.cells.append(data.strip())
 
 
+@pytest.mark.slow
 def test_one_command_compares_writes_a_report_and_a_file_that_can_be_sent(run, pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "here"
@@ -99,6 +100,7 @@ def test_one_command_compares_writes_a_report_and_a_file_that_can_be_sent(run, p
     assert not hasattr(pipe.transformer, "_diffusers_hook") or not pipe.transformer._diffusers_hook.hooks
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(run, files, monkeypatch, capsys):
     command = ["evaluate", DEMO, "--plan", files[2], *TWO, *LEARN, *CALL, "--repeats", 1, "--out", "result"]
     dies_after(monkeypatch, 3)  # the first call, uncached and with the plan

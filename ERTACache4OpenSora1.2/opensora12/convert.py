@@ -184,8 +184,8 @@ def load_published(model: str | Path, dtype: torch.dtype = torch.bfloat16) -> Op
     """The pipeline of a published transformer, with the published autoencoder and text encoder from the hub.
 
     model: hub id or directory of the transformer, or a directory in which copies of the three repositories lie under
-    their own names (OpenSora-STDiT-v3, OpenSora-VAE-v1.2, t5-v1_1-xxl). Copies of the others beside the transformer's
-    directory are taken too; what is not there comes from the hub.
+    their own names (OpenSora-STDiT-v3, OpenSora-VAE-v1.2, t5-v1_1-xxl). Copies next to the transformer's
+    directory are used too; what is missing comes from the hub.
     """
     path = Path(model).expanduser()
     names = {hub_id: hub_id.split("/")[1] for hub_id in (TRANSFORMER, VAE, TEXT_ENCODER)}

@@ -6,7 +6,7 @@
 | part | content |
 |---|---|
 | parity | each demo uncached, float32 and bfloat16: model folder's loop against stock pipeline, CUDA against CPU |
-| plans | the shipped plans nearest to 2×, of each kind, in loop and pipeline; their error beside the predicted one |
+| plans | the shipped plans nearest to 2×, of each kind, in loop and pipeline; their error and the predicted one |
 | history | bytes that a budget plan keeps between steps, in sizes of the latents, and peak memory beside uncached |
 | offload | model, sequential, group (leaf with streams, block): the latents of the same plan without |
 | quantised | int8 weights by torchao |

@@ -2,7 +2,7 @@
 # All that was never run on CUDA, in under nine minutes of one GPU (gpu_day.py says what); writes OUT/gpu-day.json, .log.
 # It needs an environment with PyTorch for CUDA and the packages of pyproject.toml; nothing is downloaded. Either
 #   PYTHON=/path/to/python sh scripts/bench/gpu_day.sh       an environment that has them all, or
-#   WHEELS=folder sh scripts/bench/gpu_day.sh                wheels brought along, beside the machine's own PyTorch.
+#   WHEELS=folder sh scripts/bench/gpu_day.sh                wheels brought along, for use with the machine's PyTorch.
 # To bring them, on a machine with a network and the same Python:
 #   grep -v '^torch==' constraints.txt >others.txt
 #   pip download -d folder -c others.txt diffusers transformers accelerate einops ftfy beautifulsoup4 sentencepiece \

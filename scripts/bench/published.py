@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ertacache.demos.random_models import MODELS, random_module
+from ertacache.demos.random_models import MODELS, cogvideox_scheduler, random_module
 
 SENTENCES = ("a lighthouse in a storm", "an old bicycle leans against a yellow wall", "two dogs run along the beach")
 SHARD = {"full": "2GB", "toy": "100KB"}  # size of a file of weights
@@ -166,7 +166,7 @@ def write_wan(folder: Path, name: str, sizes: Sizes, shard: str) -> Path:
 
 
 def write_cogvideox(folder: Path, name: str, sizes: Sizes, shard: str) -> Path:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
     path = folder / name
     write_t5_tokenizer(path / "tokenizer", 226, fast=False)
@@ -175,15 +175,7 @@ def write_cogvideox(folder: Path, name: str, sizes: Sizes, shard: str) -> Path:
     new(AutoencoderKLCogVideoX, **vae | sizes.vae).save_pretrained(path / "vae")
     transformer = new(CogVideoXTransformer3DModel, **sizes.transformer)
     transformer.save_pretrained(path / "transformer", max_shard_size="10GB")  # one file, as published
-    scheduler = CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=3.0,
-        timestep_spacing="trailing",
-    )
-    scheduler.save_pretrained(path / "scheduler")
+    cogvideox_scheduler().save_pretrained(path / "scheduler")
     parts = {
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],

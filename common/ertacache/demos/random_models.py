@@ -120,11 +120,24 @@ def build_wan(demo: Path, size: Size, new):
     )
 
 
+def cogvideox_scheduler():
+    """Return the scheduler of CogVideoX-2B."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    return CogVideoXDDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+        timestep_spacing="trailing",
+    )
+
+
 def build_cogvideox(demo: Path, size: Size, new):
     """Return a `CogVideoXPipeline` with a tiny VAE."""
     from diffusers import (
         AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
@@ -138,14 +151,7 @@ def build_cogvideox(demo: Path, size: Size, new):
         text_encoder=text_encoder(new, (T5Config, T5EncoderModel), tokenizer, transformer.config.text_embed_dim),
         vae=new(AutoencoderKLCogVideoX, **vae),
         transformer=transformer,
-        scheduler=CogVideoXDDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            snr_shift_scale=3.0,
-            timestep_spacing="trailing",
-        ),
+        scheduler=cogvideox_scheduler(),
     )
 
 

@@ -46,7 +46,7 @@ class Media:
 
 
 def samples(section, media: Media) -> dict | None:
-    """Return images or videos of each method at each of its settings, beside the uncached ones; None without any.
+    """Return images or videos of each method at each of its settings, and of the uncached run; None if there are none.
 
     Prompts are those of the uncached run that the method has too, each by its number in `prompts`.
     """

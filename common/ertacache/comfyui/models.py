@@ -65,6 +65,23 @@ def space_of_plan(plan: BudgetPlan) -> str:
     raise PlanError(f"the plan is for a {name} with {prediction or 'its'} prediction, which ComfyUI lacks: {LEARN}")
 
 
+def scales_noise(plan: BudgetPlan, begin: int) -> bool | None:
+    """Return whether a run in sigma space begins with sqrt(sigma² + 1) · noise; None if ComfyUI decides.
+
+    ComfyUI does so at the model's largest sigma, and begins with data + sigma · noise at others. Pipelines of diffusers
+    do so with the timestep spacing "leading", whose first sigma is below the largest; with the other spacings they
+    begin with sigma · noise, and from an image with data + sigma · noise.
+
+    Args:
+        plan: To follow.
+        begin: Step of the plan's T at which the run begins.
+    """
+    scheduler = plan.requirements.scheduler
+    if scheduler.get("class") == SCHEDULER:
+        return None
+    return begin == 0 and scheduler.get("timestep_spacing") == "leading"
+
+
 def describe(model) -> dict[str, Any]:
     """Return class and config of a ComfyUI model as JSON values, as a plan requires them."""
     config = {key: value for key, value in model.model_config.unet_config.items() if key not in ("dtype", "device")}

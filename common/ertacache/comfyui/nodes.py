@@ -14,9 +14,9 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
 from ertacache.calibration.effort import EFFORTS
-from ertacache.comfyui.grid import check_kind, sigmas_of
+from ertacache.comfyui.grid import begin_of, check_kind, sigmas_of
 from ertacache.comfyui.learning import Learner
-from ertacache.comfyui.models import check_model, describe, space_of
+from ertacache.comfyui.models import check_model, describe, scales_noise, space_of
 from ertacache.comfyui.samplers import sample_plan
 from ertacache.pipelines.enable import read_plans
 from ertacache.plans.budget import BudgetPlan
@@ -94,7 +94,16 @@ class PlanSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, plan: BudgetPlan) -> io.NodeOutput:
-        return io.NodeOutput(comfy.samplers.KSAMPLER(follow_plan, {"plan": plan}))
+        return io.NodeOutput(PlannedSampler(follow_plan, {"plan": plan}))
+
+
+class PlannedSampler(comfy.samplers.KSAMPLER):
+    """What Sampler puts out: it scales the initial noise as the pipeline of the plan does."""
+
+    def max_denoise(self, model_wrap, sigmas) -> bool:
+        plan = self.extra_options["plan"]
+        scales = scales_noise(plan, begin_of(plan, sigmas.tolist()))
+        return super().max_denoise(model_wrap, sigmas) if scales is None else scales
 
 
 class PlanSigmas(io.ComfyNode):

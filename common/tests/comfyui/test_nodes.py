@@ -29,7 +29,11 @@ class KSAMPLER:
         count = callback and (lambda step: callback(step["i"], step["denoised"], step["x"], total))
         model = SimpleNamespace(inner_model=model_wrap)
         options = {"extra_args": extra_args, "callback": count, "disable": True, **self.extra_options}
-        return self.sampler_function(Wrapped(model_wrap, **vars(model)), noise * sigmas[0], sigmas, **options)
+        scale = (1 + sigmas[0] ** 2) ** 0.5 if self.max_denoise(model_wrap, sigmas) else sigmas[0]
+        return self.sampler_function(Wrapped(model_wrap, **vars(model)), noise * scale, sigmas, **options)
+
+    def max_denoise(self, model_wrap, sigmas):
+        return sigmas[0] > 14.6
 
 
 class Wrapped:
@@ -175,6 +179,23 @@ def test_a_plan_gives_exact_calls_and_a_full_progress_bar(nodes, saved, plan):
     assert guider.calls == CALLS and seen == [(i + 1, CALLS) for i in range(CALLS)]
     late = outputs(nodes.PlanSigmas, loaded, 0.5)
     assert late.tolist() == sigmas_of(plan, 0.5) and late.dtype == torch.float32
+
+
+def test_the_noise_of_the_beginning_is_scaled_as_by_the_pipeline(nodes, plan):
+    def scale(plan, denoise=1.0):
+        sampler, sigmas = outputs(nodes.PlanSampler, plan), torch.tensor(sigmas_of(plan, denoise))
+        sampler.sampler_function, sampler.extra_options = lambda model, x, sigmas, **_: x, {"plan": plan}
+        noise = sampler.sample(Guider(inputs_of(50)), sigmas, {}, None, torch.ones(1))
+        return noise.item() / sigmas[0].item()
+
+    def of(**scheduler):
+        return replace(plan, requirements=replace(plan.requirements, scheduler=scheduler))
+
+    euler = {"class": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+    assert scale(of(**euler, timestep_spacing="leading")) == pytest.approx(2**0.5)  # at sigma 1
+    assert scale(of(**euler, timestep_spacing="leading"), 0.5) == pytest.approx(1)
+    assert scale(of(**euler, timestep_spacing="linspace")) == pytest.approx(1)
+    assert scale(plan) == pytest.approx(1)
 
 
 def test_sets_and_folders(nodes, plan):

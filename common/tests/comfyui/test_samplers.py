@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LMSDiscreteScheduler
 
 import ertacache
 from closed_form_models import CALLS, PIPE, STEPS, FlowModel, SigmaModel, calibrated, folder, prompts_and_seeds
@@ -14,6 +14,7 @@ from ertacache.comfyui import grid, models
 from ertacache.comfyui.samplers import sample_plan, sample_uncached
 from ertacache.demos import closed_form
 from ertacache.numerics.jump import follow
+from ertacache.plans.requirements import Requirements
 from helpers import refused
 
 
@@ -87,6 +88,18 @@ def test_plans_of_diffusers_give_the_pipelines_result_from_any_beginning(space, 
         result = sample_plan(model, latents.view(1, 3, 16, 16), sigmas, disable=True, plan=plan)
         assert model.calls == len(sigmas) - 1 == sum(step > begin for step in plan.computed) + 1
         torch.testing.assert_close(result.flatten(1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, LMSDiscreteScheduler])
+def test_noise_is_scaled_as_by_diffusers(kind, spacing, plan):
+    scheduler = kind(beta_schedule="scaled_linear", timestep_spacing=spacing)
+    scheduler.set_timesteps(STEPS)
+    begun = replace(plan, requirements=Requirements.of_scheduler(scheduler, STEPS))
+    sigma = scheduler.sigmas[0]
+    scale = (1 + sigma**2) ** 0.5 if models.scales_noise(begun, 0) else sigma
+    assert float(scheduler.init_noise_sigma) == pytest.approx(float(scale), rel=1e-6)
+    assert not models.scales_noise(begun, 1)
 
 
 def test_sigmas_tell_where_a_run_begins(plan):

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from comfyui import Server, working_folder
+from comfyui_server import Server, working_folder
 
 OUT = Path(__file__).resolve().parents[2] / "common/ertacache/comfyui/workflows"
 COLUMN, ROW, WIDTH = 360, 40, 320  # pixels between nodes, and of one

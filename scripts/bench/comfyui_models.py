@@ -223,7 +223,7 @@ class Small:
 
     Args:
         name: Of `MODELS`.
-        work: Folder with the folders of `comfyui_server.working_folder`, where its weights are, or will be.
+        work: Of `comfyui_server.working_folder`; its weights are written there.
         checkout: ComfyUI's folder.
 
     Attributes:

@@ -12,7 +12,8 @@
 | quantised | int8 weights by torchao |
 | parallel | ring and Ulysses attention on two devices |
 | latency, MODEL | as bench/latency.py, random weights at full size: uncached, plans, other caches, at T/2 steps |
-| compile, MODEL | the same with compiled blocks |
+| offload, MODEL | seconds and peak memory of a plan on the same, by way to offload |
+| compile, MODEL | the latency with compiled blocks |
 | compile | the FLUX demo compiled by inductor, and with CUDA graphs |
 
 Each part has a budget of seconds; one that does not fit into what is left of --seconds is skipped, one that exceeds its
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gpu_parts
 import torch
@@ -48,21 +50,33 @@ from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"ERTACache4FLUX": 12, "ERTACache4Wan2.1": 6, "ERTACache4CogVideoX-2B": 6, "ERTACache4OpenSora1.2": 8}
+STEPS = {"ERTACache4FLUX": 12, "ERTACache4Wan2.1": 4, "ERTACache4CogVideoX-2B": 6, "ERTACache4OpenSora1.2": 8}
 PLAIN = (["baseline", "budget", "threshold", "threshold-blocks"], ["teacache"], ["first-block"])
 COMPILED = (["baseline", "budget", "threshold", "threshold-blocks"], ["teacache"])
 LEAST = 5  # seconds: a part that has fewer left is not begun
 
 
-def latency_rows(folder: str, args: Namespace, groups: tuple[list[str], ...], backend: str | None) -> Iterator[dict]:
-    """Yield the rows of bench/latency.py for one model. groups: of methods; a cut-off loses one group."""
+def random_model(folder: str, args: Namespace) -> tuple[Any, Callable, dict]:
+    """Return a model folder, a function that makes its pipeline with random weights, and the settings of a run."""
     words = ["--size", "small" if args.size == "toy" else "full", "--device", args.device]
     options, sampler = bench_latency.parse_arguments(words), load_model_folder(ROOT / folder)
-    pipe = bench_latency.open_pipeline(sampler, options)
     settings = {**getattr(MODELS[folder], options.size).settings, "steps": STEPS[folder]}
+    return sampler, partial(bench_latency.open_pipeline, sampler, options), settings
+
+
+def latency_rows(folder: str, args: Namespace, groups: tuple[list[str], ...], backend: str | None) -> Iterator[dict]:
+    """Yield the rows of bench/latency.py for one model. groups: of methods; a cut-off loses one group."""
+    sampler, new_pipeline, settings = random_model(folder, args)
+    pipe = new_pipeline()
     latency = Latency(sampler, pipe, sampler.settings_of(pipe, **settings), repeats=1)
     for methods in groups:
         yield from ({"folder": folder, **row} for row in latency.rows(methods, backend))
+
+
+def offload_rows(folder: str, args: Namespace) -> Iterator[dict]:
+    """Yield the rows of gpu_parts.offload_full for one model, at T = 4: moving weights is what takes the time."""
+    sampler, new_pipeline, settings = random_model(folder, args)
+    yield from gpu_parts.offload_full(new_pipeline, sampler, args.device, {**settings, "steps": 4})
 
 
 def parts_of(args: Namespace) -> dict[str, tuple[int, Callable[[], Iterator[dict]]]]:
@@ -77,10 +91,13 @@ def parts_of(args: Namespace) -> dict[str, tuple[int, Callable[[], Iterator[dict
         "quantised": (20, lambda: gpu_parts.quantised(args.device)),
         "parallel": (40, lambda: gpu_parts.parallel(args.device)),
     }
-    for kind, groups, backend in (("latency", PLAIN, None), ("compile", COMPILED, args.backend)):
-        for folder in args.folders:
-            parts[f"{kind}, {folder}"] = (60, partial(latency_rows, folder, args, groups, backend))
-    return parts | {"compile": (60, lambda: gpu_parts.compiled(args.device, args.backend))}
+    for folder in args.folders:
+        parts[f"latency, {folder}"] = (60, partial(latency_rows, folder, args, PLAIN, None))
+    parts[f"offload, {args.folders[0]}"] = (60, partial(offload_rows, args.folders[0], args))
+    parts["compile"] = (60, lambda: gpu_parts.compiled(args.device, args.backend))
+    for folder in args.folders:
+        parts[f"compile, {folder}"] = (60, partial(latency_rows, folder, args, COMPILED, args.backend))
+    return parts
 
 
 class Cut(BaseException):
@@ -198,7 +215,7 @@ def main():
         logging.disable_progress_bar()
     day = Day(parse_arguments())
     day.run()
-    rows = [row for name, part in day.parts.items() if "," in name for row in part["rows"]]
+    rows = [row for part in day.parts.values() for row in part["rows"] if "method" in row]
     if rows:
         print(bench_latency.table(rows))
     print(day.file)

@@ -3,25 +3,21 @@
 # It needs an environment with PyTorch for CUDA and the packages of pyproject.toml; nothing is downloaded. Either
 #   PYTHON=/path/to/python sh scripts/bench/gpu_day.sh       an environment that has them all, or
 #   WHEELS=folder sh scripts/bench/gpu_day.sh                wheels brought along, for use with the machine's PyTorch.
-# To bring them, on a machine with a network and the same Python:
-#   grep -v '^torch==' constraints.txt >others.txt
-#   pip download -d folder -c others.txt diffusers transformers accelerate einops ftfy beautifulsoup4 sentencepiece \
-#       protobuf imageio imageio-ffmpeg scikit-image platformdirs typer rich cache-dit torchao
-# Without a PyTorch there: download torch for its CUDA version into the folder as well.
+# To bring them, on a machine with a network, the same Python and this project's .venv:
+#   .venv/bin/python -m pip freeze --exclude-editable --exclude torch >list.txt
+#   pip download --no-deps -d folder -r list.txt torchao      and without what is on the machine already
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-}            # a folder of wheels; empty: none are needed
 OUT=${OUT:-runs/gpu-day}
-if [ -n "$WHEELS" ]; then
-    [ -x "$OUT/venv/bin/python" ] || "$PYTHON" -m venv --system-site-packages "$OUT/venv"
-    PYTHON=$OUT/venv/bin/python
-    "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" diffusers transformers accelerate einops ftfy \
-        beautifulsoup4 sentencepiece protobuf imageio imageio-ffmpeg scikit-image platformdirs typer rich >&2
-    for package in cache-dit torchao torch; do
-        "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" "$package" >&2 || echo "no $package" >&2
-    done
-fi
+mkdir -p "$OUT"
+OUT=$(cd -- "$OUT" && pwd)
 PYTHONPATH=common:ERTACache4OpenSora1.2${PYTHONPATH:+:$PYTHONPATH}
+if [ -n "$WHEELS" ]; then     # beside the environment, not in it: a folder that is looked at first
+    [ -d "$OUT/site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$OUT/site" \
+        "$WHEELS"/*.whl >&2
+    PYTHONPATH=$OUT/site:$PYTHONPATH
+fi
 export PYTHONPATH
 exec "$PYTHON" scripts/bench/gpu_day.py --out "$OUT" "$@"

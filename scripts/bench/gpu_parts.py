@@ -19,6 +19,7 @@ from overhead import kept_bytes
 
 import ertacache
 from ertacache import Plan
+from ertacache.evaluation.latency import Latency, release_memory
 from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.files import read_prompts
@@ -154,11 +155,9 @@ def flux(device: str, dtype: torch.dtype = torch.float32) -> tuple[Demo, Plan]:
     return demo, Plan.load(folder / "cache" / "demo-30-budget-15.json")
 
 
-def offload(device: str) -> Iterator[dict]:
-    """Yield a row per kind of offload; sequential offload and streams are not of a CPU."""
+def ways_to_offload(device: str) -> dict[str, Callable]:
+    """Return functions of a pipeline that offload it; sequential offload and streams are not of a CPU."""
     target = torch.device(device)
-    demo, plan = flux(device)
-    wanted = demo.stock(plan)
     kinds = {
         "model": lambda pipe: pipe.enable_model_cpu_offload(device=device),
         "group, block": lambda pipe: pipe.enable_group_offload(
@@ -170,11 +169,38 @@ def offload(device: str) -> Iterator[dict]:
         kinds["group, leaf, stream"] = lambda pipe: pipe.enable_group_offload(
             target, CPU, offload_type="leaf_level", use_stream=True
         )
-    for name, apply in kinds.items():
+    return kinds
+
+
+def offload(device: str) -> Iterator[dict]:
+    """Yield a row per way to offload the FLUX demo: distance of a plan's latents to those without."""
+    demo, plan = flux(device)
+    wanted = demo.stock(plan)
+    for name, apply in ways_to_offload(device).items():
         demo, _ = flux("cpu")
         apply(demo.pipe)
         found, seconds = timed(lambda demo=demo: demo.stock(plan), device)
         yield {"offload": name, "distance": distance(found, wanted), "seconds": seconds}
+
+
+def offload_full(new_pipeline: Callable, sampler, device: str, settings: dict) -> Iterator[dict]:
+    """Yield a row per way to offload a pipeline with random weights: seconds and peak memory of a plan for 2×.
+
+    new_pipeline(): returns it, on the device.
+    """
+    for name, apply in {"none": lambda pipe: None, **ways_to_offload(device)}.items():
+        pipe = new_pipeline()
+        if name != "none":
+            pipe.to("cpu")
+            release_memory()
+            apply(pipe)
+        latency = Latency(sampler, pipe, sampler.settings_of(pipe, **settings), repeats=1)
+        run = latency.run_of("budget")
+        reset_peak_memory(torch.device(device))
+        seconds = run()
+        yield {"offload": name, "seconds": seconds, "peak MiB": peak_memory(torch.device(device))}
+        del pipe, latency, run
+        release_memory()
 
 
 def compiled(device: str, backend: str) -> Iterator[dict]:

@@ -118,7 +118,8 @@ class Inputs:
 
     def on(self, sigmas):
         """Return the same inputs on another grid; times are sigmas × 1000."""
-        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
+        times = (sigmas[:-1] * 1000).to(self.times.device)
+        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=times)
 
 
 def settings_of(pipe, steps=30, guidance=7.0, height=None, width=None, frames=None, aesthetic_score=6.5):

@@ -145,8 +145,12 @@ class Inputs:
     guidance: float
 
     def on(self, sigmas):
-        """Return the same inputs on another grid; times are sigmas × 1000 (UniPC truncates its own to integers)."""
-        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=sigmas[:-1] * 1000)
+        """Return the same inputs on another grid; times are sigmas × 1000 (UniPC truncates its own to integers).
+
+        UniPC keeps sigmas on the CPU and times on the model's device.
+        """
+        times = (sigmas[:-1] * 1000).to(self.times.device)
+        return self if torch.equal(sigmas, self.sigmas) else replace(self, sigmas=sigmas, times=times)
 
 
 def settings_of(pipe, steps=50, guidance=5.0, height=None, width=None, frames=None, negative_prompt=None):

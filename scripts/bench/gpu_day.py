@@ -7,6 +7,7 @@
 |---|---|
 | parity | each demo uncached, float32 and bfloat16: model folder's loop against stock pipeline, CUDA against CPU |
 | plans | the shipped plans nearest to 2×, of each kind, in loop and pipeline; their error and the predicted one |
+| calibration | plans of each kind, calibrated on the device on two prompts |
 | history | bytes that a budget plan keeps between steps, in sizes of the latents, and peak memory beside uncached |
 | offload | model, sequential, group (leaf with streams, block): the latents of the same plan without |
 | quantised | int8 weights by torchao |
@@ -86,6 +87,7 @@ def parts_of(args: Namespace) -> dict[str, tuple[int, Callable[[], Iterator[dict
     parts = {
         "parity": (60, lambda: gpu_parts.parity(demos, args.device, **few)),
         "plans": (60, lambda: gpu_parts.plans(demos, args.device)),
+        "calibration": (60, lambda: gpu_parts.calibration(demos, args.device, **few)),
         "history": (20, lambda: gpu_parts.history(demos, args.device)),
         "offload": (30, lambda: gpu_parts.offload(args.device)),
         "quantised": (20, lambda: gpu_parts.quantised(args.device)),
@@ -94,6 +96,9 @@ def parts_of(args: Namespace) -> dict[str, tuple[int, Callable[[], Iterator[dict
     for folder in args.folders:
         parts[f"latency, {folder}"] = (60, partial(latency_rows, folder, args, PLAIN, None))
     parts[f"offload, {args.folders[0]}"] = (60, partial(offload_rows, args.folders[0], args))
+    if args.device != "cpu":  # where it takes minutes
+        exact = partial(gpu_parts.calibration, demos, args.device, ["exact target"], **few)
+        parts["calibration, exact target"] = (60, exact)
     parts["compile"] = (60, lambda: gpu_parts.compiled(args.device, args.backend))
     for folder in args.folders:
         parts[f"compile, {folder}"] = (60, partial(latency_rows, folder, args, COMPILED, args.backend))

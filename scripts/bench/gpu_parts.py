@@ -19,6 +19,9 @@ from overhead import kept_bytes
 
 import ertacache
 from ertacache import Plan
+from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.session import CalibrationSession
+from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.evaluation.latency import Latency, release_memory
 from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
@@ -27,7 +30,8 @@ from ertacache.utils.files import read_prompts
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (7, 8)
 CPU = torch.device("cpu")
-GRAPHS = {"inductor": {}, "CUDA graphs": {"mode": "reduce-overhead"}}
+CALIBRATIONS = ("budget", "threshold, output", "threshold, blocks", "pipeline")
+GRAPHS = {"CUDA graphs": {"mode": "reduce-overhead"}, "inductor": {}}
 
 
 class Demo:
@@ -60,14 +64,19 @@ class Demo:
             if plan is not None:
                 ertacache.disable(self.pipe)
 
-    @torch.no_grad()
-    def call(self) -> torch.Tensor:
-        """Return the latents of the pipeline as it is, on its device."""
+    @property
+    def options(self) -> dict:
+        """The settings as arguments of the pipeline's call."""
         options = {CALL_NAMES.get(name, name): value for name, value in self.settings.items()}
         if "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters:
             options["max_sequence_length"] = text_length(self.pipe)
+        return options
+
+    @torch.no_grad()
+    def call(self) -> torch.Tensor:
+        """Return the latents of the pipeline as it is, on its device."""
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        result = self.pipe(self.prompts, generator=generators, output_type="latent", **options)
+        result = self.pipe(self.prompts, generator=generators, output_type="latent", **self.options)
         return result.images if hasattr(result, "images") else result.frames
 
     def plans(self) -> dict[str, Plan]:
@@ -118,6 +127,39 @@ def plans(samplers: Sequence, device: str) -> Iterator[dict]:
             row |= {"distance to uncached": distance(loop, uncached), "pipeline to loop": distance(stock, loop)}
             row["mean squared error"] = (loop - uncached).square().mean().item()
             yield row | {"predicted": getattr(plan, "predicted_error", None)}
+
+
+def calibration(samplers: Sequence, device: str, kinds: Sequence[str] = CALIBRATIONS, **settings) -> Iterator[dict]:
+    """Yield a row per demo and kind of plan, calibrated here for 2× on the same two prompts: its distance to uncached.
+
+    kinds: of CALIBRATIONS, or "exact target". "pipeline" calibrates by the stock pipeline's own calls.
+    """
+    for sampler in samplers:
+        demo = Demo(sampler, device, **settings)
+        uncached, budget = demo.loop(), demo.settings["steps"] // 2
+        for kind in kinds:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as work:
+                plan = calibrated(demo, kind, budget, work)
+            row = {"folder": sampler.FOLDER.name, "calibrated": kind, "seconds": time.perf_counter() - start}
+            loop, stock = demo.loop(plan), demo.stock(plan)
+            row |= {"computed": plan.nfe, "steps": plan.steps, "distance to uncached": distance(loop, uncached)}
+            yield row | {"pipeline to loop": distance(stock, loop)}
+
+
+def calibrated(demo: Demo, kind: str, budget: int, work: str) -> Plan:
+    """Return a plan of one kind, calibrated with as little effort as possible."""
+    common = {"batch_size": len(SEEDS), "work": work, "progress": False}
+    if kind == "pipeline":
+        speedup = demo.settings["steps"] / budget
+        return ertacache.calibrate(demo.pipe, demo.prompts, [speedup], effort="quick", **common, **demo.options).first
+    session = CalibrationSession(demo.sampler, demo.pipe, demo.prompts, SEEDS, settings=demo.settings, **common)
+    if kind.startswith("threshold"):
+        found = ThresholdCalibration(session, kind.split()[-1])
+        return found.plan(found.threshold_for(budget), "quick")
+    return BudgetCalibration(session, "exact" if kind == "exact target" else "reference").plans([budget], "quick")[
+        budget
+    ]
 
 
 def history(samplers: Sequence, device: str) -> Iterator[dict]:
@@ -206,16 +248,24 @@ def offload_full(new_pipeline: Callable, sampler, device: str, settings: dict) -
 def compiled(device: str, backend: str) -> Iterator[dict]:
     """Yield a row per way to compile the FLUX demo: seconds of first and second run, distance to the eager run.
 
-    CUDA graphs are inductor's.
+    CUDA graphs are inductor's; they come first, because a model that overwrites its outputs is the harder case. The
+    demo keeps one block of each kind, so that the whole model compiles in time.
     """
-    demo, plan = flux(device)
+
+    def new_demo() -> tuple[Demo, Plan]:
+        demo, plan = flux(device)
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            del getattr(demo.pipe.transformer, name)[1:]
+        return demo, plan
+
+    demo, plan = new_demo()
     wanted, eager = {}, {}
     for name, followed in (("uncached", None), ("plan", plan)):
         demo.stock(followed)  # warms up
         wanted[name], eager[name] = timed(lambda followed=followed: demo.stock(followed), device)
     for kind, options in (GRAPHS if backend == "inductor" else {backend: {"backend": backend}}).items():
         torch._dynamo.reset()
-        demo, _ = flux(device)
+        demo, _ = new_demo()
         demo.pipe.transformer.compile(**options)
         for name, followed in (("uncached", None), ("plan", plan)):
             _, first = timed(lambda demo=demo, followed=followed: demo.stock(followed), device)

@@ -87,8 +87,12 @@ class BlocksSite:
         self._reset()
 
     def residual(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return the residual of the block stack in the newest model calls, [branches · B, L, D]."""
-        return torch.cat([algorithm.residual(self._after[name], before) for name, before in self._before.items()])
+        """Return the residual of the block stack in the newest model calls, [branches · B, L, D], in the model's dtype.
+
+        Wan2.1's head is given the hidden state in float32 in any dtype; it was in the model's before.
+        """
+        both = ((self._after[name].to(before.dtype), before) for name, before in self._before.items())
+        return torch.cat([algorithm.residual(after, before) for after, before in both])
 
     def reuse(self, x: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """Return the velocity at latents x and time t, with the residual r added in place of the blocks."""

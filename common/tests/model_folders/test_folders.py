@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import ertacache
 from conftest import FOLDERS, ROOT
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of
 from ertacache.plans.budget import BudgetPlan
@@ -127,6 +128,43 @@ def test_blocks_site_reuses_nothing_but_the_residual_of_the_blocks(model_folder)
         x, t = inputs.latents, inputs.times[2]
         v = model_folder.sampler.velocity(model_folder.pipe, inputs, x, t)
         assert torch.allclose(site.reuse(x, t, site.residual(x, v)), v, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_plans_of_both_sites_run_in_bfloat16(model_folder):
+    """As the test above, in bfloat16; residuals are kept in it, and loop and pipeline are one."""
+    sampler, dtype = model_folder.sampler, torch.bfloat16
+    pipe = sampler.load("demo", dtype=dtype)
+    inputs = sampler.prepare(pipe, model_folder.prompts, SEEDS, steps=STEPS)
+    with sampler.open_site(pipe, inputs, "blocks") as site:
+        x, t = inputs.latents, inputs.times[2]
+        v = sampler.velocity(pipe, inputs, x, t)
+        r = site.residual(x, v)
+        assert r.dtype == dtype and (site.reuse(x, t, r) - v).norm() < 0.05 * v.norm()
+    settings = sampler.settings_of(pipe, steps=STEPS)
+    needs = Requirements.of(pipe, settings.pop("steps"), settings)
+    for site in SITES:
+        plan = ThresholdPlan(needs, 0.1, (2, 5), site, tuple(inputs.sigmas.tolist()), rectified=True)
+        ours = sampler.denoise(pipe, inputs, plan)
+        assert ours.dtype == inputs.latents.dtype and ours.isfinite().all()
+        ertacache.enable(pipe, plan)
+        theirs = model_folder.stock(pipe, model_folder.prompts, SEEDS, STEPS)
+        ertacache.disable(pipe)
+        assert torch.equal(ours, theirs)
+
+
+def test_another_grid_stays_on_its_devices(model_folder):
+    """Times are given to the model, so they must be where they were: UniPC keeps its sigmas on the CPU."""
+    inputs = prepare(model_folder)
+    if hasattr(inputs, "grid"):
+        inputs = replace(inputs, grid=replace(inputs.grid, times=inputs.grid.times.to("meta")))
+    elif "times" in inputs.__dataclass_fields__:
+        inputs = replace(inputs, times=inputs.times.to("meta"))
+    else:
+        inputs = replace(inputs, sigmas=inputs.sigmas.to("meta"))
+    sigmas = prepare(model_folder).sigmas * 0.9
+    moved = inputs.on(sigmas.to(inputs.sigmas.device))
+    assert moved.times.device.type == "meta" and moved.sigmas.device == inputs.sigmas.device
 
 
 def test_rectification_and_grid_of_the_plan_are_used(model_folder):

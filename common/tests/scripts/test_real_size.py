@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import gpu_day
+import gpu_parts
 import published
 import pytest
 import rehearse
@@ -144,6 +145,9 @@ def test_the_gpu_day_starts_on_a_cpu(tmp_path):
     assert len(rows["plans"]) == 4 and all(row["pipeline to loop"] < 1e-5 for row in rows["plans"])
     reference = next(row for row in rows["plans"] if row["plan"] == "demo-30-budget-15")
     assert reference["mean squared error"] < 20 * reference["predicted"]
+    assert [row["calibrated"] for row in rows["calibration"]] == list(gpu_parts.CALIBRATIONS)
+    assert all(row["computed"] == 2 and row["pipeline to loop"] < 1e-5 for row in rows["calibration"])
+    assert [row["offload"] for row in rows["offload, ERTACache4FLUX"]] == ["none", "model", "group, block"]
     assert 5 <= rows["history"][0]["kept, latents"] <= 9
     assert {row["offload"]: row["distance"] for row in rows["offload"]} == {"model": 0, "group, block": 0}
     for name, count in (("latency, ERTACache4FLUX", 6), ("compile, ERTACache4FLUX", 5)):

@@ -14,8 +14,8 @@ and effort. `transfer` uses plans that were fitted at the default settings at ot
 there. `drift` runs the stored plans in the stock pipeline, one prompt a call, and says how well the drift of a sample
 ranks its error in the final latents (Spearman's ρ, in each condition and over all of them), how many samples get a
 warning, and what computing more steps where a run drifts costs and brings. `images` draws the exact solution, the
-uncached run and the stored plan with the exact target side by side, with their differences to the solution. Distances
-are mean PSNR in dB to the uncached run under the same situations.
+uncached run and the stored plan with the exact target side by side, with their differences to the solution. PSNRs are
+to the uncached run in the same situation, in dB: mean / 10th percentile / worst of the captions.
 """
 
 if __name__ == "__main__":
@@ -88,9 +88,10 @@ class Study:
         return Evaluation(self.sampler, self.pipe, prompts, seeds, settings, **options)
 
     def psnr(self, evaluation, plan=None, settings=None):
-        """Return the mean PSNR over the prompts, dB."""
+        """Return mean, 10th percentile and worst of the PSNR over the prompts, in dB: [3]."""
         outcome = evaluation.outcome(evaluation.in_loop(plan, settings), count=False)
-        return metrics.mean(metrics.psnr, evaluation.uncached_outcome.images, outcome.images)
+        each = metrics.each(metrics.psnr, evaluation.uncached_outcome.images, outcome.images)
+        return np.array([each.mean(), np.quantile(each, 0.1), each.min()])
 
     # --- the tables --------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class Study:
             self.calls, start = 0, time.perf_counter()
             plans = self.plans(prompts[:count], self.settings)
             cost = {"transformer calls": self.calls, "seconds": round(time.perf_counter() - start)}
-            psnr = {f"N = {budget}, dB": self.psnr(evaluation, plan) for budget, plan in plans.items()}
+            psnr = {f"N = {budget}, dB": decibels(self.psnr(evaluation, plan)) for budget, plan in plans.items()}
             yield {"prompts": count, **psnr, **cost}
 
     def draws(self, count):
@@ -123,9 +124,13 @@ class Study:
                     found.setdefault((budget, effort), []).append((self.psnr(evaluation, plan), *cost))
         for (budget, effort), draws in sorted(found.items(), reverse=True):
             psnr, calls, unshared, seconds = (np.array(values) for values in zip(*draws, strict=True))
-            row = {"calls": budget, "stored plan, dB": self.psnr(evaluation, self.stored(budget)), "effort": effort}
-            row |= {"mean of the draws, dB": float(psnr.mean()), "worst, dB": float(psnr.min())}
-            row |= {"best, dB": float(psnr.max()), "transformer calls": round(calls.mean())}
+            stored, means = self.psnr(evaluation, self.stored(budget)), psnr[:, 0]
+            row = {"calls": budget, "stored plan, dB": decibels(stored), "effort": effort}
+            row |= {
+                "mean of the draws, dB": decibels(psnr.mean(axis=0)),
+                "worst and best draw": decibels(np.sort(means)[[0, -1]]),
+            }
+            row |= {"transformer calls": round(calls.mean())}
             yield row | {"without sharing": round(unshared.mean()), "seconds": round(np.median(seconds))}
 
     def transfer(self, guidances, sizes):
@@ -147,9 +152,10 @@ class Study:
             for budget in self.budgets:
                 fewer = self.psnr(evaluation, settings={**settings, "steps": budget})
                 here, there = (self.psnr(evaluation, plans[budget]) for plans in (default, own))
-                row = {"condition": name, "calls": budget, "fewer steps, dB": fewer}
-                row |= {"plan calibrated at the defaults, dB": here, "plan calibrated for it, dB": there}
-                yield row | {"difference, dB": there - here}
+                row = {"condition": name, "calls": budget, "fewer steps, dB": decibels(fewer)}
+                row |= {"plan calibrated at the defaults, dB": decibels(here)}
+                row |= {"plan calibrated for it, dB": decibels(there)}
+                yield row | {"difference of the means": float(there[0] - here[0])}
 
     def drift(self, guidances):
         """Yield one row per stored plan and condition, and one for all conditions of a plan together."""
@@ -191,6 +197,11 @@ class Study:
         columns[f"uncached - exact, x{gain}"] = media.difference(uncached, exact, gain)
         columns[f"plan - exact, x{gain}"] = media.difference(cached, exact, gain)
         return media.sheet(self.held_out, columns)
+
+
+def decibels(values) -> str:
+    """Return PSNRs as one cell."""
+    return " / ".join(f"{value:.1f}" for value in values)
 
 
 def drift_row(samples, limits):

@@ -199,7 +199,6 @@ def main():
             write_outputs(args, every_row + rows)
             if parallel.is_main():
                 print(f"{sampler.FOLDER.name}: {row['label']}, {row['speedup_nfe']:.2f}×", file=sys.stderr)
-        folder.finish()
         every_row += rows
         if parallel.is_main() and not args.by_speedup:
             sort = f", {captions} captions" if rows[0]["captions"] else ""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -57,6 +58,7 @@ class MethodRows:
         self.plans, self.target, self.store = plans, target, store
         self.steps = evaluation.settings["steps"]
         self.open: dict[str, Any] = {}  # calibrations by site or target
+        self.held = ExitStack()  # the lock of their checkpoints
 
     @cached_property
     def session(self):
@@ -71,25 +73,36 @@ class MethodRows:
 
     def thresholds_at(self, site: str) -> ThresholdCalibration:
         """Return the calibration of threshold plans at a cache site."""
-        return self.open.setdefault(f"site {site}", ThresholdCalibration(self.session, site))
+        return self.opened(f"site {site}", ThresholdCalibration, site)
 
     def budgets_for(self, target: str) -> BudgetCalibration:
         """Return the calibration of budget plans for a target."""
-        if target not in self.open:
-            self.open[target] = BudgetCalibration(self.session, target)
-        return self.open[target]
+        return self.opened(target, BudgetCalibration, target)
 
-    def finish(self) -> None:
-        """Delete the checkpoints of the calibrations."""
-        for calibration in self.open.values():
-            calibration.finish()
+    def opened(self, name: str, kind: type, argument: str):
+        """Return a calibration, opened once. No other process uses its checkpoints before the rows are made."""
+        if not self.open:
+            self.held.enter_context(self.session.exclusive())
+        if name not in self.open:
+            self.open[name] = kind(self.session, argument)
+        return self.open[name]
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def rows(
         self, methods: Sequence[str], speedups: Sequence[float] = (), thresholds: Sequence[float] = ()
     ) -> Iterator[Row]:
-        """Yield all rows of these methods, at each speed-up or λ. Stored groups of rows need no calibration again."""
+        """Yield all rows of these methods, at each speed-up or λ. Stored groups of rows need no calibration again.
+
+        At the end the checkpoints of the calibrations are deleted.
+        """
+        with self.held:
+            yield from self.each_row(methods, speedups, thresholds)
+            for calibration in self.open.values():
+                calibration.finish()
+            self.open = {}
+
+    def each_row(self, methods: Sequence[str], speedups: Sequence[float], thresholds: Sequence[float]) -> Iterator[Row]:
         evaluation = self.evaluation
         yield evaluation.row(evaluation.uncached())
         for speedup in speedups:

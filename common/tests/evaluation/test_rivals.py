@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations, pairwise
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -215,17 +216,33 @@ def test_fixed_grids():
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """All rivals on the closed form, 12 steps, at 2×."""
-    work = tmp_path_factory.mktemp("rivals")
+def closed_form(work):
+    """The rows of the closed form, 12 steps."""
     sampler = load_model_folder(ROOT / "scripts" / "bench" / "closed_form")
     pipe, prompts = sampler.load("demo"), sampler.grammar.sample_captions(2, seed=100, held_out=True)
     settings = sampler.settings_of(pipe, steps=12)
     evaluation = Evaluation(sampler, pipe, prompts, [100, 101], settings, model="demo", batch_size=2, work=work)
     (work / "prompts.txt").write_text("\n".join(sampler.grammar.sample_captions(4, seed=1)) + "\n")
     options = CalibrationOptions(work / "prompts.txt", batch_size=4, effort="normal")
-    return list(MethodRows(evaluation, options, ["output"], work / "plans").rows([*RIVALS, "fewer-steps"], [2, 4]))
+    return MethodRows(evaluation, options, ["output"], work / "plans")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return list(closed_form(tmp_path_factory.mktemp("rivals")).rows([*RIVALS, "fewer-steps"], [2, 4]))
+
+
+def test_of_two_evaluations_that_calibrate_the_second_waits(tmp_path, capsys):
+    first, second = closed_form(tmp_path), closed_form(tmp_path)
+    begun, found = first.rows(["least-squares"], [2, 4]), []
+    assert [next(begun)["method"], next(begun)["asked"]] == ["none", 2]
+    waits = Thread(target=lambda: found.extend(second.rows(["least-squares"], [3])))
+    waits.start()
+    waits.join(3)
+    assert waits.is_alive() and "another process is calibrating the same plan: waiting" in capsys.readouterr().err
+    assert [row["asked"] for row in begun] == [4]
+    waits.join(60)
+    assert [row["asked"] for row in found] == [None, 3] and not list(tmp_path.glob("calibration-*"))
 
 
 def test_all_rivals_give_rows(rows):

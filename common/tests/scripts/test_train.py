@@ -57,6 +57,8 @@ def test_all_stages_run_and_a_second_run_resumes(folder, tmp_path):
     accuracy = json.loads(done.stdout.splitlines()[-1])
     assert accuracy and all(0 <= share <= 1 for share in accuracy.values())
     assert (tmp_path / "demo" / "model_index.json").exists()
+    if folder not in ("ERTACache4FLUX", "ERTACache4Wan2.1"):  # one of the images', one of the videos' recipes
+        return
     again = train(folder, *flags, "vae=3")
     assert again.returncode == 0, again.stderr
     assert "vae 3/3" in again.stdout and "vae 2/" not in again.stdout and "transformer" not in again.stdout

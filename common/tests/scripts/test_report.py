@@ -373,23 +373,25 @@ def test_a_page_keeps_its_table_when_a_command_fails(tmp_path):
 
 
 def test_the_overview_has_the_best_row_of_each_method(tmp_path):
+    tail, worse = {"psnr_p10": 38.0, "psnr_worst": 21.0}, {"psnr_p10": 30.0, "psnr_worst": 22.0}
     rows = [
         row("ERTACache4FLUX", "none", "none", None, 1.0, None),
-        row("ERTACache4FLUX", "budget (H = 5)", "budget", 2.0, 2.0, 70.0),
-        row("ERTACache4FLUX", "ertacache (a)", "ertacache", 2.0, 2.0, 50.0),
-        row("ERTACache4FLUX", "ertacache (b)", "ertacache", 2.0, 1.9, 52.0),
-        row("ERTACache4FLUX", "teacache (1)", "peer", 2.0, 2.1, 40.0),
-        row("ERTACache4FLUX", "magcache (1)", "peer", 2.0, 2.2, 45.0),
+        row("ERTACache4FLUX", "budget (H = 5)", "budget", 2.0, 2.0, 70.0, **worse),
+        row("ERTACache4FLUX", "ertacache (a)", "ertacache", 2.0, 2.0, 50.0, **tail),
+        row("ERTACache4FLUX", "ertacache (b)", "ertacache", 2.0, 1.9, 52.0, **tail),
+        row("ERTACache4FLUX", "teacache (1)", "peer", 2.0, 2.1, 40.0, **worse),
+        row("ERTACache4FLUX", "magcache (1)", "peer", 2.0, 2.2, 45.0, **worse),
         row("ERTACache4FLUX", "pab (1)", "peer", 2.0, 1.2, 90.0),
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = [sys.executable, str(ROOT / "scripts" / "report" / "overview.py"), str(tmp_path / "rows.json")]
-    quality, latency = (
+    quality, tails, latency = (
         subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout.splitlines()
-        for more in ([], ["--of", "latency"])
+        for more in ([], ["--of", "tail"], ["--of", "latency"])
     )
     assert quality[0] == "| demo | speed-up | budget plan | threshold plan | TeaCache | best other cache |"
     assert quality[2] == "| FLUX | 2× | **70.0** | 52.0 | 40.0 | 45.0 (magcache) |"
+    assert tails[2] == "| FLUX | 2× | 30.0 / 22.0 | **38.0 / 21.0** | 30.0 / 22.0 | 30.0 / 22.0 (magcache) |"
     assert latency[2] == "| FLUX | 2× | 1.80× of 2.00× | 1.71× of 1.90× | 1.89× of 2.10× | 1.98× of 2.20× (magcache) |"
 
 

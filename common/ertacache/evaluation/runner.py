@@ -267,7 +267,7 @@ class Evaluation:
             "plan": method.path,
             "timeline": self.timeline(method.plan, trajectory) if method.plan else None,
             **self.keep_samples(method, outcome),
-            "machine": machine(),
+            "machine": machine(self.pipe._execution_device),
             "libraries": library_versions(),
             "date": date.today().isoformat(),
         }

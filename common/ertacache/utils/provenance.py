@@ -58,4 +58,9 @@ def machine(device: torch.device | None = None) -> str:
     """
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+    return f"{platform.machine()} CPU, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; where the system does not say (macOS, Windows), of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,6 +6,7 @@ import glob
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import threading
 from pathlib import Path
@@ -28,9 +29,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         data: Its whole content.
 
     Raises:
-        UserError: The folder is not writable, or the disk is full.
+        UserError: The folder is not writable, the disk is full, or the path is a device, a pipe or a folder.
     """
     path = Path(path)
+    _check_regular(path)
     mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{mine}.tmp")
     try:
@@ -46,6 +48,17 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what is there but is no file: a renamed file would take the place of a device or a pipe."""
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError):  # nothing is there
+        return
+    if not stat.S_ISREG(kind):
+        what = "a folder" if stat.S_ISDIR(kind) else "a device or a pipe"
+        raise UserError(f"cannot write to {path}, which is {what}: name a file")
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -104,8 +117,7 @@ def check_file(path: str | Path) -> None:
     """Refuse a file that cannot be written, before the work whose result it is to hold."""
     path = Path(path)
     ensure_writable(path.parent)
-    if path.is_dir():
-        raise UserError(f"cannot write to {path}, which is a folder: name a file")
+    _check_regular(path)
 
 
 def unwritable(path: Path, error: Exception) -> UserError:

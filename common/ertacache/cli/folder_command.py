@@ -20,6 +20,7 @@ from ertacache.cli.arguments import ArgumentParser, prompts_of
 from ertacache.demos.model_folder import Sampler, draws_captions, makes_videos, settings_parameters
 from ertacache.evaluation.comparison import compare, doubt
 from ertacache.evaluation.metrics import METRICS, Lpips
+from ertacache.numerics.finite import FiniteCheck
 from ertacache.plans import Plan
 from ertacache.plans.names import TARGETS
 from ertacache.plans.threshold import SITES
@@ -34,10 +35,10 @@ from ertacache.utils.provenance import library_versions, machine
 SETTINGS = {  # settings that a model folder may offer, with the type and help of their flag
     "steps": (int, "T, steps of the uncached run"),
     "guidance": (float, "guidance scale"),
-    "height": (int, "in pixels"),
-    "width": (int, "in pixels"),
-    "frames": (int, "frames of the video"),
-    "negative_prompt": (str, "prompt of the unconditional branch"),
+    "height": (int, "in pixels (default: the model's own)"),
+    "width": (int, "in pixels (default: the model's own)"),
+    "frames": (int, "frames of the video (default: the model's own)"),
+    "negative_prompt": (str, "prompt of the unconditional branch (default: the model's own)"),
     "aesthetic_score": (float, "aesthetic score appended to the prompt, 4 to 7"),
 }
 EXAMPLE = 'example: generate.py --prompt "a rocket" --speedup 2 --compare'
@@ -57,7 +58,11 @@ def parse_arguments(
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
     add("--prompt", action="append", help="a prompt; may be given several times")
-    add("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a text file with one prompt a line (default: prompts/demo.txt, or examples.txt)",
+    )
     add("--seed", type=int, default=1000, help="seed of the first prompt; the next one has seed + 1, and so on")
     for name, default in settings_parameters(sampler).items():
         kind, text = SETTINGS[name]
@@ -75,7 +80,13 @@ def parse_arguments(
     add("--compare", action="store_true", help="also run uncached, and compare")
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
     add("--batch-size", type=int, default=4, help="prompts per call")
-    add("--calibration-prompts", type=Path, metavar="FILE", help="prompts for a plan that is not stored yet")
+    learned = "prompts for a plan that is not stored yet"
+    add(
+        "--calibration-prompts",
+        type=Path,
+        metavar="FILE",
+        help=f"{learned} (default: prompts/calibration-demo.txt, or calibration.txt)",
+    )
     add("--effort", default=effort, choices=EFFORTS, help="what calibrating a plan may cost, where none is stored")
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
     add("--target", choices=tuple(TARGETS), help=f"{aims} (default: reference)")
@@ -182,7 +193,11 @@ def run_interleaved(
     settings: Mapping[str, Any],
     methods: Mapping[str, Plan | None],
 ) -> dict[str, TimedRun]:
-    """Run each method `--repeats` times in turn (A B A B …); a comparison warms up with one more round."""
+    """Run each method `--repeats` times in turn (A B A B …); a comparison warms up with one more round.
+
+    Raises:
+        UserError: A run led to numbers that are not finite; no picture is made of them.
+    """
     runs = {name: TimedRun() for name in methods}
     parts = [slice(b, b + args.batch_size) for b in range(0, len(prompts), args.batch_size)]
     seeds = range(args.seed, args.seed + len(prompts))
@@ -192,14 +207,22 @@ def run_interleaved(
     calls = sum(plan.nfe if plan and plan.kind == "budget" else settings["steps"] for plan in methods.values())
     progress.expect(rounds * len(parts) * calls)
 
-    def on_step(i, x, v):
-        progress.update()
+    def latents_of(part, plan: Plan | None) -> torch.Tensor:
+        finite = FiniteCheck()
+
+        def on_step(i, x, v):
+            progress.update()
+            finite.see(i, x, v)
+
+        latents = sampler.denoise(pipe, part, plan, on_step)
+        finite.end(latents, "try --dtype float32, or other settings")
+        return latents
 
     for number in range(rounds):
         for name, plan in methods.items():
             progress.begin(name)
             start = time.perf_counter()
-            latents = [sampler.denoise(pipe, part, plan, on_step) for part in inputs]
+            latents = [latents_of(part, plan) for part in inputs]
             synchronize(pipe._execution_device)
             if number or rounds == args.repeats:
                 runs[name].times.append(time.perf_counter() - start)
@@ -243,7 +266,7 @@ def report(
         "latency_s": seconds,
         "speedup": seconds["baseline"] / seconds["cached"] if both else None,
         "quality": quality,
-        "machine": machine(),
+        "machine": machine(pipe._execution_device),
         "threads": torch.get_num_threads(),
         "libraries": library_versions(),
         "date": date.today().isoformat(),

@@ -5,6 +5,7 @@ import threading
 
 import torch
 
+from ertacache.numerics.finite import FiniteCheck
 from ertacache.numerics.schedulers import solver_of
 from ertacache.pipelines.conditions import steps_under_way
 from ertacache.pipelines.enabled import Enabled
@@ -38,7 +39,7 @@ class PlannedRun:
             self.solver.show(levels)
         self.next: int | None = None
         self.due: int | None = None  # where it begins, if the scheduler does not know
-        self.finite: list[tuple[int, torch.Tensor]] = []  # whether the model's outputs are, by computed step
+        self.finite = FiniteCheck()
         self.course = enabled.join(self, begun=shown)
 
     @property
@@ -73,7 +74,7 @@ class PlannedRun:
             raise UserError(f"the pipeline makes step {i} where step {self.next} is due: disable the plan")
         computes = self.course.computes(i)
         if self.leads and computes:
-            self.finite.append((i, v.isfinite().all()))  # stays on the device
+            self.finite.see(i, x, v)
         self.missed = not computes and self.course.outputs.step != i
         x = self.way.step(i, x, v, options)
         if self.leads:
@@ -117,8 +118,5 @@ class PlannedRun:
         if self.course.is_over:
             self.course.outputs = None
             self.enabled.end(self.course)
-        if not x.isfinite().all():
-            step = next((i for i, finite in self.finite if not finite), None)
-            what = "the plan's jumps led to" if step is None else f"the model gave, at step {step},"
-            remedy = "look whether it does so without a plan too (ertacache.disable(pipe)), and try another dtype"
-            raise UserError(f"{what} numbers that are not finite: {remedy}")
+        remedy = "look whether it does so without a plan too (ertacache.disable(pipe)), and try another dtype"
+        self.finite.end(x, remedy)

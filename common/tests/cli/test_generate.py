@@ -117,6 +117,25 @@ def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler,
     assert finished.provenance["calibration"]["finished"] and finished.provenance["calibration"]["rollouts"] == 4
 
 
+@pytest.mark.parametrize(
+    "plan", [[], ["--compare", "--plan", ROOT / "ERTACache4FLUX" / "cache" / "demo-30-budget-15.json"]]
+)
+def test_numbers_that_are_not_finite_are_an_error_that_names_the_step_and_no_picture(
+    sampler, tmp_path, monkeypatch, capsys, plan
+):
+    velocity, calls = sampler.velocity, []
+
+    def broken(*arguments):
+        calls.append(1)
+        return velocity(*arguments) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(sampler, "velocity", broken)
+    with pytest.raises(SystemExit) as stop:
+        run(sampler, *PROMPT, *(plan or ["--steps", 4, "--baseline"]), "--out", tmp_path / "out")
+    assert stop.value.code == 2 and not list((tmp_path / "out").iterdir())
+    assert "the model gave, at step 2, numbers that are not finite: try --dtype" in capsys.readouterr().err
+
+
 def test_running_twice_gives_identical_pictures(sampler, tmp_path):
     for name in ("a", "b"):
         run(sampler, *PROMPT, "--steps", 4, "--baseline", "--out", tmp_path / name)

@@ -13,7 +13,7 @@ import numpy as np
 from ertacache.calibration.accelerate import find_plans
 from ertacache.cli.calls import Call, Calls
 from ertacache.cli.request import Request
-from ertacache.evaluation.comparison import compare
+from ertacache.evaluation.comparison import compare, doubt
 from ertacache.pipelines.summary import Summary, summary
 from ertacache.plans import Plan
 from ertacache.plans.names import budget_of, check_speedups
@@ -128,7 +128,8 @@ def report(
         (uncached, before), (cached, after) = gathered.values()
         comparison = compare(calls.prompts, np.concatenate(uncached), np.concatenate(cached), plan)
         media.save_png(output.folder / "comparison.png", comparison.sheet)
-        speed = f"{before / after:.2f}× faster calls ({before:.2f} s → {after:.2f} s)"
+        doubts = doubt([[before], [after]], plan.steps / plan.nfe)
+        speed = f"{before / after:.2f}× faster calls ({before:.2f} s → {after:.2f} s{doubts})"
         print(f"{speed}, {comparison}; see {output.folder}/comparison.png")
 
 

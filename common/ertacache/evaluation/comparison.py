@@ -15,6 +15,7 @@ from ertacache.utils import media
 
 BRIGHT = 0.5  # of full scale: how bright the largest differences are shown
 LARGEST_GAIN = 1024
+MARGIN = 0.02  # above T/N, within which a speed-up is a matter of rounding
 SCATTER = 0.2  # between the fastest and the slowest repeat, beyond which a speed-up is doubtful
 
 
@@ -37,7 +38,7 @@ class Comparison:
         if psnr is None:
             return f"equal to the uncached run, SSIM {self.quality['ssim']:.4f}"
         more = [f"worst {worst:.1f}"] if worst is not None and self.count > 1 else []
-        more += [f"of the 8-bit files {files:.1f}"] if files is not None else []
+        more += [f"in 8 bits {files:.1f}"] if files is not None else []
         more = f" ({', '.join(more)})" if more else ""
         return f"PSNR {psnr:.1f} dB{more}, SSIM {self.quality['ssim']:.4f}"
 
@@ -77,8 +78,11 @@ def doubt(times: Sequence[Sequence[float]], calls_ratio: float) -> str:
     medians = [statistics.median(repeats) for repeats in times]
     scatter = max(max(repeats) / min(repeats) for repeats in times)
     reasons = [f"repeats differ by {100 * (scatter - 1):.0f} %"] if scatter > 1 + SCATTER else []
-    if medians[0] / medians[1] > calls_ratio * (1 + SCATTER / 2):
+    measured = medians[0] / medians[1]
+    if measured > calls_ratio * (1 + MARGIN):
         reasons.append(f"it cannot be above {calls_ratio:.2f}×")
+    elif measured < 1 < calls_ratio:
+        reasons.append("slower than without a plan")
     return f"; {', '.join(reasons)}: measure again on an idle machine" if reasons else ""
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from ertacache import UserError
 from ertacache.calibration.from_folder import (
     PlainFolder,
+    PlanRequest,
     PlanStore,
+    announce,
     calibrate_budgets,
     calibrate_thresholds,
     open_session,
@@ -63,12 +65,18 @@ def main():
     settings = folder_command.checked_settings(sampler, pipe, options)
     store = PlainFolder(args.out) if args.out else PlanStore(sampler, pipe, settings)
     session_of = partial(open_session, sampler, pipe, settings, options.model, calibration, store.folder)
+    site, target = options.site or "output", options.target or "reference"
+    budgets = list(dict.fromkeys(budget_of(settings["steps"], speedup, "--speedups") for speedup in speedups))
+    model = (options.model, settings["steps"])
+    requests = [PlanRequest(*model, threshold=threshold, site=site) for threshold in thresholds]
+    requests += [PlanRequest(*model, budget=budget, target=target) for budget in budgets]
+    for request in requests:
+        announce(f"calibrating {request}", calibration.effort, str(store.path(request.name)))
     plans = []
     if thresholds:
-        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, options.site or "output", store)
-    if speedups:
-        budgets = [budget_of(settings["steps"], speedup) for speedup in speedups]
-        plans += calibrate_budgets(session_of, calibration.effort, budgets, options.target or "reference", store)
+        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, site, store)
+    if budgets:
+        plans += calibrate_budgets(session_of, calibration.effort, budgets, target, store)
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -28,7 +28,7 @@ from pathlib import Path
 from ertacache import UserError
 from ertacache.caches.registry import CACHES
 from ertacache.cli import folder_command
-from ertacache.cli.arguments import ArgumentParser, parse_list, prompts_of
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list, prompts_of
 from ertacache.demos.model_folder import draws_captions, load_model_folder
 from ertacache.evaluation import table
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
@@ -39,6 +39,7 @@ from ertacache.plans.names import check_speedups
 from ertacache.utils import parallel
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import check_file, ensure_writable, write_atomically
+from ertacache.utils.tables import planned
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (
@@ -118,10 +119,8 @@ def parse_arguments():
     swept = {*BUDGET_METHODS, *RIVALS, *CACHES} & set(args.methods)
     if args.thresholds and swept:
         raise UserError(f"--thresholds has no meaning for {', '.join(sorted(swept))}: give --speedups")
-    for name, least in (("count", 1), ("latency_repeats", 0), ("latency_prompts", 1), ("samples", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(args, name)}: give a whole number of at least {least}")
+    check_counts(args, "count", "latency_prompts")
+    check_counts(args, "latency_repeats", "samples", least=0)
     args.captions = args.captions.split(",")
     if not set(args.captions) <= {"full", "open"}:
         raise UserError(f"--captions {','.join(args.captions)}: choose full, open or full,open")
@@ -175,8 +174,7 @@ def announced(args, options, folder: str) -> str:
     timed = args.latency_repeats * (args.latency_prompts or options.batch_size)
     calls = sum(steps / rate * (prompts + timed) + steps * timed * (rate > 1) for rate in rates)
     calls += 6 * steps * prompts * args.exact
-    hours = f", {calls * args.step_seconds / 3600:.1f} hours" if args.step_seconds else ""
-    text = f"{folder}: about {len(rates)} rows, {prompts} prompts, {calls:.0f} steps{hours}"
+    text = planned(folder, len(rates), prompts, calls, args.step_seconds)
     return f"{text}; calibration of plans that are not stored, and the search for other caches' settings, come on top"
 
 

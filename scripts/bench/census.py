@@ -37,7 +37,7 @@ import torch
 import ertacache
 from ertacache import UserError
 from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.evaluation.table import facts
 from ertacache.numerics.schedulers import NOISE
 from ertacache.pipelines.enable import originals
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="examine so many, others on each day")
     parser.add_argument("--json", type=Path, help="file that keeps the rows")
     arguments = parser.parse_args()
+    check_counts(arguments, "steps", "sample")
     build, cannot = builders()
     names = pipelines()
     if arguments.names:

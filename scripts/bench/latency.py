@@ -8,7 +8,8 @@ What a step costs does not depend on the weights, so these are the costs of the 
 Timed is the denoising loop on one prompt, with the folder's default guidance; text encoders and VAE are left out or
 thin stand-ins, and peak memory is that of the transformer and the loop. Every method computes about half of the steps:
 plans exactly, the first-block cache and DBCache at the threshold that a search finds. Nothing here says anything
-about quality. `--size small` runs the same code on toy sizes.
+about quality. `--size small` runs the same code on toy sizes. `--dry-run`, with `--step-seconds S`, says how much it
+would be.
 """
 
 if __name__ == "__main__":
@@ -29,12 +30,12 @@ import torch
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.demos.random_models import MODELS, random_module
-from ertacache.evaluation.latency import METHODS, NUMBERS, Latency, describe, empty_row, release_memory
+from ertacache.evaluation.latency import METHODS, NUMBERS, PLANS, SPEEDUP, Latency, describe, empty_row, release_memory
 from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions
-from ertacache.utils.tables import markdown
+from ertacache.utils.tables import markdown, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("folder", "method", "compile", "steps", *NUMBERS, "peak_memory_mib", "error")
@@ -65,6 +66,16 @@ def rows_of(sampler, args: Namespace) -> Iterator[dict]:
         empty = (empty_row(name, settings, backend, error) for name in args.methods)
         for row in empty if latency is None else latency.rows(args.methods, backend):
             yield {**common, **row}
+
+
+def announced(args: Namespace, folder: str) -> str:
+    """Return a line on the rows of a model folder, and about how many steps they take."""
+    steps = args.steps or getattr(MODELS[folder], args.size).settings["steps"]
+    backends, cached = 2 if args.compile == "both" else 1, [name for name in args.methods if name != "baseline"]
+    rows, uncached = len(args.methods) * backends, 2 if set(cached) - set(PLANS) else 1  # of each kind one, in turn
+    calls = backends * (args.repeats + 1) * steps * (uncached + len(cached) / SPEEDUP)  # with a round to warm up
+    text = planned(folder, rows, 1, calls, args.step_seconds)
+    return f"{text}; the search for other caches' thresholds comes on top"
 
 
 def origin(device: torch.device, dtype: torch.dtype) -> dict:
@@ -102,6 +113,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU when there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--json", type=Path, metavar="FILE", help="where to write the rows")
+    add("--dry-run", action="store_true", help="say how many rows and steps it would be, and measure nothing")
+    add("--step-seconds", type=float, help="of a step of the uncached run, for --dry-run: also say how many hours")
     return checked(parser.parse_args(arguments))
 
 
@@ -136,6 +149,10 @@ def main():
     from transformers.utils import logging as transformers_logging
 
     args, rows = parse_arguments(), []
+    if args.dry_run:
+        for folder in args.folders:
+            print(announced(args, folder.name))
+        return
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
     for sampler in [load_model_folder(folder) for folder in args.folders]:

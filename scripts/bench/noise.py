@@ -26,7 +26,7 @@ import torch
 
 from ertacache import BudgetPlan, UserError
 from ertacache.cli import folder_command
-from ertacache.cli.arguments import ArgumentParser, parse_list
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import metrics
 from ertacache.evaluation.runner import Evaluation
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
     parser.add_argument("--count", type=int, default=32, help="held-out captions")
     args, rest = parser.parse_known_args()
+    check_counts(args, "count")
     sampler, speedups = load_model_folder(args.folder), parse_list(args.speedups)
     check_speedups(speedups)
     options = folder_command.parse_arguments(sampler, rest)

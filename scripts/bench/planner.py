@@ -37,7 +37,7 @@ from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import EFFORTS, effort_of
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
-from ertacache.cli.arguments import ArgumentParser, parse_list
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.rivals.rollouts import optimal_steps
 from ertacache.evaluation.table import facts as facts_line
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="sets of calibration captions")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written after each cell")
     args = parser.parse_args()
+    check_counts(args, "draws")
     speedups, efforts = parse_list(args.speedups), args.efforts.split(",")
     check_speedups(speedups)
     for name in efforts:

@@ -51,9 +51,10 @@ from safetensors.numpy import load_file, save
 
 import ertacache
 from ertacache import Plan, UserError
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.cli.inspect import as_values, drawn
 from ertacache.evaluation.table import facts
+from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import run_program
 from ertacache.utils.tables import markdown
 
@@ -526,6 +527,8 @@ def run_parts(description: str, parts: Mapping[str, tuple[Callable[[int, int], t
     parser.add_argument("--count", type=int, help="of what a part tries")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    check_counts(args, "count")
+    check_seed(args.seed)
     unknown = [name for name in args.parts if name not in parts]
     if unknown:
         raise UserError(f"{unknown[0]}: choose from {', '.join(parts)}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import ertacache
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.demos import closed_form
 from ertacache.evaluation.table import facts
 from ertacache.utils.errors import run_program
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--speedups", type=lambda text: [float(part) for part in text.split(",")], default=[2, 3, 5])
     parser.add_argument("--count", type=int, default=64, help="samples")
     options = parser.parse_args()
+    check_counts(options, "steps", "count")
     torch.set_num_threads(1)
     head = ["scheduler"]
     for speedup in options.speedups:

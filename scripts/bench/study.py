@@ -34,7 +34,7 @@ from ertacache import BudgetPlan, UserError
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.session import CalibrationSession
 from ertacache.cli import folder_command
-from ertacache.cli.arguments import ArgumentParser, parse_list
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation import metrics
 from ertacache.evaluation.runner import Evaluation
@@ -246,6 +246,7 @@ def main():
     parser.add_argument("--count", type=int, default=32, help="held-out captions")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args, rest = parser.parse_known_args()
+    check_counts(args, "draws", "count")
     sampler = load_model_folder(args.folder)
     options = folder_command.parse_arguments(sampler, rest, effort="normal")
     if options.model != "demo":

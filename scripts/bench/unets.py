@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ertacache
 from ertacache import UserError
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.evaluation.table import facts
 from ertacache.utils.errors import run_program
 from ertacache.utils.tables import markdown
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="samples")
     parser.add_argument("--repeats", type=int, default=5, help="of each run for its time")
     options = parser.parse_args()
+    check_counts(options, "steps", "count", "repeats")
     torch.set_num_threads(1)
     pipe = pipeline()
     runs, rows = Runs(pipe, options.steps, options.count), []

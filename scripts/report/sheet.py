@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ertacache import UserError
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.evaluation.ranking import speedup
 from ertacache.evaluation.rows import Row, read_source
 from ertacache.utils import media
@@ -73,8 +73,7 @@ def main():
     parser.add_argument("--count", type=int, default=6, help="number of prompts (default: 6)")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: give a whole number of at least 1")
+    check_counts(args, "count")
     rows = read_source(args.rows).rows
     columns = [chosen(rows, method, args.asked) for method in args.methods.split(",")]
     captions = columns[0]["sample_prompts"][: args.count]

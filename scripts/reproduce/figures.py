@@ -9,8 +9,8 @@
 Figure 2: (a) how far a step's result is from the one before it, and what TeaCache expects; (b) trajectories with and
 without timestep adjustment. Figure 3: first and last frames of each method. Figure 5: quality of the threshold plan,
 with timestep adjustment and rectification, against the number of calibration prompts. Demos are asked for the paper's
-greatest speed-up on that model, --model full for its λ. Flags that are not listed go to evaluate.py (figures 3 and 5)
-or are those of generate.py (figure 2).
+greatest speed-up on that model, --model full for its λ. --dry-run, with --step-seconds S, says how much that would be.
+Flags that are not listed go to evaluate.py (figures 3 and 5) or are those of generate.py (figure 2).
 """
 
 if __name__ == "__main__":
@@ -38,6 +38,7 @@ from ertacache.utils import media
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts, write_atomically
 from ertacache.utils.provenance import library_versions, machine
+from ertacache.utils.tables import planned
 from tables import ROOT, evaluate, fastest, folder_flags, open_parser, paper, parse_arguments
 
 RECTIFIED = "policy + time (*) + rectification"
@@ -114,7 +115,11 @@ def draw_paths(rows: list[dict]):
 
 
 def figure2(args) -> None:
-    folder, sampler, pipe, options = open_folder(args)
+    folder, sampler, options = read_options(args)
+    if args.dry_run:
+        print(announced(args, folder, options))
+        return
+    pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
     session = open_session(
         sampler, pipe, settings, options.model, folder_command.calibration_options(options), args.out
@@ -156,13 +161,22 @@ def asked_threshold(args, folder: str, calibration) -> float:
     return calibration.threshold_for(round(calibration.steps / (args.speedup or float(printed["speedup"]))))
 
 
-def open_folder(args):
-    """The first asked folder, its program and pipeline, and the options of its command line."""
+def announced(args, folder: str, options) -> str:
+    """Return a line on the rows of figure 2, and about how many steps they take."""
+    steps = options.steps
+    prompts = min(args.count, len(read_prompts(args.prompts))) if args.prompts else args.count
+    rows = prompts * (steps - 1) + len(PATHS) * (steps + 1)
+    text = planned(f"{folder}, figure 2", rows, prompts, (prompts + len(PATHS)) * steps, args.step_seconds)
+    return f"{text}; what TeaCache and the plan learn on the calibration prompts comes on top"
+
+
+def read_options(args):
+    """The first asked folder, its program, and the options of its command line."""
     folder = (args.folders or ["ERTACache4FLUX"])[0]
     sampler = load_model_folder(ROOT / folder)
     calibration = ["--calibration-prompts", str(args.calibration_prompts)] if args.calibration_prompts else []
     options = folder_command.parse_arguments(sampler, [*folder_flags(args, folder), *calibration, *args.rest])
-    return folder, sampler, folder_command.open_pipeline(sampler, options), options
+    return folder, sampler, options
 
 
 def captions(sampler, count: int, held_out: bool) -> list[str]:
@@ -201,6 +215,8 @@ def figure3(args) -> None:
             more = ["--samples", str(args.count)] + ([] if args.prompts else ["--count", str(args.count)])
             request = (row["method"], flag, str(row[key]))
             rows += evaluate(args, folder, request, f"figure3-{folder}-{row['method']}", more)
+        if args.dry_run:
+            continue
         rows = [row for i, row in enumerate(rows) if row["method"] != "none" or i == 0]
         columns = {title(r): np.stack([first_and_last(args.out / path) for path in r["samples"]]) for r in rows}
         media.save_png(args.out / f"figure3-{folder}.png", media.sheet(rows[0]["sample_prompts"], columns))
@@ -237,10 +253,14 @@ def figure5(args) -> None:
         more += [] if args.prompts else ["--count", str(args.count)]
         request = ("ablation", flag, str(args.speedup or value))
         measured = evaluate(args, folder, request, f"figure5-{folder}-{count}", more)
+        if args.dry_run:
+            continue
         row = next((row for row in measured if fnmatchcase(row["method"], RECTIFIED)), None)
         if row is None:
             raise UserError(f"{flag} {request[2]} caches no step of {folder}: give a greater --speedup")
         rows.append({"calibration_prompts": count, "nfe": row["nfe"], **{name: row[name] for name in QUALITY}})
+    if args.dry_run:
+        return
     shown = {name: label for name, label in QUALITY.items() if all(row[name] is not None for row in rows)}
     figure, panels = axes(len(shown))
     for panel, (name, label) in zip(panels, shown.items(), strict=True):
@@ -267,7 +287,11 @@ def main():
     parser.add_argument("--counts", default="2,4,8,16", metavar="N,N,…", help="calibration prompts, for figure 5")
     parser.add_argument("--speedup", type=float, help="for figures 2 and 5, in place of the paper's")
     parser.add_argument("--calibration-prompts", type=Path, help="for figures 2 and 5 (default: the folder's own)")
+    parser.add_argument("--dry-run", action="store_true", help="say how many rows and steps it would be")
+    parser.add_argument("--step-seconds", type=float, help="of a step, for --dry-run: also say how many hours")
     args = parse_arguments(parser)
+    if args.dry_run and args.what != "figure2":  # they are measured by evaluate.py
+        args.rest += ["--dry-run", *(["--step-seconds", str(args.step_seconds)] if args.step_seconds else [])]
     (args.count,) = whole_numbers("--count", args.count)
     args.counts = whole_numbers("--counts", args.counts)
     if args.speedup is not None:

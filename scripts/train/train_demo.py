@@ -21,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 from ertacache import UserError
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.utils.errors import run_program
 
@@ -65,6 +65,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--measure", action="store_true", help="only measure prompt accuracy, of the pipeline in --out")
     args = parser.parse_args()
+    check_counts(args, "accuracy_prompts")
     folder = args.folder.resolve()
     if folder.name not in RECIPES:
         raise UserError(f"{args.folder}: there is a recipe for {', '.join(RECIPES)}")

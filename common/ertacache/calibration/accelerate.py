@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ertacache.calibration.effort import EFFORTS, effort_of
-from ertacache.calibration.from_pipeline import check_call, make_plans, prompts_of, requirements_of
+from ertacache.calibration.from_pipeline import calibration_prompts, check_call, make_plans, requirements_of
 from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
 from ertacache.calibration.session import digest_of
-from ertacache.pipelines.enable import enable
+from ertacache.pipelines.enable import check_on_drift, enable
 from ertacache.plans import Plan, PlanSet
 from ertacache.plans.names import budget_of
 from ertacache.plans.store import WORK, PlanStore
@@ -62,6 +62,7 @@ def accelerate(
         >>> ertacache.accelerate(pipe, speedup=2, num_inference_steps=30)
         >>> image = pipe("a lighthouse in a storm", num_inference_steps=30).images[0]
     """
+    check_on_drift(on_drift)
     plans = find_plans(pipe, speedup, prompts, effort=effort, batch_size=batch_size, call_kwargs=call_kwargs)
     enable(pipe, plans, on_drift=on_drift)
     return plans.first if isinstance(speedup, int | float) else plans
@@ -79,16 +80,14 @@ def find_plans(
     """Return the plans of `accelerate` from the user's store; those that are not there are calibrated into it."""
     speedups = [speedup] if isinstance(speedup, int | float) else speedup
     effort_of(effort)
-    given = None if prompts is None else prompts_of(pipe, prompts)
-    if given == []:
-        raise UserError("no calibration prompts: give some, or leave prompts out")
-    steps = check_call(pipe, speedups, batch_size, call_kwargs)
+    given = None if prompts is None else calibration_prompts(pipe, prompts, "give some, or leave prompts out")
+    steps = check_call(pipe, speedups, batch_size, call_kwargs, "speedup")
     if given is None and prompt_argument(pipe) != "prompt":
         text = f"a {type(pipe).__name__} takes no prompt, so that those that ship with ertacache say nothing to it"
         raise UserError(f"{text}: give prompts, a list of values of {prompt_argument(pipe)}")
     store = PlanStore()
     entry = store.entry(requirements_of(pipe, steps, call_kwargs), weights_of(pipe))
-    budgets = {number: budget_of(steps, number, "speedup =") for number in speedups}
+    budgets = {number: budget_of(steps, number, "speedup") for number in speedups}
 
     def known() -> dict[float, Plan]:
         """Return what the store has, on all ranks what rank 0 finds."""

@@ -32,11 +32,12 @@ from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
 from ertacache.utils import parallel
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import check_room, write_atomically
 
 ROUNDING = 1e-13  # mean squared error of the final latents over their mean square, of float32
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
+SIZES = ("height", "width", "frames", "num_frames")  # settings that give the latents their size
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 
 
@@ -152,6 +153,9 @@ class BudgetCalibration:
         self.stop = self.begin + self.end  # the step of the T at which a pipeline's call ends
         self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
+        if not self.elements:
+            sizes = [f"{name}={shown(session.settings[name])}" for name in SIZES if name in session.settings]
+            raise UserError(f"the latents hold no numbers ({', '.join(sizes)}): give larger sizes")
         if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
             size = f"{self.fitted} calibration prompts of {self.elements} numbers each"
             raise UserError(f"{size} are too few to fit the weights: give more prompts, or larger latents")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ def effort_of(name: str, argument: str = "effort") -> Effort:
     Args:
         name: Of the effort.
         argument: Named in the refusal of any other.
+
+    Raises:
+        UserError: Any other value.
     """
-    if name not in EFFORTS:
-        raise UserError(f"{argument} {name}: give {', '.join(EFFORTS)}")
+    if not isinstance(name, str) or name not in EFFORTS:
+        value = name if isinstance(name, str) else shown(name)
+        raise UserError(f"{argument} {value}: give {', '.join(EFFORTS)}")
     return EFFORTS[name]

@@ -151,13 +151,17 @@ def _calibrate(
     store: "PlanStore",
 ) -> tuple[Plan, Path]:
     """Calibrate the plan of a request into the store."""
-    if parallel.is_main():
-        into = f"into {store.path(request.name)}, once; Ctrl-C and the same command again go on"
-        print(f"no plan for {request} yet: calibrating one ({options.effort}) {into}", file=sys.stderr)
+    announce(f"no plan for {request} yet: calibrating one", options.effort, f"{store.path(request.name)}, once")
     session_of = partial(open_session, sampler, pipe, settings, request.model, options, store.folder)
     if request.threshold is not None:
         return calibrate_thresholds(session_of, options.effort, [request.threshold], request.site, store)[0]
     return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store)[0]
+
+
+def announce(what: str, effort: str, where: str) -> None:
+    """Say, before the first model call, what is calibrated and in which file the plan will be."""
+    if parallel.is_main():
+        print(f"{what} ({effort}) into {where}; Ctrl-C and the same command again go on", file=sys.stderr)
 
 
 class PlanStore:

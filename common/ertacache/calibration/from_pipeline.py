@@ -1,9 +1,11 @@
 """Budget plans from the call of any pipeline that `ertacache.enable` takes: `ertacache.calibrate`."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
@@ -16,8 +18,8 @@ from ertacache.plans import PlanSet
 from ertacache.plans.names import budget_of, check_speedups
 from ertacache.plans.requirements import Requirements
 from ertacache.utils import parallel
-from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, check_seed, steps_problem
-from ertacache.utils.errors import UserError, shown
+from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, argument_problem, check_seed, steps_problem
+from ertacache.utils.errors import UserError, call_failed, shown
 from ertacache.utils.files import ensure_writable
 from ertacache.utils.logs import each_line_once
 
@@ -66,8 +68,8 @@ def calibrate(
         {speedup: plan}. `enable` takes one of them, or all, between which `speedup` switches.
 
     Raises:
-        UserError: An argument out of range, a pipeline or scheduler that plans cannot follow, or a call that changes
-            the latents between its steps.
+        UserError: An argument out of range or one that the pipeline's call cannot take, a pipeline or scheduler that
+            plans cannot follow, or a call that changes the latents between its steps.
 
     Example:
         >>> plans = ertacache.calibrate(pipe, prompts, speedups=[2, 3], num_inference_steps=30, guidance_scale=3.5)
@@ -92,8 +94,10 @@ def make_plans(
     call_kwargs: Mapping[str, Any],
 ) -> PlanSet:
     """Calibrate as `calibrate` does; save(plans) is called by rank 0 before the work is deleted."""
-    prompts = prompts_of(pipe, prompts)[: effort_of(effort).prompts]
+    prompts = calibration_prompts(pipe, prompts)[: effort_of(effort).prompts]
     check_seed(seed, "seed")
+    if not isinstance(work, str | Path | None):
+        raise UserError(f"work = {shown(work)}: give the path of a folder, or leave it out")
     if target != "reference":
         raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
     steps = check_call(pipe, speedups, batch_size, call_kwargs)
@@ -104,7 +108,8 @@ def make_plans(
         session = session_of_call(pipe, prompts, steps, seed, batch_size, folder, call_kwargs, progress)
         sampler = session.sampler
         with contextlib.closing(session.progress), goes_on(), session.exclusive(), each_line_once("diffusers"):
-            calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
+            with calling(pipe, call_kwargs):  # up to the first prompt's first step
+                calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
             total = len(calibration.native_sigmas) - 1
             if total != steps:
                 text = f"the pipeline's scheduler makes {total} steps, not {steps}"
@@ -176,19 +181,48 @@ def prompts_of(pipe, prompts) -> list:
     return list(prompts)
 
 
-def check_call(pipe, speedups: Sequence[float], batch_size: int, call_kwargs: Mapping[str, Any]) -> int:
-    """Refuse what cannot be calibrated, before it takes any time. Returns T."""
+def calibration_prompts(pipe, prompts, remedy: str = "give some") -> list:
+    """Return the prompts as `prompts_of` does, without none at all and texts that say nothing. remedy: of none."""
+    prompts = prompts_of(pipe, prompts)
+    if not prompts:
+        raise UserError(f"no calibration prompts: {remedy}")
+    if prompt_argument(pipe) == "prompt" and not all(prompt.strip() for prompt in prompts):
+        raise UserError(f"prompts = {shown(prompts)}: one is empty, say what should be seen")
+    return prompts
+
+
+@contextlib.contextmanager
+def calling(pipe, call_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn a failing call, mostly on a value that the pipeline cannot take, into one line; lack of memory stays so."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
+        given = ", ".join(f"{name}={shown(value)}" for name, value in call_kwargs.items())
+        raise call_failed(type(pipe).__name__, error, given) from error
+
+
+def check_call(
+    pipe, speedups: Sequence[float], batch_size: int, call_kwargs: Mapping[str, Any], argument: str = "speedups"
+) -> int:
+    """Refuse what cannot be calibrated, before it takes any time. Returns T. argument: the name of the speed-ups."""
     if not isinstance(speedups, Sequence) or isinstance(speedups, str) or not speedups:
-        raise UserError(f"speedups = {shown(speedups)}: give a list, for example [2, 3]")
-    check_speedups(speedups, "speedups")
+        what = "a list, for example [2, 3]" if argument == "speedups" else "a number like 2, or a list like [2, 3]"
+        raise UserError(f"{argument} = {shown(speedups)}: give {what}")
+    check_speedups(speedups, argument)
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size = {shown(batch_size)}: give a whole number of at least 1")
     check_pipeline(pipe)
     scheduler = originals(pipe)["scheduler"]
     check_scheduler(scheduler)
     steps = steps_of(scheduler, _steps_of(pipe, call_kwargs))
+    for name, value in call_kwargs.items():
+        problem = argument_problem(name, value)
+        if problem:
+            raise UserError(problem)
     for speedup in speedups:
-        budget_of(steps, speedup, "speedups")
+        budget_of(steps, speedup, argument)
     return steps
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ertacache.calibration.from_pipeline import check_call, prompts_of, requirements_of
+from ertacache.calibration.from_pipeline import calling, check_call, prompts_of, requirements_of
 from ertacache.calibration.paused_call import PausedCalls
 from ertacache.calibration.planner import Schedule
 from ertacache.numerics.multistep import extrapolated, first_order_matrix, predicted_jumps, reused
@@ -126,7 +126,8 @@ def import_schedule(pipe, source: str | Path | Sequence[int], *, prompt="", **ca
     schedule = checked(complement(computed, total) if isinstance(computed, frozenset) else computed, total, text)
     with PausedCalls(pipe, call_kwargs) as sampler:
         call = sampler.prepare(pipe, prompts_of(pipe, [prompt]), [0])
-        native = call.all_sigmas
+        with calling(pipe, call_kwargs):
+            native = call.all_sigmas
         if len(call.times) != total:
             raise UserError(f"the call makes {len(call.times)} of {total} steps: give a call that begins with noise")
         solver = first_order_matrix([sampler.first_order(pipe, call, i, i + 1) for i in range(total)])

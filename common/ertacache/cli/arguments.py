@@ -38,6 +38,14 @@ def parse_list(text: str) -> list[float]:
     return values
 
 
+def check_counts(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Refuse numbers below `least`; those that are not given are None. names: of the arguments."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
+
+
 def prompts_of(prompt: Sequence[str] | None, file: str | Path | None, default: Path | None = None) -> list[str]:
     """Return the prompts of --prompt, of the file of --prompts, or of the default file.
 

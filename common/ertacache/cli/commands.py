@@ -16,6 +16,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+EXAMPLES = {  # by command
+    "calibrate": "ertacache calibrate black-forest-labs/FLUX.1-dev --prompts prompts.txt --steps 30 --out plans",
+    "import": "ertacache import black-forest-labs/FLUX.1-dev 0,1,2,4,8,16 --prompt 'a fox' --steps 30 --out plan.json",
+    "generate": "ertacache generate black-forest-labs/FLUX.1-dev --prompt 'a fox' --steps 30 --speedup 2 --compare",
+    "evaluate": "ertacache evaluate black-forest-labs/FLUX.1-dev --prompts prompts.txt --steps 30",
+}
 Seed = Annotated[int, typer.Option(help="seed of the first prompt; the next one has seed + 1, and so on")]
 
 
@@ -32,7 +38,7 @@ def root(
     """Run a diffusion transformer at a fraction of its model calls, with hardly a visible change."""
 
 
-@app.command()
+@app.command(epilog=f"Example: {EXAMPLES['calibrate']}")
 @takes_request
 def calibrate(
     request: Request,
@@ -53,7 +59,7 @@ def calibrate(
     run(request, out, speedups, seed, effort, force)
 
 
-@app.command("import")
+@app.command("import", epilog=f"Example: {EXAMPLES['import']}")
 @takes_request
 def import_plan(
     request: Request,
@@ -112,7 +118,7 @@ def delete_plans(
     delete(names or [], everything)
 
 
-@app.command()
+@app.command(epilog=f"Example: {EXAMPLES['generate']}")
 @takes_request
 def generate(
     request: Request,
@@ -140,7 +146,7 @@ def generate(
     run(request, plan, speedup, seed, Output(out, compare, fps), on_drift)
 
 
-@app.command()
+@app.command(epilog=f"Example: {EXAMPLES['evaluate']}")
 @partial(takes_request, needs_prompts=False)
 def evaluate(
     request: Request,

@@ -5,7 +5,6 @@ import difflib
 import functools
 import inspect
 import json
-import math
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ertacache.utils.checks import LARGEST_STEPS, steps_problem
-from ertacache.utils.errors import UserError, reason_of, shown
+from ertacache.utils.checks import LARGEST_STEPS, argument_problem, steps_problem
+from ertacache.utils.errors import UserError, call_failed, shown
 
 if TYPE_CHECKING:
     from ertacache.plans import Plan
@@ -97,8 +96,9 @@ class Request:
         arguments: dict[str, Any] = {}
         for flag, name, value in given:
             self.check_name(flag, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag}: {name} = {value}, give a finite number")
+            problem = None if name == "num_inference_steps" else argument_problem(name, value)  # those are in `steps`
+            if problem:
+                raise UserError(f"{flag}: {problem}")
             if name in arguments:
                 raise UserError(f"{flag}: {name} is given twice, leave one of them out")
             arguments[name] = value
@@ -183,8 +183,14 @@ class Request:
         except UserError:
             raise
         except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
-            remedy = "check its arguments, or save memory with --offload model or a smaller --batch-size"
-            raise UserError(f"{self.pipeline.__name__}'s call failed ({reason_of(error)}): {remedy}") from error
+            remedy = "check these arguments, or save memory with --offload model or a smaller --batch-size"
+            raise call_failed(self.pipeline.__name__, error, self.given, remedy) from error
+
+    @property
+    def given(self) -> str:
+        """The given arguments of the call, as they stand on the command line."""
+        words = [word for name, value in self.flags.items() for word in (f"--{flag_of(name)}", str(value))]
+        return shlex.join(words + [word for text in self.settings for word in ("--set", text)])
 
     def words(self) -> list[str]:
         """Return the given arguments as the command line takes them."""

@@ -70,8 +70,7 @@ def enable(
         >>> ertacache.enable(pipe, "my-plan.json")
         >>> image = pipe("a small blue ring", num_inference_steps=30).images[0]
     """
-    if on_drift not in ON_DRIFT:
-        raise UserError(f"on_drift = {on_drift!r}: give one of {', '.join(map(repr, ON_DRIFT))}")
+    check_on_drift(on_drift)
     if drift_limit is not None and not (isinstance(drift_limit, int | float) and drift_limit > 0):
         raise UserError(f"drift_limit = {shown(drift_limit)}: give a number above 0")
     if isinstance(pipe, Plan | Mapping | str | Path):
@@ -90,6 +89,12 @@ def enable(
         for model in models:
             hook_blocks(model, enabled)
     stand_in(pipe, enabled, own)
+
+
+def check_on_drift(on_drift: object) -> None:
+    """Refuse what says nothing about runs that are unlike those of the calibration."""
+    if not isinstance(on_drift, str) or on_drift not in ON_DRIFT:
+        raise UserError(f"on_drift = {shown(on_drift)}: give one of {', '.join(map(repr, ON_DRIFT))}")
 
 
 def _check_plan(pipe, plan: Plan, on_drift: str) -> None:

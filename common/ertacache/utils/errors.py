@@ -50,6 +50,19 @@ def reason_of(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
+def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "check these arguments") -> UserError:
+    """Return a pipeline's failing call as one line.
+
+    Args:
+        pipeline: Its class.
+        error: Whatever pipelines, tokenizers and torch raise for a value.
+        given: The arguments of the call, as the user gives them.
+        remedy: What to do.
+    """
+    with_them = f" with {textwrap.shorten(given, 400, placeholder=' …')}" if given else ""
+    return UserError(f"{pipeline}'s call failed ({reason_of(error)}){with_them}: {remedy}")
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Run a command's `main` with one-line errors and warnings on stderr.
 

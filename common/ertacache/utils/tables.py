@@ -35,3 +35,17 @@ def code(text: str) -> str:
 def _cell(value) -> str:
     text = MISSING if value is None else str(value)
     return printable(text.replace("|", "\\|").replace("\n", " ")).replace("<", "&lt;")
+
+
+def planned(what: str, rows: int, prompts: int, steps: float, step_seconds: float | None = None) -> str:
+    """Return the line of a --dry-run on what would be measured.
+
+    Args:
+        what: A model folder, or a figure of one.
+        rows, prompts: How many.
+        steps: Model calls over all prompts, about.
+        step_seconds: Of a call, for the hours; None leaves them out.
+    """
+    hours = f", {steps * step_seconds / 3600:.1f} hours" if step_seconds else ""
+    count = f"{prompts} prompt{'s' if prompts > 1 else ''}"
+    return f"{what}: about {rows} rows, {count}, {steps:.0f} steps{hours}"

@@ -146,10 +146,14 @@ def test_the_least_recently_used_go_beyond_the_limit(home, monkeypatch):
     assert not work.exists()
 
 
-@pytest.mark.parametrize("speedup, word", [(0.5, "at least 1"), (5, "at most 4"), ("2", "list"), (float("nan"), "1")])
+@pytest.mark.parametrize(
+    "speedup, word",
+    [(0.5, "at least 1"), (5, "at most 4"), ("2", "or a list like"), ([], "list"), (float("nan"), "1")],
+)
 def test_a_speedup_out_of_range_is_refused(speedup, word, home):
-    with refused(word):
+    with refused("speedup ", word) as caught:
         accelerated(speedup)
+    assert "speedups" not in str(caught.value)
     assert not home.exists()
 
 
@@ -164,9 +168,33 @@ def test_a_pipeline_that_cannot_be_calibrated_says_which_part(home):
         ertacache.accelerate(flux().pipe, size=3)
     with refused("prompts = ", "a list of texts"):
         ertacache.accelerate(flux().pipe, 2, "a prompt")
-    with refused("no calibration prompts"):
+    with refused("no calibration prompts", "leave prompts out"):
         ertacache.accelerate(flux().pipe, 2, [])
     assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_drift": "zz"}, ("on_drift = 'zz'", "'warn', 'compute', 'ignore'")),
+        ({"on_drift": ["warn"]}, ("on_drift = ['warn']", "'warn', 'compute', 'ignore'")),
+        ({"effort": ["a"]}, ("effort ['a']", "quick, normal, thorough")),
+        ({"prompts": ["", ""]}, ("prompts = ['', '']", "say what should be seen")),
+        ({"guidance_scale": float("nan")}, ("guidance_scale = nan", "finite")),
+        ({"max_sequence_length": -1}, ("max_sequence_length = -1", "not negative")),
+        ({"num_inference_steps": 100_000}, ("num_inference_steps = 100000", "1000")),
+    ],
+)
+def test_an_argument_that_cannot_be_is_refused_before_a_model_call(options, words, home):
+    tiny = with_prompts(flux())
+    with CallCounter(tiny.pipe.transformer) as calls, refused(*words):
+        ertacache.accelerate(tiny.pipe, **{"num_inference_steps": STEPS, **tiny.arguments, **options})
+    assert calls.count == 0 and not home.exists()
+
+
+def test_a_call_that_the_pipeline_cannot_make_is_one_line():
+    with refused("FluxPipeline's call failed (", "height='32'", "check these arguments"):
+        accelerated(height="32")
 
 
 SCRIPT = f"""

@@ -255,7 +255,9 @@ def test_an_error_in_one_prompts_call_ends_all():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompts": []}, ("no calibration prompts",)),
+        ({"prompts": []}, ("no calibration prompts: give some",)),
+        ({"prompts": [" "]}, ("prompts = [' ']", "say what should be seen")),
+        ({"prompts": ["a red star", ""]}, ("prompts = ['a red star', '']", "say what should be seen")),
         ({"prompts": "a red star"}, ("prompts = 'a red star'", "list")),
         ({"prompts": ["a red star", None]}, ("['a red star', None]", "list")),
         ({"speedups": []}, ("speedups = []", "[2, 3]")),
@@ -274,6 +276,19 @@ def test_an_error_in_one_prompts_call_ends_all():
         ({"seed": 2**64}, ("seed 18446744073709551616", "whole number")),
         ({"seed": 1.5}, ("seed 1.5", "whole number")),
         ({"work": "a\0b"}, ("a\\x00b", "folder")),
+        ({"work": ["a"]}, ("work = ['a']", "folder")),
+        ({"effort": "great"}, ("effort great", "quick, normal, thorough")),
+        ({"effort": ["a"]}, ("effort ['a']", "quick, normal, thorough")),
+        ({"effort": None}, ("effort None", "quick, normal, thorough")),
+        ({"guidance_scale": float("nan")}, ("guidance_scale = nan", "finite")),
+        ({"guidance_scale": np.float32("inf")}, ("guidance_scale = ", "inf", "finite")),
+        ({"sigmas": [1.0, float("nan")]}, ("sigmas = [1.0, nan]", "finite numbers")),
+        ({"max_sequence_length": -1}, ("max_sequence_length = -1", "not negative")),
+        ({"height": -16}, ("height = -16", "not negative")),
+        ({"num_inference_steps": -1}, ("num_inference_steps = -1", "from 3")),
+        ({"height": 3}, ("the latents hold no numbers", "height=3", "larger sizes")),
+        ({"height": "32"}, ("FluxPipeline's call failed (", "height='32'", "check these arguments")),
+        ({"joint_attention_kwargs": 1}, ("FluxPipeline's call failed ('int' object", "joint_attention_kwargs=1")),
         ({"target": "exact"}, ("target = 'exact'", "'reference'")),
         ({"guidance": 3.5}, ("guidance", "FluxPipeline", "leave it out")),
         ({"generator": None}, ("generator", "leave it out")),
@@ -450,6 +465,24 @@ def test_an_uncached_run_that_is_not_finite_is_named(changes):
 def test_an_error_before_the_call_ends_the_calibration():
     with pytest.raises((ValueError, RuntimeError, OverflowError)):
         calibrate(with_prompts(flux()), seed=2**64)
+
+
+def test_a_lack_of_memory_stays_what_it_is():
+    tiny = with_prompts(flux())
+    tiny.pipe.transformer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate(tiny)
+
+
+@pytest.mark.parametrize("prompts", [["", ""], [[]], [0, 1]])
+def test_what_takes_no_texts_takes_any_values(prompts):
+    """Images and class labels are no texts that say something."""
+
+    class Pipeline:
+        def __call__(self, image, num_inference_steps=8):
+            pass
+
+    assert from_pipeline.calibration_prompts(Pipeline(), prompts) == prompts
 
 
 def test_a_scheduler_that_no_plan_can_follow_is_refused():

@@ -18,6 +18,7 @@ from conftest import IMAGES, ROOT, open_model_folder
 from ertacache import BudgetPlan, Plan
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.cli import main
+from ertacache.cli.commands import EXAMPLES
 from ertacache.cli.request import Request
 from ertacache.evaluation.metrics import mean, psnr, ssim
 from ertacache.utils import media
@@ -348,6 +349,12 @@ PLAN = ["--plan", SHIPPED / "demo-30-budget-15.json"]
         (["generate", DEMO, *ONE, "--set", "num_inference_steps=few"], "num_inference_steps = 'few': give --steps"),
         (["generate", DEMO, *ONE, *FLAGS, "--set", "guidance_scale=x"], "guidance_scale is given twice"),
         (["generate", DEMO, *ONE, "--set", "joint_attention_kwargs=1"], "FluxPipeline's call failed ('int' object"),
+        (["generate", DEMO, *ONE, "--steps", 2, "--height", 7], " with --steps 2 --height 7: check these arguments"),
+        (
+            ["generate", DEMO, *ONE, "--set", "max_sequence_length=-1"],
+            "max_sequence_length = -1, give a number",
+        ),
+        (["generate", DEMO, *ONE, "--guidance", "nan"], "--guidance: guidance_scale = nan, give a finite number"),
         (["generate", DEMO, "--out", "out"], "no prompt: give --prompt TEXT, or --prompts FILE"),
         (
             ["generate", DEMO, "--prompts", "empty.txt", "--out", "out"],
@@ -380,6 +387,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, monkeypatch
     (tmp_path / "empty.txt").write_text("# only a comment\n\n")
     assert message in refused(*words)
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_help_of_a_command_ends_with_an_example_of_it(run, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "160")
+    lines = [line for line in run(name, "--help") if line.strip()]
+    assert lines[-1].strip() == f"Example: {EXAMPLES[name]}"
+
+
+@pytest.mark.parametrize("words", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_example_of_a_command_has_options_that_it_takes(run, refused, tmp_path, words):
+    (tmp_path / "prompts.txt").write_text("a red ring\n")
+    _, command, _, *others = shlex.split(words)
+    assert "no model gone: give a folder" in refused(command, "gone", *others)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -206,6 +207,29 @@ def test_what_cannot_be_reproduced(script, arguments, words, tmp_path, monkeypat
     with pytest.raises(UserError) as refused:
         script.main()
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "what", "lines"),
+    [
+        ("figures", "figure2", 1),
+        ("figures", "figure3", 2),
+        ("figures", "figure5", 2),
+        ("tables", "table2", 2),
+        ("tables", "table4", 2),
+    ],
+)
+def test_a_dry_run_says_how_many_rows_steps_and_hours(script, what, lines, tmp_path):
+    words = ["--folders", "ERTACache4FLUX"] if what != "table4" else []
+    words += ["--count", "2", "--counts", "2,4"] if script == "figures" else ["--extra", ""]
+    words += ["--work", str(tmp_path)] if what == "figure3" else []
+    done = run(f"reproduce/{script}.py", what, *words, "--dry-run", "--step-seconds", "7", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    pattern = r"ERTACache4\S+?(, figure 2)?: about \d+ rows, \d+ prompts?, \d+ steps, \d+\.\d hours; .* on top"
+    assert len(said) == lines and all(re.fullmatch(pattern, line) for line in said), said
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".txt"]  # those are the prompts of figure 5
 
 
 @pytest.mark.slow

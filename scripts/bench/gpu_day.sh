@@ -14,7 +14,7 @@ OUT=${OUT:-runs/gpu-day}
 mkdir -p "$OUT"
 OUT=$(cd -- "$OUT" && pwd)
 PYTHONPATH=common:ERTACache4OpenSora1.2${PYTHONPATH:+:$PYTHONPATH}
-if [ -n "$WHEELS" ]; then     # beside the environment, not in it: a folder that is looked at first
+if [ -n "$WHEELS" ]; then     # a folder of packages that Python searches before those of the environment
     [ -d "$OUT/site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$OUT/site" \
         "$WHEELS"/*.whl >&2
     PYTHONPATH=$OUT/site:$PYTHONPATH

@@ -4,9 +4,9 @@
 
 Run it with ComfyUI's Python, which has ertacache installed. The nodes are installed into the checkout by `ertacache
 comfyui install` and removed at the end, unless they are there already; all else is written to --work.
-The models are those of `comfyui_models.py`. Of three of them ComfyUI's loader knows the published width alone (FLUX,
-Qwen-Image, SDXL); nodes of the test, `comfyui_test_nodes.py`, have it read the width off the weights. A node makes
-random conditioning, and latents are saved: text encoders and VAE are left out.
+The models are those of `parts/comfyui_models.py`. Of three of them ComfyUI's loader knows the published width alone
+(FLUX, Qwen-Image, SDXL); nodes of the test, `parts/comfyui_test_nodes.py`, have it read the width off the weights. A
+node makes random conditioning, and latents are saved: text encoders and VAE are left out.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from comfyui_models import FRAMES, MODELS, SIDE, Small
-from comfyui_server import Result, Server, working_folder
 
 import ertacache
 from ertacache.utils.provenance import measured_with
+from parts.comfyui_models import FRAMES, MODELS, SIDE, Small
+from parts.comfyui_server import Result, Server, working_folder
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "common/ertacache/comfyui/workflows"
 STEPS, CALLS = 12, 4  # T, N

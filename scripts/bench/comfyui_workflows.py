@@ -6,10 +6,11 @@ Run it with ComfyUI's Python: the names and widgets of nodes are those of the ru
 """
 
 import json
-import sys
 from pathlib import Path
 
-from comfyui_server import Server, working_folder
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.utils.errors import run_program
+from parts.comfyui_server import Server, working_folder
 
 OUT = Path(__file__).resolve().parents[2] / "common/ertacache/comfyui/workflows"
 COLUMN, ROW, WIDTH = 360, 40, 320  # pixels between nodes, and of one
@@ -154,7 +155,10 @@ def editor_form(api: dict, info: dict) -> dict:
 
 
 def main() -> None:
-    with working_folder() as work, Server(Path(sys.argv[1]), work) as server:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("checkout", type=Path, metavar="PATH_TO_COMFYUI")
+    checkout = parser.parse_args().checkout
+    with working_folder() as work, Server(checkout, work) as server:
         server.wait()
         info = server.get("object_info")
     OUT.mkdir(exist_ok=True)
@@ -167,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,7 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu_parts
 import torch
 
 import latency as bench_latency
@@ -49,6 +48,7 @@ from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions, machine
+from parts import gpu_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"ERTACache4FLUX": 12, "ERTACache4Wan2.1": 4, "ERTACache4CogVideoX-2B": 6, "ERTACache4OpenSora1.2": 8}

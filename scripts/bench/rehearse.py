@@ -3,8 +3,8 @@
     .venv/bin/python scripts/bench/rehearse.py ERTACache4OpenSora1.2
     .venv/bin/python scripts/bench/rehearse.py ERTACache4FLUX --size toy --only checkpoint,speedup,generate
 
-`published.py` writes the checkpoint in the published layout: at the published sizes (`full`), or tiny (`toy`). Every
-further step is a process of its own, at the smallest size that the model takes and few steps: run.sh by λ and by
+`parts/published.py` writes the checkpoint in the published layout: at the published sizes (`full`), or tiny (`toy`).
+Every further step is a process of its own, at the smallest size that the model takes and few steps: run.sh by λ and by
 speed-up, interrupted and resumed; `ertacache calibrate`, `generate` and `evaluate`; `ertacache.accelerate`; offload;
 the paper's tables. Steps that are done are not repeated; --only STEP,… repeats those that it names. A step passes if
 its exit code is the expected one and no traceback is in what it prints (logs/STEP.log). The results are in
@@ -28,14 +28,13 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-import published
-
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.plans.names import short_name
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
 from ertacache.utils.provenance import library_versions, measured_with
 from ertacache.utils.tables import markdown
+from parts import published
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.05  # seconds between two looks at a process

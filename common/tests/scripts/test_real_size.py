@@ -8,8 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import gpu_day
-import gpu_parts
-import published
 import pytest
 import rehearse
 import torch
@@ -18,6 +16,7 @@ from rehearse import Rehearsal, Step, run_step
 from conftest import FOLDERS, ROOT
 from ertacache.demos.model_folder import load_model_folder
 from helpers import refused
+from parts import gpu_parts, published
 
 FLUX = ROOT / "ERTACache4FLUX"
 LAYOUT = {  # files that are peculiar to a repository

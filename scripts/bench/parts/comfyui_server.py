@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import safetensors.torch
 
 MODELS = ("diffusion_models", "controlnet", "loras", "ertacache", "custom_nodes")
@@ -116,6 +115,8 @@ class Server:
         return asyncio.run(self._run(workflow))
 
     async def _run(self, workflow: dict) -> Result:
+        import aiohttp  # of ComfyUI's environment
+
         sampling = next((id for id, node in workflow.items() if node["class_type"] == "SamplerCustomAdvanced"), None)
         result, client = Result(), "test"
         async with (

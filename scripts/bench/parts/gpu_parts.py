@@ -27,7 +27,7 @@ from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.files import read_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SEEDS = (7, 8)
 CPU = torch.device("cpu")
 CALIBRATIONS = ("budget", "threshold, output", "threshold, blocks", "pipeline")

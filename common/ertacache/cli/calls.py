@@ -14,6 +14,7 @@ from ertacache.pipelines.enable import disable, enable, parts_of
 from ertacache.plans import Plan
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
+from ertacache.utils.progress import bar_options
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Calls:
         for part_name, its_part in call.parts.items():
             setattr(self.pipe, part_name, its_part)
         text = f"{call.name}, prompt {part.stop} of {len(self.prompts)}"
-        self.pipe.set_progress_bar_config(disable=None if parallel.is_main() else True, leave=False, desc=text)
+        self.pipe.set_progress_bar_config(**bar_options(text, "step", silent=not parallel.is_main()))
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]
         start = time.perf_counter()
         with self.request.calling(), call.within():

@@ -25,6 +25,7 @@ from ertacache.utils import media, parallel
 from ertacache.utils.checkpoints import Checkpoints, digest
 from ertacache.utils.devices import peak_memory, reset_peak_memory, synchronize
 from ertacache.utils.files import relative
+from ertacache.utils.progress import bar_options
 from ertacache.utils.provenance import fingerprint, library_versions, machine
 
 SOLVER_METHODS = ("uniform", "fewer-steps-ab2", "least-squares")  # schedules and solvers that run as plans
@@ -152,7 +153,8 @@ class Evaluation:
         """
         results = []
         starts = range(0, len(self.prompts), self.batch_size)
-        for number in tqdm(parallel.mine(len(starts)), desc="prompts", leave=False, disable=None):
+        bar = bar_options("evaluation", "batch", silent=not parallel.is_main())
+        for number in tqdm(parallel.mine(len(starts)), **bar):
             part = slice(starts[number], starts[number] + self.batch_size)
             flops = None
             if number == 0 and count:

@@ -2,10 +2,42 @@
 
 import sys
 import time
+from typing import Any
 
 from tqdm.auto import tqdm
 
 EVERY = 60.0  # seconds between lines
+
+
+def shows_bars() -> bool:
+    """Return whether standard error can show a bar: on a terminal, and in a notebook."""
+    return sys.stderr.isatty() or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
+
+
+class Lines:
+    """A stream on which each state of a tqdm bar is a line of standard error."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar_options(text: str, unit: str, silent: bool = False) -> dict[str, Any]:
+    """Return the arguments of a tqdm bar that goes when it is full; where none can be shown, a line a minute instead.
+
+    Args:
+        text: Before the counts.
+        unit: Of the work, for example "step".
+        silent: Whether to show nothing.
+    """
+    options = {"desc": text, "unit": unit, "leave": False, "disable": silent}
+    if not shows_bars():
+        words = "{desc}: {n_fmt} of {total_fmt} {unit}s, about {remaining} left"
+        options |= {"bar_format": words, "file": Lines(), "delay": EVERY, "mininterval": EVERY, "miniters": 1}
+    return options
 
 
 class Progress:
@@ -21,8 +53,7 @@ class Progress:
     """
 
     def __init__(self, unit: str, silent: bool = False):
-        in_notebook = any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
-        shows_bar = not silent and (sys.stderr.isatty() or in_notebook)
+        shows_bar = not silent and shows_bars()
         self.bar = tqdm(total=0, unit=unit, disable=not shows_bar)
         self.unit, self.says_lines = unit, not silent and not shows_bar
         self.n = self.total = 0

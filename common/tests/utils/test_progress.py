@@ -1,7 +1,13 @@
 """Progress in a log: a line per minute, with a total that is known."""
 
+import re
+import time
+
+import pytest
+from tqdm import tqdm
+
 from ertacache.utils import progress
-from ertacache.utils.progress import Progress
+from ertacache.utils.progress import Progress, bar_options
 
 
 def test_a_log_gets_a_line_per_minute(capsys, monkeypatch):
@@ -27,4 +33,21 @@ def test_nothing_is_said_where_nothing_is_wanted(capsys, monkeypatch):
     for work in (silent, unknown):
         work.update()
         work.close()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_bar_of_another_library_is_a_line_a_minute_in_a_log(capsys, monkeypatch, silent):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    for _ in tqdm(range(6), **bar_options("uncached, prompt 3 of 8", "step", silent)):
+        time.sleep(0.025)
+    lines = capsys.readouterr().err.splitlines()
+    expected = r"uncached, prompt 3 of 8: \d of 6 steps, about 00:00 left"
+    assert all(re.fullmatch(expected, line) for line in lines), lines
+    assert len(lines) >= 2 and len(set(lines)) == len(lines) if not silent else not lines
+
+
+def test_short_work_has_no_line_in_a_log(capsys):
+    for _ in tqdm(range(50), **bar_options("uncached", "step")):
+        pass
     assert capsys.readouterr().err == ""

@@ -1,12 +1,11 @@
 """Print one table of what all methods reach: a line per model folder and speed-up.
 
     .venv/bin/python scripts/report/overview.py runs/all.json
-    .venv/bin/python scripts/report/overview.py runs/all.json --of tail
     .venv/bin/python scripts/report/overview.py runs/all.json --of latency
 
-Of quality: mean PSNR to the uncached run, of the rows that reach nine tenths of the target speed-up in FLOPs; of
-several settings of a method (threshold plans cache at two sites), and of all other caches, the best. Of the tail: the
-10th percentile and the worst of the same rows. Of latency: the measured speed-up of the loop, and that in FLOPs.
+Of quality: PSNR to the uncached run, mean / 10th percentile / worst / share below 30 dB, of the rows that reach nine
+tenths of the target speed-up in FLOPs; of several settings of a method (threshold plans cache at two sites), and of all
+other caches, the best by the mean. Of latency: the measured speed-up of the loop, and that in FLOPs.
 """
 
 if __name__ == "__main__":
@@ -19,11 +18,10 @@ from ertacache.evaluation import report, table
 from ertacache.evaluation.ranking import reaches
 from ertacache.evaluation.rows import read_source
 from ertacache.utils.errors import run_program
-from ertacache.utils.tables import MISSING, markdown
+from ertacache.utils.tables import MISSING, escaped, markdown
 
 METHODS = ("budget", "ertacache", "fewer-steps", "fewer-steps-tuned", "least-squares", "teacache", "first-block")
 OTHER = "best other cache"
-SHOWN = {"quality": ("psnr",), "tail": ("psnr_p10", "psnr_worst")}
 
 
 def best_of_each(rows: list[dict], target: float) -> list[dict | None]:
@@ -35,20 +33,20 @@ def best_of_each(rows: list[dict], target: float) -> list[dict | None]:
 
 
 def text(row: dict | None, of: str, first: float, named: bool) -> str:
-    """Return a cell. first: the best first value of its line; named: whether it names the method."""
+    """Return a cell. first: the best mean of its line; named: whether it names the method."""
     if row is None:
         return MISSING
-    name = f" ({row['method']})" if named else ""
+    name = f" ({escaped(row['method'])})" if named else ""
     if of == "latency":
         return table.latency(row) + name
-    shown = " / ".join(f"{row[key]:.1f}" for key in SHOWN[of])
-    return (f"**{shown}**" if row[SHOWN[of][0]] == first else shown) + name
+    shown = f"{table.tail(row)} / {table.percent(row['below_30db'])}"
+    return (f"**{shown}**" if row["psnr"] == first else shown) + name
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS.json", help="written by scripts/evaluate.py --json")
-    parser.add_argument("--of", choices=("quality", "tail", "latency"), default="quality")
+    parser.add_argument("--of", choices=("quality", "latency"), default="quality")
     args = parser.parse_args()
     sections = report.sections([read_source(path) for path in args.rows])
     asked = [(section, target) for section in sections for target in section.targets]
@@ -57,9 +55,9 @@ def main() -> None:
     shown = [n for n in range(len(titles)) if any(line[n] for line in found)]
     lines = []
     for (section, target), best in zip(asked, found, strict=True):
-        first = max((row[SHOWN[args.of][0]] for row in best if row), default=0) if args.of in SHOWN else 0
+        first = max((row["psnr"] for row in best if row), default=0)
         cells = [text(best[n], args.of, first, titles[n] == OTHER) for n in shown]
-        lines.append([section.folder.removeprefix("ERTACache4"), f"{target:g}×", *cells])
+        lines.append([escaped(section.folder.removeprefix("ERTACache4")), f"{target:g}×", *cells])
     rows = [row for section in sections for row in section.rows]
     counts = " or ".join(dict.fromkeys(str(row["prompts"]) for row in rows))
     print(markdown(["demo", "speed-up", *(titles[n] for n in shown)], lines))

@@ -61,6 +61,7 @@ def grid(captions: list[str], images: np.ndarray, columns: int = 6) -> Image.Ima
     for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
         x, y = GAP + number % columns * (SIDE + GAP), GAP + number // columns * (SIDE + LINE + GAP)
         page.paste(Image.fromarray(media.to_uint8(image)).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        caption = media.shortened(caption, SIDE + GAP, draw, font)
         draw.text((x + SIDE // 2, y + SIDE + 4), caption, fill="black", font=font, anchor="ma")
     return page
 

@@ -15,7 +15,7 @@ from ertacache.evaluation import report
 from ertacache.evaluation.plots import AXES, PLOTTED, legend, plot, timeline
 from ertacache.evaluation.ranking import is_ours, markdown, speedup
 from ertacache.evaluation.rows import MEDIA
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, printable
 from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
 
@@ -57,11 +57,11 @@ def samples(section, media: Media) -> dict | None:
     reference = [media.add(path) for path in uncached["samples"]]
     methods = []
     for name, rows in report.curves(section).items():
-        runs = [{"name": setting(row), "samples": of_prompts(row, prompts, media)} for row in rows if row["samples"]]
-        runs = [run for run in runs if run["samples"]]
+        shown = [(printable(setting(row)), of_prompts(row, prompts, media)) for row in rows if row["samples"]]
+        runs = [{"name": text, "samples": numbers} for text, numbers in shown if numbers]
         if runs:
-            methods.append({"name": name, "ours": is_ours(rows[0]), "runs": runs})
-    return {"prompts": prompts, "uncached": reference, "methods": methods} if methods else None
+            methods.append({"name": printable(name), "ours": is_ours(rows[0]), "runs": runs})
+    return {"prompts": [*map(printable, prompts)], "uncached": reference, "methods": methods} if methods else None
 
 
 def of_prompts(row: dict, prompts: list[str], media: Media) -> dict[int, int]:
@@ -74,6 +74,11 @@ def setting(row: dict) -> str:
     asked = "" if row["asked"] is None else f"{row['asked']:g}× asked, "
     psnr = "" if row.get("psnr") is None else f", {row['psnr']:.1f} dB"
     return f"{asked}{speedup(row):.2f}× reached: {row['label']}{psnr}"
+
+
+def cleaned(value):
+    """Return what the template shows: of texts, which may be a stranger's, without control characters."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def view(section, media) -> dict:
@@ -103,9 +108,8 @@ def page(sections, sources, title: str, measured_by: str = "scripts/evaluate.py"
     """
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
+    options = {"autoescape": True, "finalize": cleaned, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
     media = Media()
     script = (TEMPLATES / "page.js").read_text("utf-8")
     rows = [{**row, "samples": [path.name for path in row["samples"]]} for source in sources for row in source.rows]
@@ -147,5 +151,5 @@ def tables(sections) -> str:
         parts += [f"{where}. Bold: the best among the rows with a place."]
         for target in section.targets:
             rows = [row for row in section.methods if row["asked"] == target]
-            parts += [f"### {target:g}×", markdown(rows, list(report.TABLE)), *report.notes(rows)]
+            parts += [f"### {target:g}×", markdown(rows, list(report.TABLE)), *map(escaped, report.notes(rows))]
     return "\n\n".join(parts) + "\n"

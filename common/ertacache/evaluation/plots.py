@@ -7,6 +7,7 @@ from html import escape
 
 from ertacache.evaluation import report
 from ertacache.evaluation.ranking import OUR_FAMILIES, TITLES, is_ours, speedup
+from ertacache.utils.errors import printable
 
 PLOTTED = ("psnr", "ssim", "exact_psnr")
 AXES = {"flops": "speed-up by FLOPs", "latency": "measured latency speed-up"}
@@ -73,7 +74,7 @@ def svg(drawing, name: str, alt: str) -> str:
     """
     from matplotlib import rcParams
 
-    rcParams["svg.hashsalt"] = name
+    rcParams["svg.hashsalt"] = printable(name)
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -83,7 +84,7 @@ def svg(drawing, name: str, alt: str) -> str:
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     for marked, variable in COLOURS.items():
         text = text.replace(marked, variable)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(printable(alt))}"', 1)
 
 
 def plot(section, metric: str, axis: str) -> str | None:
@@ -129,7 +130,7 @@ def label_starts(axes, starts: list[tuple]) -> None:
     height, y_label = axes.get_ylim()[1] - axes.get_ylim()[0], math.inf
     for x, y, name in sorted(starts, key=lambda start: -start[1]):
         y_label = min(y, y_label - 0.07 * height)
-        axes.annotate(name, (x, y_label), (7, 2), weight="bold", parse_math=False, **TEXT)
+        axes.annotate(printable(name), (x, y_label), (7, 2), weight="bold", parse_math=False, **TEXT)
 
 
 def timeline(section, row: dict, number: int) -> dict:
@@ -192,7 +193,8 @@ def overview(sections, metric: str = "psnr") -> bytes:
             ours, (colour, _) = is_ours(rows[0]), FAMILIES[rows[0]["family"]]
             line = {"color": colour, "linewidth": 2.4 if ours else 1, "markersize": 5 if ours else 3}
             panel.plot(*zip(*points, strict=True), marker="o", zorder=3 + ours, **line)
-        panel.set(title=section.folder.removeprefix("ERTACache4"), xlabel="speed-up in FLOPs, ×")
+        panel.set_title(printable(section.folder.removeprefix("ERTACache4")), parse_math=False)
+        panel.set_xlabel("speed-up in FLOPs, ×")
         panel.grid(True, linewidth=0.5, color="#dddddd")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(TITLES[metric])

@@ -15,11 +15,12 @@ def _field(name: str) -> Text:
     return lambda row: cell(row, name)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Return a share, "12 %"."""
     return MISSING if share is None else f"{100 * share:.0f} %"
 
 
-def _tail(row: Row) -> str:
+def tail(row: Row) -> str:
     """Return mean, 10th percentile and worst of the PSNR."""
     if row["psnr"] is None:
         return MISSING
@@ -29,7 +30,7 @@ def _tail(row: Row) -> str:
 def _latents(row: Row) -> str:
     if row["latent_psnr"] is None:
         return MISSING
-    return f"{cell(row, 'latent_psnr')} ({_percent(row['latents_below_30db'])})"
+    return f"{cell(row, 'latent_psnr')} ({percent(row['latents_below_30db'])})"
 
 
 COLUMNS: tuple[tuple[str, str, Text], ...] = (  # title, the field that makes it worth showing, cell
@@ -39,15 +40,15 @@ COLUMNS: tuple[tuple[str, str, Text], ...] = (  # title, the field that makes it
     ("FLOPs", "speedup_flops", _field("speedup_flops")),
     ("latency", "speedup_latency", _field("speedup_latency")),
     ("end to end", "speedup_end_to_end", _field("speedup_end_to_end")),
-    ("PSNR: mean / 10th percentile / worst, dB", "psnr", _tail),
-    ("below 30 dB", "below_30db", lambda row: _percent(row["below_30db"])),
+    ("PSNR: mean / 10th percentile / worst, dB", "psnr", tail),
+    ("below 30 dB", "below_30db", lambda row: percent(row["below_30db"])),
     ("latents, dB (below 30 dB)", "latent_psnr", _latents),
     ("SSIM", "ssim", _field("ssim")),
     ("LPIPS", "lpips", _field("lpips")),
     ("temporal PSNR, dB", "temporal_psnr", _field("temporal_psnr")),
     ("CLIP similarity", "clip_similarity", _field("clip_similarity")),
     ("PSNR to the solution, dB", "exact_psnr", _field("exact_psnr")),
-    ("shown right", "prompt_accuracy", lambda row: _percent(row["prompt_accuracy"])),
+    ("shown right", "prompt_accuracy", lambda row: percent(row["prompt_accuracy"])),
     ("memory, MiB", "peak_memory_mib", _field("peak_memory_mib")),
 )
 TITLES = {
@@ -98,7 +99,9 @@ def by_speedup(rows: Sequence[Row], text: Text | None = None) -> str:
     shared = [len({key[n] for key in lines}) == 1 for n in range(2)]
     table = []
     for (folder, captions, asked), found in lines.items():
-        head = [escaped(folder.removeprefix("ERTACache4"))] * (not shared[0]) + [captions] * (not shared[1])
+        head = [escaped(folder.removeprefix("ERTACache4"))] * (not shared[0]) + [escaped(str(captions))] * (
+            not shared[1]
+        )
         ranked = [row["psnr"] for row in found.values() if reaches(row, asked) and row["psnr"] is not None]
         cells = []
         for method in methods:
@@ -121,7 +124,7 @@ def column_of(row: Row) -> str:
 def mean_and_tail(row: Row) -> str:
     if row["psnr"] is None:
         return MISSING
-    return f"{row['psnr']:.1f} / {row['psnr_p10']:.1f} / {_percent(row['latents_below_30db'])}"
+    return f"{row['psnr']:.1f} / {row['psnr_p10']:.1f} / {percent(row['latents_below_30db'])}"
 
 
 def latency(row: Row) -> str:
@@ -131,4 +134,4 @@ def latency(row: Row) -> str:
 
 def facts(*what: str, day: str | None = None) -> str:
     """Return the line below a table: on what, with what and when it was measured; by default today."""
-    return f"*{'; '.join([*what, measured_with(), day or date.today().isoformat()])}*"
+    return f"*{'; '.join([*what, measured_with(), escaped(day or date.today().isoformat())])}*"

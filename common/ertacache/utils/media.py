@@ -96,19 +96,19 @@ def sheet(prompts: list[str], columns: dict[str, np.ndarray]) -> Image.Image:
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     for column, (title, images) in enumerate(columns.items()):
         x = gap + column * (width + gap)
-        draw.text((x, 5), title, fill="black", font=font)
+        draw.text((x, 5), shortened(title, page.width - x, draw, font), fill="black", font=font)
         for row, image in enumerate(images):
             tile = Image.fromarray(to_uint8(image)).resize((width, height), resampling)
             page.paste(tile, (x, line_height + row * (height + line_height)))
     for row, prompt in enumerate(prompts):
         font = _font_for(prompt)
-        text = _shorten(prompt, row_width - 2 * gap, draw, font)
+        text = shortened(prompt, row_width - 2 * gap, draw, font)
         y = line_height + row * (height + line_height) + height + 3
         draw.text((gap, y), text, fill="black", font=font)
     return page
 
 
-def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
+def shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
     """Return a text that fits into a width in pixels, with … at its end where it was cut.
 
     Letters that the font lacks, and what is no letter at all, are written as escapes.

@@ -33,8 +33,8 @@ def code(text: str) -> str:
 
 
 def _cell(value) -> str:
-    text = MISSING if value is None else str(value)
-    return printable(text.replace("|", "\\|").replace("\n", " ")).replace("<", "&lt;")
+    text = printable((MISSING if value is None else str(value)).replace("\n", " ")).replace("<", "&lt;")
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", text)  # a backslash where there is none, or an even number
 
 
 def planned(what: str, rows: int, prompts: int, steps: float, step_seconds: float | None = None) -> str:

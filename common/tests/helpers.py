@@ -139,6 +139,7 @@ def with_prompts(tiny):
             "flux": (text, states(prompt, 16), torch.zeros(5, 3)),
             "stable_diffusion_3": (text, other, states(prompt, 16), states(nothing, 16)),
             "wan": (text, other),
+            "qwenimage": (text, mask),
         }.get(type(tiny.pipe).__module__.split(".")[-2], (text, mask, other, mask))
 
     tiny.pipe.encode_prompt = encode_prompt

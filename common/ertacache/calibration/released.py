@@ -9,6 +9,7 @@ Their authors reuse the difference that the block stack makes; a plan reuses the
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ertacache.calibration.from_pipeline import calling, check_call, prompts_of,
 from ertacache.calibration.paused_call import PausedCalls
 from ertacache.calibration.planner import Schedule
 from ertacache.numerics.multistep import extrapolated, first_order_matrix, predicted_jumps, reused
+from ertacache.pipelines.conditions import watching
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.plan import as_tuples
 from ertacache.utils.errors import UserError, reason_of, shown
@@ -126,15 +128,16 @@ def import_schedule(pipe, source: str | Path | Sequence[int], *, prompt="", **ca
     schedule = checked(complement(computed, total) if isinstance(computed, frozenset) else computed, total, text)
     with PausedCalls(pipe, call_kwargs) as sampler:
         call = sampler.prepare(pipe, prompts_of(pipe, [prompt]), [0])
-        with calling(pipe, call_kwargs):
+        with calling(pipe, call_kwargs), watching(pipe) as conditions:
             native = call.all_sigmas
         if len(call.times) != total:
             raise UserError(f"the call makes {len(call.times)} of {total} steps: give a call that begins with noise")
         solver = first_order_matrix([sampler.first_order(pipe, call, i, i + 1) for i in range(total)])
     predictor = extrapolated if "DPCache" in text else reused
     weights, scale = predicted_jumps(solver, schedule, predictor)
+    required = requirements_of(pipe, total, call_kwargs)
     return BudgetPlan(
-        requirements=requirements_of(pipe, total, call_kwargs),
+        requirements=replace(required, settings={**required.settings, **conditions}),
         computed=schedule,
         weights=as_tuples(weights.tolist()),
         scale=tuple(scale.tolist()),

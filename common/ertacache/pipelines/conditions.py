@@ -4,8 +4,10 @@ Settings that a call is given do not tell: most have defaults, which differ betw
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ REMEDIES = {"latents": "the same size", "text_length": "the same max_sequence_le
 SIZES = ("height", "width", "num_frames")  # the shape of the latents, as the call knows it
 IN_TEXT_LENGTH = "max_sequence_length"  # which matters as far as the model sees it
 UNRELATED = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt")  # compared elsewhere
+WITHOUT = {"true_cfg_scale": 1}  # by name, what says that a call is made without it
+TAKES_EFFECT = {"true_cfg_scale": "do_true_cfg"}  # by name, the variable of the call that says whether it does anything
 
 
 def conditions_of(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,14 +48,16 @@ def arguments_under_way(pipe) -> dict[str, int | float]:
     """Return the numbers among the arguments of the call of such a pipeline that is under way in this thread.
 
     They are read from its frame, for they are what the call uses, defaults and corrections included; no pipeline keeps
-    all of them.
+    all of them. One that has no effect is what says so: `true_cfg_scale` is 1 without a negative prompt.
     """
     frame = _call_under_way(pipe)
     if frame is None:
         return {}
     code, known = frame.f_code, frame.f_locals
     names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]).difference(UNRELATED)
-    return {name: known[name] for name in sorted(names) if type(known.get(name)) in (int, float)}
+    found = {name: known[name] for name in sorted(names) if type(known.get(name)) in (int, float)}
+    idle = {name: WITHOUT[name] for name in found if known.get(TAKES_EFFECT.get(name)) is False}
+    return {**found, **idle}
 
 
 def steps_under_way(pipe, times: Sequence[float]) -> int:
@@ -94,14 +100,31 @@ def watching(pipe) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+def defaults_of(pipe) -> dict[str, int | float]:
+    """Return what a pipeline's call takes for arguments that plans of model folders do not record."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: parameters[name].default for name in WITHOUT if name in parameters}
+
+
+def difference(
+    recorded: Mapping[str, Any], present: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> str | None:
     """Return how a run differs from the conditions that a plan has recorded, with what to do.
+
+    Plans of model folders record no `true_cfg_scale`: their loops make calls by the default. The length of a text that
+    is not padded to the call's `max_sequence_length` is that of its prompt, and may differ.
 
     Args:
         recorded: Settings of a plan.
         present: Conditions of the run, and arguments of the call.
+        defaults: Of the pipeline's call.
     """
-    recorded = {CALL_NAMES.get(name, name): value for name, value in recorded.items() if name != IN_TEXT_LENGTH}
+    length, longest = recorded.get("text_length"), recorded.get(IN_TEXT_LENGTH)
+    is_padded = not (isinstance(length, int) and isinstance(longest, int) and length < longest)
+    left_out = (IN_TEXT_LENGTH,) if is_padded else (IN_TEXT_LENGTH, "text_length")
+    named = {CALL_NAMES.get(name, name): value for name, value in recorded.items() if name not in left_out}
+    missing = [name for name, value in WITHOUT.items() if name not in named and present.get(name, value) != value]
+    recorded = {**{name: defaults.get(name, WITHOUT[name]) for name in missing}, **named}
     others = [name for name, value in recorded.items() if name in present and present[name] != value]
     if any(name in others for name in SIZES):
         others = [name for name in others if name != "latents"]

@@ -7,7 +7,7 @@ import torch
 
 from ertacache.numerics.schedulers import num_inference_steps_of
 from ertacache.pipelines.block_residuals import BlockResiduals
-from ertacache.pipelines.conditions import arguments_under_way, conditions_of, difference
+from ertacache.pipelines.conditions import arguments_under_way, conditions_of, defaults_of, difference
 from ertacache.pipelines.course import Course
 from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
@@ -73,7 +73,7 @@ class Enabled:
             return
         course.looked = True
         present = arguments_under_way(self.pipe()) | conditions_of(args, kwargs)
-        text = difference(course.plan.requirements.settings, present)
+        text = difference(course.plan.requirements.settings, present, defaults_of(self.pipe()))
         if text:
             self.warned.add("conditions")
             warnings.warn(f"{text}, or calibrate a plan for it", stacklevel=4)

@@ -12,7 +12,7 @@ from conftest import ROOT
 from ertacache.calibration.released import NAMES, RELEASED, released_steps, scaled
 from ertacache.cli import main
 from ertacache.plans import BudgetPlan
-from helpers import refused, with_prompts
+from helpers import no_warning, refused, with_prompts
 from tiny_pipelines import STEPS, flux, wan
 
 SCHEDULE = (0, 1, 3, 6)
@@ -33,9 +33,16 @@ def test_a_pipeline_follows_an_imported_schedule(tmp_path):
     assert np.allclose(np.array(plan.weights)[:, 0], lengths, atol=1e-6) and plan.scale == (1.0,) * 4
     uncached = tiny.run(prompt=["a"])
     ertacache.enable(tiny.pipe, plan)
-    cached = tiny.run(prompt=["a"])
+    with no_warning():
+        cached = tiny.run(prompt=["a"])
     assert ertacache.summary(tiny.pipe).computed == 4 and not torch.equal(cached, uncached)
     assert torch.isfinite(cached).all()
+
+
+def test_an_imported_plan_records_what_its_call_turned_out_to_be():
+    tiny = with_prompts(flux())
+    settings = imported(tiny, SCHEDULE).requirements.settings
+    assert settings["latents"] == [64, 16] and settings["true_cfg_scale"] == 1 and settings["guidance_scale"] == 3.5
 
 
 def test_files_of_others(tmp_path):

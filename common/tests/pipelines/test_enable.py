@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from threading import Thread
 from types import SimpleNamespace
@@ -35,6 +36,10 @@ from tiny_pipelines import (
     STEPS,
     cogvideox,
     flux,
+    ltx,
+    qwenimage,
+    sana,
+    sd3,
     wan,
     wan_two_models,
 )
@@ -340,20 +345,109 @@ def test_a_folder_with_a_bad_plan_says_what_is_wrong_with_it(tmp_path):
 
 def test_a_call_under_other_conditions_is_one_warning_that_names_them(tmp_path):
     """Calibration records what the call turns out to be, whatever it was given."""
-    tiny = with_prompts(flux())
+    tiny = with_prompts(flux(max_sequence_length=5))
     plan = calibrate(tiny, work=tmp_path)[2]
     recorded = plan.requirements.settings
-    assert recorded["latents"] and recorded["text_length"]
+    assert recorded["latents"] and recorded["text_length"] == 5
     assert recorded["guidance_scale"] and recorded["true_cfg_scale"] == 1 and recorded["height"]
     ertacache.enable(tiny.pipe, plan)
     with no_warning():
         tiny.run(prompt=["a red star"])
-    others = {"text_length": 3, "latents": [1, 2], "guidance_scale": 9, "true_cfg_scale": 2}
+    others = {"text_length": 30, "latents": [1, 2], "guidance_scale": 9, "true_cfg_scale": 2}
     changed = replace(plan.requirements, settings={**recorded, **others})
     ertacache.enable(tiny.pipe, replace(plan, requirements=changed))
     with pytest.warns(UserWarning, match="calibrated at") as caught:
         tiny.run(prompt=["a red star"])
         tiny.run(prompt=["a red star"])
     assert len([w for w in caught if "calibrated at" in str(w.message)]) == 1
-    for word in ("text_length 3, now", "latents [1, 2], now", "guidance_scale 9, now", "true_cfg_scale 2, now 1"):
+    for word in ("text_length 30, now", "latents [1, 2], now", "guidance_scale 9, now", "true_cfg_scale 2, now 1"):
         assert word in str(caught[0].message)
+
+
+def warned_of(tiny, **changes) -> str:
+    """What a run warns of, of all that it is compared in; "" where that is as the plan has it."""
+    tiny.pipe.scheduler.enabled.warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        tiny.run(**changes)
+    return "; ".join(str(w.message) for w in caught if "quality may be lower" in str(w.message))
+
+
+def with_settings(plan, **settings):
+    """The plan as if these had been recorded when it was made."""
+    return replace(plan, requirements=replace(plan.requirements, settings=settings))
+
+
+NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 5, 16), "negative_pooled_prompt_embeds": torch.zeros(1, 16)}
+
+
+@pytest.mark.parametrize("recorded", [{}, {"guidance": 3.5}, {"true_cfg_scale": 1.0}, {"true_cfg_scale": 1}])
+def test_a_plan_that_records_no_true_cfg_was_made_without_it(recorded):
+    """As those of the model folders; without a negative prompt the scale of the call does nothing."""
+    tiny = flux()
+    ertacache.enable(tiny.pipe, with_settings(budget_plan(tiny, HALF), **recorded))
+    for harmless in ({}, {"true_cfg_scale": 4.0}, {"true_cfg_scale": 1.0, **NEGATIVE}):
+        assert warned_of(tiny, **harmless) == ""
+    said = warned_of(tiny, true_cfg_scale=4.0, **NEGATIVE)
+    assert said.startswith(f"the plan was calibrated at true_cfg_scale {recorded.get('true_cfg_scale', 1.0)}, now 4.0")
+    assert said.endswith("give the call the same true_cfg_scale, or calibrate a plan for it")
+
+
+def test_a_plan_that_records_no_true_cfg_was_made_at_the_default_where_that_is_guidance():
+    tiny = qwenimage()  # 4
+    ertacache.enable(tiny.pipe, budget_plan(tiny, HALF))
+    assert warned_of(tiny) == ""
+    assert "true_cfg_scale 4.0, now 7.0" in warned_of(tiny, true_cfg_scale=7.0)
+
+
+def test_a_negative_prompt_that_turns_guidance_on_is_a_warning_at_the_same_scale(tmp_path):
+    """Qwen's scale is 4 by default, and has an effect with a negative prompt alone."""
+    tiny = with_prompts(qwenimage())
+    plan = calibrate(tiny, work=tmp_path)[2]
+    assert plan.requirements.settings["true_cfg_scale"] == 1
+    ertacache.enable(tiny.pipe, plan)
+    assert warned_of(tiny, prompt=["a red star"]) == ""
+    assert "true_cfg_scale 1, now 4.0" in warned_of(tiny, prompt=["a red star"], negative_prompt=["a blue star"])
+
+
+# --- the length of the text --------------------------------------------------------------------------------------
+
+
+def longer(tiny, count=3):
+    """Its text with this much padding, as a larger max_sequence_length gives it: noise, masked where it has a mask."""
+    noise = torch.randn(1, count, 16, generator=torch.Generator().manual_seed(9))
+    texts = [name for name, value in tiny.arguments.items() if torch.is_tensor(value) and value.shape == (1, 5, 16)]
+    masks = [name for name in tiny.arguments if name.endswith("mask")]
+    padded = {name: torch.cat([tiny.arguments[name], noise], 1) for name in texts}
+    return padded | {name: torch.cat([tiny.arguments[name], torch.zeros(1, count).long()], 1) for name in masks}
+
+
+@pytest.mark.parametrize("build", [ltx, sana])
+def test_where_the_model_masks_its_padding_the_texts_length_makes_no_difference(build):
+    tiny = build()
+    ertacache.enable(tiny.pipe, with_settings(budget_plan(tiny, HALF), text_length=5))
+    assert warned_of(tiny, **longer(tiny)) == ""
+    assert torch.allclose(tiny.run(**longer(tiny)), tiny.run(), atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [flux, wan, sd3])
+def test_where_it_does_not_another_length_is_a_warning(build):
+    tiny = build()
+    ertacache.enable(tiny.pipe, with_settings(budget_plan(tiny, HALF), text_length=5))
+    assert warned_of(tiny) == ""
+    said = warned_of(tiny, **longer(tiny))
+    assert "text_length 5, now 8" in said and "give the call the same max_sequence_length, or" in said
+    assert not torch.allclose(tiny.run(**longer(tiny)), tiny.run(), atol=1e-5)
+
+
+def test_a_text_that_is_not_padded_has_the_length_of_its_prompt():
+    """Qwen's: no model sees more tokens of a prompt for a larger max_sequence_length."""
+    tiny = qwenimage()
+    plan = budget_plan(tiny, HALF)
+    settings = {"text_length": 5, "max_sequence_length": 512, "true_cfg_scale": 4.0}
+    ertacache.enable(tiny.pipe, with_settings(plan, **settings))
+    texts = {name: value for name, value in longer(tiny).items() if not name.endswith("mask")}
+    masks = {f"{name}_mask": torch.ones(1, 8, dtype=torch.int64) for name in texts}
+    assert warned_of(tiny, **texts, **masks) == ""
+    ertacache.enable(tiny.pipe, with_settings(plan, **{**settings, "max_sequence_length": 5}))
+    assert "text_length 5, now 8" in warned_of(tiny, **texts, **masks)

@@ -7,7 +7,7 @@ the plan's steps after it.
 
 from collections.abc import Sequence
 
-from ertacache.pipelines.scheduler import LEVEL_TOLERANCE
+from ertacache.pipelines.levels import LEVEL_TOLERANCE
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.plan import Plan
 from ertacache.utils.errors import PlanError, UserError, shown

@@ -9,6 +9,7 @@ from ertacache.numerics.schedulers import num_inference_steps_of
 from ertacache.pipelines.block_residuals import BlockResiduals
 from ertacache.pipelines.conditions import arguments_under_way, conditions_of, defaults_of, difference
 from ertacache.pipelines.course import Course
+from ertacache.pipelines.levels import other_levels
 from ertacache.pipelines.outputs import Outputs
 from ertacache.pipelines.steps import steps_of
 from ertacache.plans.plan import Plan
@@ -68,15 +69,26 @@ class Enabled:
         return self.plan.on(native) if self.plan else (native, tuple(range(len(native) - 1)))
 
     def look(self, course: Course, args: tuple, kwargs: dict) -> None:
-        """Warn once where a call's first model call shows that the plan was calibrated under other conditions."""
-        if course.looked or course.plan is None or "conditions" in self.warned:
+        """Warn, once of each, where a call's first model call shows other conditions or noise levels than the plan's.
+
+        Args:
+            course: Of the call.
+            args, kwargs: Of the model call.
+        """
+        if course.looked or course.plan is None:
             return
         course.looked = True
+        recorded = course.plan.requirements.settings
         present = arguments_under_way(self.pipe()) | conditions_of(args, kwargs)
-        text = difference(course.plan.requirements.settings, present, defaults_of(self.pipe()))
-        if text:
-            self.warned.add("conditions")
-            warnings.warn(f"{text}, or calibrate a plan for it", stacklevel=4)
+        conditions = difference(recorded, present, defaults_of(self.pipe()))
+        size = present.get("latents")
+        is_sized_alike = size is not None and size == recorded.get("latents")
+        levels = next(filter(None, (other_levels(run, is_sized_alike) for run in course.runs)), None)
+        remedies = {"conditions": ", or calibrate a plan for it", "levels": ": calibrate one with these settings"}
+        for kind, text in (("conditions", conditions), ("levels", levels)):
+            if text and kind not in self.warned:
+                self.warned.add(kind)
+                warnings.warn(f"{text}{remedies[kind]}", stacklevel=4)
 
     def context(self, name: str) -> str:
         """Return the name under which diffusers' caches keep what belongs to a guidance branch."""

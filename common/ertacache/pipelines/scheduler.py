@@ -19,8 +19,6 @@ from ertacache.pipelines.stand_in import EqualToItsOriginal, kind_for
 from ertacache.pipelines.summary import summary_of
 
 LOG = logging.getLogger("ertacache")
-LEVEL_TOLERANCE = 0.01  # of the largest noise level
-QUALITY = "quality may be lower: calibrate one with these settings"
 
 
 class PlannedScheduler(metaclass=EqualToItsOriginal):
@@ -80,7 +78,6 @@ class PlannedScheduler(metaclass=EqualToItsOriginal):
         """Set the original scheduler's T steps, and begin a run on them."""
         self.own.set_timesteps(*args, **kwargs)
         self.begin(shown=False)
-        self.warn_of_other_levels()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which step the call begins, also to a scheduler that does not ask for it, as PNDM's."""
@@ -119,17 +116,6 @@ class PlannedScheduler(metaclass=EqualToItsOriginal):
         if kind not in self.enabled.warned:
             self.enabled.warned.add(kind)
             warnings.warn(text, stacklevel=5)
-
-    def warn_of_other_levels(self) -> None:
-        """Warn of noise levels that are not the calibration's, where no size of the image explains them."""
-        plan = self.run.plan
-        if plan is None or self.own.config.get("use_dynamic_shifting"):
-            return
-        here, there = self.run.native, plan.native_sigmas
-        distance, i = max((abs(a - b), i) for i, (a, b) in enumerate(zip(here, there, strict=True)))
-        if distance > LEVEL_TOLERANCE * max(map(abs, there)):
-            values = f"step {i} is at {here[i]:.3g}, in the calibration at {there[i]:.3g}"
-            self.warn("levels", f"this run has other noise levels than the plan's calibration ({values}); {QUALITY}")
 
     def warn_of_drift(self) -> None:
         """Warn of a run that is unlike those of the plan's calibration."""

@@ -410,6 +410,36 @@ def test_a_negative_prompt_that_turns_guidance_on_is_a_warning_at_the_same_scale
     assert "true_cfg_scale 1, now 4.0" in warned_of(tiny, prompt=["a red star"], negative_prompt=["a blue star"])
 
 
+SQUARED = (np.linspace(1, 1 / STEPS, STEPS) ** 2).tolist()  # another grid than the pipeline's own
+
+
+@pytest.mark.parametrize("build", [flux, qwenimage])
+def test_other_sigmas_are_a_warning_where_the_grid_follows_the_size(build):
+    """Qwen's grid is stretched after the shift, too."""
+    tiny = build()
+    larger = {name: 4 * tiny.arguments[name] for name in ("height", "width")}
+    plan = budget_plan(tiny, HALF)
+    ertacache.enable(tiny.pipe, plan)
+    assert warned_of(tiny) == warned_of(tiny, **larger) == ""
+    assert "shifted to this size" in warned_of(tiny, sigmas=SQUARED)
+    assert "shifted to this size" in warned_of(tiny, sigmas=SQUARED, **larger)
+
+
+def test_at_the_calibrations_size_the_grid_is_compared_as_it_is(tmp_path):
+    """These sigmas are what a larger image would have: at this size no shift explains them."""
+    tiny = with_prompts(flux())
+    ertacache.enable(tiny.pipe, calibrate(tiny, work=tmp_path)[2])
+    even = np.linspace(1, 1 / STEPS, STEPS)
+    shifted = (3 * even / (1 + 2 * even)).tolist()
+    assert warned_of(tiny, prompt=["a red star"], sigmas=even.tolist()) == ""
+    said = warned_of(tiny, prompt=["a red star"], sigmas=shifted)
+    assert said.startswith("this run has other noise levels than the plan's calibration (step 6 is at 0.6")
+    assert said.endswith("quality may be lower: calibrate one with these settings")
+    larger = {"height": 64, "width": 64, "prompt": ["a red star"]}
+    assert "noise levels" not in warned_of(tiny, sigmas=shifted, **larger)
+    assert "noise levels" in warned_of(tiny, sigmas=SQUARED, **larger)
+
+
 # --- the length of the text --------------------------------------------------------------------------------------
 
 

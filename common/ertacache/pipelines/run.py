@@ -27,7 +27,8 @@ class PlannedRun:
         self.solver, self.steps = solver_of(scheduler), len(scheduler.timesteps)
         native = self.solver.sigmas
         self.native = native.tolist()  # [T+1]
-        problem = grid_problem("the noise levels of this run", self.native, bool(scheduler.config.get("invert_sigmas")))
+        described = {**scheduler.config, "class": type(scheduler).__name__}
+        problem = grid_problem("the noise levels of this run", self.native, described)
         if problem:
             shown = ", ".join(f"{level:.3g}" for level in self.native)
             remedy = "give the call another size, or other sigmas"

@@ -163,10 +163,10 @@ class BudgetPlan(Plan):
     def _problem(self) -> str | None:
         if self.target not in TARGETS:
             return f"target = {shown(self.target)}, must be one of {tuple(TARGETS)}"
-        rises = bool(self.requirements.scheduler.get("invert_sigmas"))
-        problem = grid_problem("native_sigmas", self.native_sigmas, rises) or grid_problem("sigmas", self.sigmas, rises)
-        if problem:
-            return problem
+        for name in ("native_sigmas", "sigmas"):
+            problem = grid_problem(name, getattr(self, name), self.requirements.scheduler)
+            if problem:
+                return problem
         if not 0 <= self.end <= self.steps or (self.end and self.sigmas):
             return f"end = {self.end}, must be from 0 to {self.steps}, and 0 for a plan with a grid of its own"
         computed, end = self.computed, len(self.sigmas) - 1 if self.sigmas else self.end or self.steps

@@ -21,6 +21,7 @@ DEEPEST = 12  # objects and lists in one another
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 OBJECT: dict = {}
+REPEATING = ("FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler")  # two calls at a noise level
 TEXTS = "texts"  # any value whose texts can be written to a file
 PROVENANCE = {
     **{"model": str, "weights": (str, type(None)), "date": str, "batch_size": int, "site": str},
@@ -116,12 +117,26 @@ def _size(letter: str, sizes: Mapping[str, int]) -> int | str:
     return sizes[name] + change if name in sizes else letter
 
 
-def grid_problem(name: str, levels: Sequence[float], rises: bool = False) -> str | None:
+def grid_problem(name: str, levels: Sequence[float], scheduler: Mapping[str, Any]) -> str | None:
     """Return whether noise levels do not fall from step to step, or rise where the scheduler's do.
 
-    Two in a row may be equal, as Heun's method has them, which calls the model twice at a level.
+    The last two may be equal, as some pipelines have them. Elsewhere two in a row may be so on schedulers alone that
+    call the model twice at a level.
+
+    Args:
+        name: Of the levels.
+        levels: Before each step and at the end, [T+1].
+        scheduler: Class and config.
     """
+    rises = bool(scheduler.get("invert_sigmas"))
     lengths = np.diff(levels) * (1 if rises else -1)
-    if not (np.all(lengths >= 0) and np.all(lengths[1:] + lengths[:-1] > 0)):  # NaN too
-        return f"{name} must {'rise' if rises else 'fall'} from noise to data"
+    stays = lengths == 0
+    may_stay = np.full(len(lengths), scheduler.get("class") in REPEATING)
+    may_stay[-1:] = True
+    may_stay[1:] &= ~stays[:-1]
+    wrong = np.flatnonzero(~((lengths > 0) | (stays & may_stay)))  # NaN too
+    if len(wrong):
+        i = int(wrong[0])
+        text = f"{name} must {'rise' if rises else 'fall'} from noise to data"
+        return f"{text} (step {i} leads from {levels[i]:.3g} to {levels[i + 1]:.3g})"
     return None

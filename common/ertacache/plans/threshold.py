@@ -123,4 +123,4 @@ class ThresholdPlan(Plan):
             return f"cached steps {shown(list(self.cached))}, must ascend within 1 … {self.steps - 2}"
         if any(not 0 <= p <= 1 for p in self.phi) or any(self.phi[i] != 1 for i in self.computed):
             return "phi must be in [0, 1], and 1 on computed steps"
-        return grid_problem("native_sigmas", self.native_sigmas, bool(self.requirements.scheduler.get("invert_sigmas")))
+        return grid_problem("native_sigmas", self.native_sigmas, self.requirements.scheduler)

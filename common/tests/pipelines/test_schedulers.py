@@ -8,6 +8,9 @@ import torch
 import ertacache
 from ertacache.demos import closed_form
 from ertacache.numerics.schedulers import SOLVERS, TWINS, WITHOUT_TWIN, check_scheduler, solver_of, steps_of
+from ertacache.pipelines.enabled import Enabled
+from ertacache.pipelines.run import PlannedRun
+from ertacache.plans.schema import REPEATING
 from helpers import refused
 
 N = 10  # num_inference_steps
@@ -188,3 +191,33 @@ def test_two_calls_at_a_level_are_counted_as_steps(denoiser):
     ertacache.enable(pipe, plan)
     with refused("num_inference_steps=10", "num_inference_steps=12)"):
         pipe(PROMPTS[0], num_inference_steps=12, generator=torch.Generator().manual_seed(0))
+
+
+# --- equal noise levels ----------------------------------------------------------------------------------------------
+
+
+def run_on(scheduler, **options):
+    """A run of the scheduler on these steps."""
+    scheduler.set_timesteps(**options)
+    return PlannedRun(scheduler, Enabled(None))
+
+
+PAIR = "the noise levels of this run must fall from noise to data (step 1 leads from 0.7 to 0.7), and are 0.9, 0.7, 0.7"
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_two_equal_noise_levels_are_refused_where_the_scheduler_does_not_repeat_them(name):
+    with refused(PAIR, "give the call another size, or other sigmas"):
+        run_on(getattr(diffusers, name)(), sigmas=[0.9, 0.7, 0.7, 0.2])
+    run_on(getattr(diffusers, name)(), sigmas=[0.9, 0.7, 0.2, 0.0])  # and 0 at the end, as some pipelines have it
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_schedulers_that_repeat_their_noise_levels_may_do_so(name):
+    scheduler = getattr(diffusers, name)(**({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
+    lengths = np.diff(run_on(scheduler, num_inference_steps=N).native[:-1])
+    assert (lengths == 0).any() and (lengths <= 0).all()
+
+
+def test_they_are_those_that_make_more_calls_than_steps():
+    assert set(REPEATING) == {name for name, known in SOLVERS.items() if known.calls != (1, 0)}

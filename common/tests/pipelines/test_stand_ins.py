@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 import ertacache
 from ertacache import PlanError
 from ertacache.numerics.schedulers import check_scheduler
+from ertacache.pipelines.enable import originals
 from helpers import HALF, CallCounter, budget_plan, calibrate, no_warning, refused, threshold_plan, with_prompts
 from tiny_pipelines import STEPS, flux, sana, sd3, wan
 
@@ -151,6 +152,19 @@ def test_a_jump_between_equal_noise_levels_stays_where_it_is(tmp_path):
     every = replace(plans[2], computed=(*range(STEPS - 2), STEPS - 1), **rows(plans[2], STEPS - 1))
     ertacache.enable(tiny.pipe, every)
     assert tiny.run(prompt=["a red star"], sigmas=sigmas).isfinite().all()
+
+
+def test_sigmas_with_an_equal_pair_are_one_line_in_a_call_and_in_a_calibration(tmp_path):
+    tiny = with_prompts(sd3())
+    plan, sigmas = calibrate(tiny, work=tmp_path)[2], np.linspace(1, 1 / STEPS, STEPS).tolist()
+    sigmas[4] = sigmas[3]
+    ertacache.enable(tiny.pipe, plan)
+    words = "must fall from noise to data (step 3 leads from 0.833 to 0.833)", "other sigmas"
+    with CallCounter(originals(tiny.pipe)["transformer"]) as calls, refused(*words):
+        tiny.run(prompt=["a red star"], sigmas=sigmas)
+    with refused(*words):
+        calibrate(tiny, work=tmp_path, sigmas=sigmas)
+    assert calls.count == 0
 
 
 def rows(plan, count):

@@ -95,7 +95,8 @@ def test_the_json_is_readable(tmp_path):
         ({"phi": (1.0, 0.3, 0.9, 0.7, 1.0)}, ("phi", "1 on computed steps")),
         ({"k": (0.0, 0.1)}, ("k must", "finite", "[5]")),
         ({"b": (0.0, 0.1, 0.0, float("inf"), 0.0)}, ("b must", "finite", "[5]")),
-        ({"native_sigmas": (1.0, 0.8, 0.6, 0.6, 0.6, 0.0)}, ("native_sigmas", "fall")),
+        ({"native_sigmas": (1.0, 0.8, 0.6, 0.6, 0.4, 0.0)}, ("native_sigmas", "step 2 leads from 0.6 to 0.6")),
+        ({"native_sigmas": (1.0, 0.8, 0.4, 0.6, 0.2, 0.0)}, ("native_sigmas", "step 2 leads from 0.4 to 0.6")),
         ({"requirements": replace(REQUIREMENTS, steps=2)}, ("steps = 2", "from 3 to 1000")),
     ],
 )

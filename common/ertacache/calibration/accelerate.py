@@ -5,6 +5,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,6 @@ def find_plans(
             found = known()  # made by the process that this one has waited for
             missing = [number for number in budgets if number not in found]
             if missing:
-                _announce(pipe, steps, missing, effort, folder if is_stored else None)
                 texts = shipped_prompts(pipe) if given is None else given
 
                 def save(plans: PlanSet) -> None:
@@ -109,6 +109,7 @@ def find_plans(
                             _store(store, entry, plan)
 
                 options = {"seed": 0, "batch_size": batch_size, "effort": effort, "work": folder / WORK}
+                options["announce"] = partial(_announce, pipe, steps, missing, effort, folder if is_stored else None)
                 found |= make_plans(pipe, texts, missing, save, **options, call_kwargs=call_kwargs)
                 with contextlib.suppress(OSError):  # what lies in it belongs to another calibration
                     (folder / WORK).rmdir()

@@ -91,9 +91,14 @@ def make_plans(
     target: str = "reference",
     work: str | Path | None = None,
     progress: bool = True,
+    announce: Callable[[], None] = lambda: None,
     call_kwargs: Mapping[str, Any],
 ) -> PlanSet:
-    """Calibrate as `calibrate` does; save(plans) is called by rank 0 before the work is deleted."""
+    """Calibrate as `calibrate` does.
+
+    announce() is called once the pipeline has taken the arguments of the call, which is then at its first step.
+    save(plans) is called by rank 0 before the work is deleted.
+    """
     prompts = calibration_prompts(pipe, prompts)[: effort_of(effort).prompts]
     check_seed(seed, "seed")
     if not isinstance(work, str | Path | None):
@@ -119,6 +124,7 @@ def make_plans(
                 text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
                 raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
             budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
+            announce()
             made = calibration.plans(list(dict.fromkeys(budgets.values())), effort)
             plans = PlanSet({speedup: made[budget] for speedup, budget in budgets.items()})
             if save is not None and parallel.is_main():

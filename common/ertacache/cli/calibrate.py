@@ -44,8 +44,12 @@ def run(request: Request, out: Path, speedups: str, seed: int, effort: str, forc
         ensure_writable(out)
         options = {"seed": seed, "batch_size": request.batch_size, "effort": effort, "work": out}
         pipe = request.load()
-        if parallel.is_main():
-            print(f"calibrating {', '.join(map(str, paths.values()))}", file=sys.stderr)
+
+        def announce() -> None:
+            if parallel.is_main():
+                print(f"calibrating {', '.join(map(str, paths.values()))}", file=sys.stderr)
+
+        options |= {"announce": announce}
         with request.calling():
             plans = make_plans(pipe, request.prompts, list(paths), save, **options, call_kwargs=request.arguments)
         if parallel.is_main():

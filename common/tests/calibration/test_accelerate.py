@@ -192,9 +192,13 @@ def test_an_argument_that_cannot_be_is_refused_before_a_model_call(options, word
     assert calls.count == 0 and not home.exists()
 
 
-def test_a_call_that_the_pipeline_cannot_make_is_one_line():
+def test_a_call_that_the_pipeline_cannot_make_is_one_line(capsys):
+    """And nothing is said of a plan that will be made."""
     with refused("FluxPipeline's call failed (", "height='32'", "check these arguments"):
         accelerated(height="32")
+    with refused("the latents hold no numbers (height=1"):
+        accelerated(height=1)
+    assert "calibrating" not in capsys.readouterr().err
 
 
 SCRIPT = f"""

@@ -85,7 +85,8 @@ def run_comparison(request: Request, options: Options) -> None:
     folder.check()
     calls = Calls(request, options.seed)
     pipe = calls.pipe
-    steps = check_call(pipe, list(targets), request.batch_size, request.arguments)
+    with request.calling():
+        steps = check_call(pipe, list(targets), request.batch_size, request.arguments)
     learned_on = list(options.learned_on or shipped_prompts(pipe))
     check_apart(request.prompts, learned_on)
     work = checkpoints_of(calls, options, folder, learned_on)

@@ -67,7 +67,8 @@ def run(
         calls = Calls(request, seed, on_drift)
         chosen = plan
         if source is None and speedup is not None:
-            chosen = find_plans(calls.pipe, speedup, call_kwargs=request.arguments).first
+            with request.calling():
+                chosen = find_plans(calls.pipe, speedup, call_kwargs=request.arguments).first
         methods = {"baseline": None} if chosen is None else {chosen.method: chosen}
         if output.compare:
             methods = {"baseline": None, **methods}

@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import json
+import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ertacache.utils.checks import LARGEST_STEPS, argument_problem, steps_problem
-from ertacache.utils.errors import UserError, call_failed, shown
+from ertacache.utils.errors import CallFailed, UserError, call_failed, shown
 
 if TYPE_CHECKING:
     from ertacache.plans import Plan
 
+FLAGS = ("steps", "guidance", "height", "width", "frames", "negative_prompt")  # those of arguments of the call
+IN_TEXT = re.compile(r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*) ?= ?")  # a line of code, or NAME= or NAME =
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
 
 
@@ -177,14 +180,37 @@ class Request:
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
-        """Turn a failing call, mostly on a value that the pipeline cannot take, into one line."""
+        """Turn a failing call, mostly on a value that the pipeline cannot take, into one line.
+
+        That line, and those of the library, name the flags of the command line in place of arguments in Python.
+        """
         try:
             yield
-        except UserError:
-            raise
+        except CallFailed as failed:
+            raise self.failed(failed.__cause__) from failed.__cause__
+        except UserError as error:
+            text = self.with_flags(str(error))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
         except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
-            remedy = "check these arguments, or save memory with --offload model or a smaller --batch-size"
-            raise call_failed(self.pipeline.__name__, error, self.given, remedy) from error
+            raise self.failed(error) from error
+
+    def failed(self, error: BaseException) -> CallFailed:
+        """Return a pipeline's error in its call as one line with the flags that were given."""
+        remedy = "check these arguments, or save memory with --offload model or a smaller --batch-size"
+        return call_failed(self.pipeline.__name__, error, self.given, remedy)
+
+    def with_flags(self, text: str) -> str:
+        """Return a message of the library with the flags of the arguments that it names."""
+        from ertacache.pipelines.uncached import CALL_NAMES
+
+        flags = {CALL_NAMES.get(name, name): f"--{flag_of(name)}" for name in FLAGS}
+        flags |= {"batch_size": "--batch-size"}
+        named = {name: f"{flag} " for name, flag in flags.items()}
+        named |= {name: f"--set {name}=" for name, _ in map(_parsed, self.settings)}
+        text = IN_TEXT.sub(lambda found: named.get(found[1], found[0]), text)
+        return text.replace("more num_inference_steps", f"more {flags['num_inference_steps']}")
 
     @property
     def given(self) -> str:

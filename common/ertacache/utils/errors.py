@@ -24,6 +24,10 @@ class PlanError(UserError):
     """A plan that is damaged, or does not fit the run."""
 
 
+class CallFailed(UserError):
+    """A pipeline's call that failed, mostly on a value that it cannot take; the cause is the pipeline's own error."""
+
+
 class Stopped(Exception):
     """Ctrl-C, on its way through a library that would handle it."""
 
@@ -52,7 +56,7 @@ def reason_of(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
-def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "check these arguments") -> UserError:
+def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "check these arguments") -> CallFailed:
     """Return a pipeline's failing call as one line.
 
     Args:
@@ -62,7 +66,7 @@ def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "chec
         remedy: What to do.
     """
     with_them = f" with {textwrap.shorten(given, 400, placeholder=' …')}" if given else ""
-    return UserError(f"{pipeline}'s call failed ({reason_of(error)}){with_them}: {remedy}")
+    return CallFailed(f"{pipeline}'s call failed ({reason_of(error)}){with_them}: {remedy}")
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from test_commands import DEMO, FLAGS, FOUR, PROMPTS, files, pipe, plans, refuse
 
 from ertacache import PlanSet
 from ertacache.cli.calls import Calls
+from ertacache.cli.request import Request
 from ertacache.plans.store import PlanStore
 from helpers import CallCounter
 
@@ -65,6 +66,41 @@ def test_a_stored_plan_that_cannot_be_read_is_listed_and_can_be_deleted(run, ref
 def test_what_cannot_be_meant_is_refused(refused, words, message, home):
     assert message in refused(*words)
     assert not home.exists()
+
+
+@pytest.mark.parametrize("command", [["calibrate", "--out", "plans"], ["generate", "--speedup", "2"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", 6, "--height", 7], "the latents hold no numbers (--height 7): give larger sizes"),
+        (["--steps", 6, "--set", "height=7"], "the latents hold no numbers (--set height=7): give larger sizes"),
+        (["--steps", 6, "--height", 7, "--width", 8], "no numbers (--height 7, --width 8): give larger sizes"),
+        (
+            ["--steps", 6, "--guidance", 2.5, "--set", "joint_attention_kwargs=1"],
+            "with --steps 6 --guidance 2.5 --set joint_attention_kwargs=1: check these arguments, or save memory with",
+        ),
+    ],
+)
+def test_what_the_first_prompts_call_cannot_take_is_named_as_it_was_typed(refused, command, words, message):
+    """In the only line: nothing is said of a plan that will not be made."""
+    line = refused(command[0], DEMO, *TWO, *command[1:], *words)
+    assert message in line
+    assert not any(name in line for name in ("num_inference_steps", "guidance_scale"))
+
+
+def test_arguments_in_messages_of_the_library_are_flags():
+    request = Request(DEMO, [], 1, {"frames": 5}, ["strength=0.1", "height=64"])
+    for text, wanted in (
+        ("num_frames = 5: give another", "--frames 5: give another"),
+        ("height = 64, give a number", "--set height=64, give a number"),
+        ("the scheduler makes 11 steps, not 10: give num_inference_steps=6", "11 steps, not 10: give --steps 6"),
+        ("give a larger strength, or more num_inference_steps", "or more --steps"),
+        ("--set strength=0.1: strength = 0.1", "--set strength=0.1: --set strength=0.1"),
+        ("make one with ertacache.calibrate(pipe, height=4)", "ertacache.calibrate(pipe, height=4)"),
+        ("batch_size = 3: give 1", "--batch-size 3: give 1"),
+        ("effort = 3", "effort = 3"),
+    ):
+        assert request.with_flags(text).endswith(wanted)
 
 
 def test_a_set_of_plans_has_several_speedups(run, refused, plans):

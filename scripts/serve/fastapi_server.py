@@ -16,8 +16,10 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
-from model import Model, Request, parser_of
+from model import Model, Request, options_of
 from pydantic import BaseModel
+
+from ertacache.utils.errors import run_program
 
 WAIT = 0.05  # seconds that a request waits for others
 
@@ -95,11 +97,11 @@ def app_of(model: Model, size: int) -> FastAPI:
 
 
 def main() -> None:
-    args = parser_of(__doc__).parse_args()
+    args = options_of(__doc__)
     logging.basicConfig(level=logging.INFO)  # each call's computed and skipped steps
     model = Model(args.model, args.speedups, dict(args.arguments))
     uvicorn.run(app_of(model, args.batch_size), host=args.host, port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

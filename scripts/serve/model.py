@@ -11,7 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ertacache
+from ertacache.cli.arguments import ArgumentParser, check_counts
+from ertacache.pipelines.load import one_line_errors
+from ertacache.plans.names import check_speedups
 from ertacache.utils.devices import default_device, dtype_for
+from ertacache.utils.errors import shown
+
+LARGEST_COUNT = 1024  # of requests in a batch, and of replicas
+LARGEST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Model:
 
     def __init__(self, source: str, speedups: Sequence[float], arguments: dict[str, Any]):
         device = default_device()
-        self.pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype_for(device)).to(device)
+        with one_line_errors(source):
+            self.pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype_for(device)).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.arguments, self.speedups = arguments, list(speedups)
         ertacache.accelerate(self.pipe, self.speedups, **arguments)
@@ -74,20 +82,36 @@ def png(image) -> bytes:
     return buffer.getvalue()
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that the servers share."""
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=kind)
+def options_of(description: str, has_replicas: bool = False) -> argparse.Namespace:
+    """Return the options of a server, from the command line.
+
+    Args:
+        description: Of the server.
+        has_replicas: Whether it has --replicas.
+
+    Raises:
+        UserError: A number out of range.
+    """
+    parser = ArgumentParser(description=description)
     parser.add_argument("model", help="a folder or a Hub id")
     parser.add_argument("arguments", nargs="*", type=argument, metavar="NAME=VALUE", help="of the pipeline's call")
     parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    return parser
+    if has_replicas:
+        parser.add_argument("--replicas", type=int, default=1)
+    args = parser.parse_args()
+    check_speedups(args.speedups)
+    check_counts(args, "batch_size", *(["replicas"] if has_replicas else []), most=LARGEST_COUNT)
+    check_counts(args, "port", most=LARGEST_PORT)
+    return args
 
 
 def argument(word: str) -> tuple[str, Any]:
     """Return name and value of NAME=VALUE, where VALUE is JSON."""
     name, _, value = word.partition("=")
-    return name, json.loads(value)
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(word)}: write NAME=VALUE with a JSON value, height=64") from error

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import ray
 import torch
-from model import parser_of
+from model import options_of
 from ray import serve
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
+
+from ertacache.utils.errors import run_program
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,9 +59,7 @@ class Server:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--replicas", type=int, default=1)
-    args = parser.parse_args()
+    args = options_of(__doc__, has_replicas=True)
     source = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}}
     ray.init(include_dashboard=False, runtime_env=environment)
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import read_prompts
 
 
@@ -38,12 +38,13 @@ def parse_list(text: str) -> list[float]:
     return values
 
 
-def check_counts(args: argparse.Namespace, *names: str, least: int = 1) -> None:
-    """Refuse numbers below `least`; those that are not given are None. names: of the arguments."""
+def check_counts(args: argparse.Namespace, *names: str, least: int = 1, most: int | None = None) -> None:
+    """Refuse numbers below `least` or above `most`; those that are not given are None. names: of the arguments."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number of at least {least}")
+        if value is not None and (value < least or (most is not None and value > most)):
+            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: give a whole number {limits}")
 
 
 def prompts_of(prompt: Sequence[str] | None, file: str | Path | None, default: Path | None = None) -> list[str]:

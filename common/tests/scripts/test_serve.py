@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -30,6 +32,44 @@ def post(port, body) -> bytes:
     request.add_header("content-type", "application/json")
     with urllib.request.urlopen(request, timeout=300) as answer:
         return answer.read()
+
+
+@pytest.mark.parametrize("script, library", [("fastapi_server.py", "fastapi"), ("ray_server.py", "starlette")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size 0: give a whole number from 1 to 1024"),
+        (["--batch-size", "-3"], "--batch-size -3: give a whole number from 1 to 1024"),
+        (["--batch-size", "1025"], "--batch-size 1025: give a whole number from 1 to 1024"),
+        (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many' (see --help)"),
+        (["--replicas", "0"], "--replicas 0: give a whole number from 1 to 1024"),
+        (["--replicas", "-1"], "--replicas -1: give a whole number from 1 to 1024"),
+        (["--replicas", "9" * 200], "--replicas 9999"),
+        (["--replicas", "2.5"], "argument --replicas: invalid int value: '2.5' (see --help)"),
+        (["--port", "65536"], "--port 65536: give a whole number from 1 to 65535"),
+        (["--speedups", "2", "nan"], "--speedups nan: a speed-up is a number of at least 1"),
+        (["height"], "'height': write NAME=VALUE with a JSON value, height=64"),
+        ([], "cannot load gone ("),
+    ],
+)
+def test_options_that_cannot_be_are_one_line_and_exit_code_2(script, library, words, message, monkeypatch, capsys):
+    pytest.importorskip(library)
+    if script == "fastapi_server.py" and "--replicas" in words:
+        message = "unrecognized arguments: --replicas"
+    if script == "ray_server.py":
+        if not words:
+            pytest.skip("the model is loaded by a replica")
+        monkeypatch.setitem(sys.modules, "ray", MagicMock())
+    folder = ROOT / "scripts" / "serve"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", [script, "gone", *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(folder / script), run_name="__main__")
+    sys.modules.pop("model")
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 
 from ertacache.calibration import planner
 from ertacache.calibration.choice import METRIC, geometric_mean, typical_error
@@ -32,6 +31,7 @@ from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
 from ertacache.utils import parallel
+from ertacache.utils.checkpoints import arrays_file, has_whole_arrays
 from ertacache.utils.errors import UserError, shown
 from ertacache.utils.files import check_room, write_atomically
 
@@ -190,8 +190,8 @@ class BudgetCalibration:
         Returns:
             The Gram matrix of the fitted prompts.
         """
-        done = range(self.checkpoints.finished(self.target.name))
-        if not all(parallel.share([self.has_trajectory(batch) for batch in done])):
+        done = map(self.trajectory_path, range(self.checkpoints.finished(self.target.name)))
+        if not parallel.share(all(map(has_whole_arrays, done)) if parallel.is_main() else None):
             self.checkpoints.forget(self.target.name)  # deleted, or damaged by a power failure
         sums = self.session.run(
             self.checkpoints, self.target.name, self.end * self.target.calls_per_step, self.trajectory_of_batch
@@ -216,13 +216,14 @@ class BudgetCalibration:
             free = getattr(inputs, "free", None)  # the numbers that a pipeline leaves to the solver; None for all
         self.session.require_finite(final, batch, self.end, f"the {self.target.label} comes to")
         latents.append(final.float().cpu())
-        named = {str(i): x.contiguous() for i, x in enumerate(latents)}
+        named = {str(i): x.numpy() for i, x in enumerate(latents)}
         if free is not None:
-            named["free"] = free = free.cpu().contiguous()
+            free = free.cpu()
+            named["free"] = free.numpy()
             if not free.any():
                 text = "the pipeline changes all of the latents between its steps, which no weights can follow"
                 raise UserError(f"{text}: leave callbacks out")
-        write_atomically(self.trajectory_path(batch), save(named))
+        write_atomically(self.trajectory_path(batch), arrays_file(named))
         matrices = np.zeros((self.fitted, 2 * self.end + 1, 2 * self.end + 1))
         for row in range(len(final)):
             prompt = self.session.starts[batch] + row % self.prompts_in(batch)
@@ -235,14 +236,6 @@ class BudgetCalibration:
     def trajectory_path(self, batch: int):
         """Return the file of a batch's latents at every step of the target's trajectory."""
         return self.checkpoints.folder / f"{self.target.name}-{batch:04d}.safetensors"
-
-    def has_trajectory(self, batch: int) -> bool:
-        """Return whether a batch's latents are there and whole."""
-        try:
-            with safe_open(self.trajectory_path(batch), "pt") as file:
-                return str(self.end) in file.keys()  # noqa: SIM118 (no dictionary)
-        except (OSError, SafetensorError):
-            return False
 
     def target_latents(self, batch: int, i: int) -> torch.Tensor:
         """Return the target's latents x_i of a batch, float32 on the CPU."""

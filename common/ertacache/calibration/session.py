@@ -121,6 +121,8 @@ class CalibrationSession:
             calls: Model calls per batch, of those announced.
             sums_of: Runs one batch.
         """
+        if checkpoints.finished(key) == self.batches and not checkpoints.has_value("conditions"):
+            checkpoints.forget(key)  # damaged, or killed in between: a model call shows them
         self.spare(calls * len(parallel.mine(checkpoints.finished(key))))
         with watching(self.pipe) as seen:
             sums = checkpoints.sums(key, self.batches, sums_of)

@@ -16,13 +16,14 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
 
 from ertacache import algorithm
 from ertacache.calibration.choice import typical_error
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.session import CalibrationSession, existing
 from ertacache.plans.threshold import ThresholdPlan, check_threshold
+from ertacache.utils import parallel
+from ertacache.utils.checkpoints import arrays_file, has_whole_arrays, read_arrays
 from ertacache.utils.devices import available_memory
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import gibibytes, write_atomically
@@ -155,6 +156,10 @@ class ThresholdCalibration:
             pairs: Whether to sum the distances of all pairs of steps.
         """
         key = json.dumps(["watch", pairs, schedule.cached, schedule.phi, schedule.k, schedule.b])
+        if not schedule.cached:
+            done = map(self.uncached_path, range(self.checkpoints.finished(key)))
+            if not parallel.share(all(map(has_whole_arrays, done)) if parallel.is_main() else None):
+                self.checkpoints.forget(key)  # it wrote them
 
         def sums_of(batch: int) -> dict[str, np.ndarray]:
             return self.watch_batch(batch, schedule, pairs).arrays()
@@ -177,7 +182,7 @@ class ThresholdCalibration:
 
             final = session.sampler.denoise(session.pipe, inputs, None, on_step)
         if not schedule.cached:
-            write_atomically(self.uncached_path(batch), save({"latents": final.float().cpu().numpy()}))
+            write_atomically(self.uncached_path(batch), arrays_file({"latents": final.float().cpu().numpy()}))
         return watcher.sums
 
     def evaluate(self, plan: ThresholdPlan) -> float:
@@ -190,7 +195,7 @@ class ThresholdCalibration:
                     session.called()
 
             final = session.sampler.denoise(session.pipe, session.inputs(batch), plan, on_step).float().cpu().numpy()
-            uncached = load_file(existing(self.uncached_path(batch)))["latents"]
+            uncached = read_arrays(existing(self.uncached_path(batch)))["latents"]
             errors, start = np.zeros(len(session.prompts)), session.starts[batch]
             squares = np.square(final - uncached, dtype=np.float64).reshape(len(final), -1)
             errors[start : start + len(final)] = squares.mean(1)

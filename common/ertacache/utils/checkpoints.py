@@ -1,20 +1,28 @@
-"""Result cache of a long computation: it can be interrupted after any piece and resumed by the same command."""
+"""Result cache of a long computation: it can be interrupted after any piece and resumed by the same command.
 
+Each file holds the SHA-256 of its content, so that whatever a power failure or a disk makes of it is found. A damaged
+file is deleted, with a line, and what it held is computed anew.
+"""
+
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from ertacache.utils import parallel
+from ertacache.utils.errors import printable
 from ertacache.utils.files import write_atomically
 
 Arrays = dict[str, np.ndarray]
+Content = TypeVar("Content")
 
 
 def digest(value: Any) -> str:
@@ -40,32 +48,35 @@ class Checkpoints:
 
     def value(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return the JSON value stored under `key`, or compute and store it."""
-        path = self.path(key, ".json")
-        known = parallel.share(_read(lambda: [json.loads(path.read_text("utf-8"))]))
+        known = self._stored_value(key)
         if known:
             return known[0]
         value = parallel.share(compute())
-        self._write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        self._write(self.path(key, ".json"), _value_file(value))
         return value
 
     def of_this_rank(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return the JSON value stored under `key`, or compute and store it, whatever other ranks do meanwhile."""
         path = self.path(key, ".json")
-        known = _read(lambda: [json.loads(path.read_text("utf-8"))])
+        known = _whole(path, _value_of)
         if known:
             return known[0]
         value = compute()
-        write_atomically(path, json.dumps(value).encode())
+        write_atomically(path, _value_file(value))
         return value
+
+    def has_value(self, key: Any) -> bool:
+        """Return whether a JSON value is stored under `key`."""
+        return self._stored_value(key) is not None
 
     def arrays(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
         """Return the named arrays stored under `key`, or compute and store them. All ranks take part in `compute`."""
         path = self.path(key, ".safetensors")
-        known = parallel.share(_read(lambda: load_file(path)))
+        known = parallel.share(_whole(path, read_arrays) if parallel.is_main() else None)
         if known is not None:
             return known
         arrays = {name: np.asarray(array, order="C") for name, array in compute().items()}
-        self._write(path, save(arrays))
+        self._write(path, arrays_file(arrays))
         return arrays
 
     def sums(self, key: Any, batches: int, sums_of: Callable[[int], dict[str, Any]]) -> Arrays:
@@ -74,7 +85,7 @@ class Checkpoints:
         Processes take batches in turn; the sums are added in the order of batches, so that they do not depend on the
         number of processes. Memory does not grow with the number of batches.
         """
-        total = parallel.share(self._stored_sums(key))
+        total = self._stored_sums(key)
         for first in range(_finished(total), batches, parallel.size()):
             batch = first + parallel.rank()
             for sums in parallel.gather(sums_of(batch) if batch < batches else {}):
@@ -82,7 +93,7 @@ class Checkpoints:
                     total[name] = np.asarray(total.get(name, 0.0) + np.asarray(value, np.float64))
             total["finished"] = np.asarray(min(first + parallel.size(), batches))
             if parallel.is_main():
-                write_atomically(self.path(key, ".safetensors"), save(total))
+                write_atomically(self.path(key, ".safetensors"), arrays_file(total))
         return {name: value for name, value in total.items() if name != "finished"}
 
     def finished(self, key: Any) -> int:
@@ -105,8 +116,12 @@ class Checkpoints:
             write_atomically(path, data)
         parallel.barrier()
 
+    def _stored_value(self, key: Any) -> list | None:
+        return parallel.share(_whole(self.path(key, ".json"), _value_of) if parallel.is_main() else None)
+
     def _stored_sums(self, key: Any) -> Arrays:
-        return _read(lambda: load_file(self.path(key, ".safetensors"))) or {}
+        path = self.path(key, ".safetensors")
+        return parallel.share(_whole(path, read_arrays) if parallel.is_main() else None) or {}
 
     def forget(self, key: Any) -> None:
         """Delete the sums stored under `key`."""
@@ -116,11 +131,73 @@ class Checkpoints:
         parallel.barrier()
 
 
-def _read(read: Callable[[], Any]) -> Any:
-    """Return what is stored; None where there is nothing, or what a power failure has left of it."""
+def arrays_file(arrays: Arrays) -> bytes:
+    """Return the content of a safetensors file that holds the SHA-256 of its arrays."""
+    arrays = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    return save(arrays, {"sha256": _hash_of(arrays.items())})
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Return the arrays of such a file.
+
+    Raises:
+        ValueError: They have another SHA-256.
+        OSError, SafetensorError: There is no such file, or it is cut off.
+    """
+    with safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        _check_hash(file, arrays.items())
+    return arrays
+
+
+def has_whole_arrays(path: Path) -> bool:
+    """Return whether such a file is there and whole, with one array at a time in memory. A damaged one is deleted."""
+
+    def check(path: Path) -> bool:
+        with safe_open(path, "np") as file:
+            _check_hash(file, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
+        return True
+
+    return bool(_whole(path, check))
+
+
+def _check_hash(file, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    if (file.metadata() or {}).get("sha256") != _hash_of(arrays):
+        raise ValueError("the arrays have another SHA-256")
+
+
+def _hash_of(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    hashed = hashlib.sha256()
+    for name, array in arrays:
+        hashed.update(f"{name} {array.dtype} {array.shape} ".encode())
+        hashed.update(array.data)
+    return hashed.hexdigest()
+
+
+def _value_file(value: Any) -> bytes:
+    """Return the content of a JSON file that holds the SHA-256 of its value."""
+    content = {"sha256": digest([json.loads(json.dumps(value))]), "value": value}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _value_of(path: Path) -> list:
+    """Return the value of such a file, in a list."""
+    content = json.loads(path.read_text("utf-8"))
+    if content["sha256"] != digest([content["value"]]):
+        raise ValueError("the value has another SHA-256")
+    return [content["value"]]
+
+
+def _whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """Return what a file holds; None where there is none, or a damaged one, which is deleted."""
     try:
-        return read()
-    except (OSError, ValueError, SafetensorError):
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError):
+        print(f"{printable(str(path))} is damaged: what it held is made anew", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path.unlink()
         return None
 
 

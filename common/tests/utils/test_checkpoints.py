@@ -40,3 +40,26 @@ def test_removal_leaves_other_identities(tmp_path):
     assert one.folder.name.startswith("work-") and one.folder.suffix == ".partial"
     one.remove()
     assert list(tmp_path.iterdir()) == [other.folder]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"sha256": "0", "value": 2}', b"\xff\0"])
+def test_a_damaged_file_is_computed_anew(tmp_path, capsys, content):
+    checkpoints, computed = Checkpoints(tmp_path, "damage"), []
+
+    def compute(value):
+        computed.append(value)
+        return value
+
+    pieces = {
+        "value.json": lambda: checkpoints.value("value", lambda: compute([0.1, float("inf")])),
+        "of this rank.json": lambda: checkpoints.of_this_rank("of this rank", lambda: compute(["image"])),
+        "arrays.safetensors": lambda: [*checkpoints.arrays("arrays", lambda: compute({"y": np.eye(2)[:, 1]}))["y"]],
+        "sums.safetensors": lambda: checkpoints.sums("sums", 1, lambda batch: compute({"y": [1, 2]}))["y"].tolist(),
+    }
+    for name, piece in pieces.items():
+        first, (key, suffix) = piece(), name.split(".")
+        path = checkpoints.path(key, f".{suffix}")
+        path.write_bytes(content)
+        assert piece() == piece() == first and len(computed) == 2
+        assert capsys.readouterr().err == f"{path} is damaged: what it held is made anew\n"
+        computed.clear()

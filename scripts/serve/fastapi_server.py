@@ -16,10 +16,10 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
-from model import Model, Request, options_of
 from pydantic import BaseModel
 
 from ertacache.utils.errors import run_program
+from server_parts.model import Model, Request, options_of
 
 WAIT = 0.05  # seconds that a request waits for others
 

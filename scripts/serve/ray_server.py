@@ -15,12 +15,12 @@ from pathlib import Path
 
 import ray
 import torch
-from model import options_of
 from ray import serve
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ertacache.utils.errors import run_program
+from server_parts.model import options_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,7 +35,7 @@ class Server:
     """
 
     def __init__(self, source: str, speedups: list[float], arguments: dict, size: int):
-        from model import Model  # in the replica's process, which has the weights
+        from server_parts.model import Model  # in the replica's process, which has the weights
 
         logging.getLogger("ertacache").setLevel(logging.INFO)
         self.model = Model(source, speedups, arguments)
@@ -46,7 +46,7 @@ class Server:
         return self.model.generate(requests)
 
     async def __call__(self, http: HttpRequest) -> Response:
-        from model import Request
+        from server_parts.model import Request
 
         try:
             request = Request(**await http.json())

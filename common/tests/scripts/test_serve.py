@@ -66,7 +66,6 @@ def test_options_that_cannot_be_are_one_line_and_exit_code_2(script, library, wo
     monkeypatch.setattr(sys, "argv", [script, "gone", *words])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(folder / script), run_name="__main__")
-    sys.modules.pop("model")
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ""
     assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1

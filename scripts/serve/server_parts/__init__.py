@@ -1,0 +1,1 @@
+"""What programs beside this folder share: no programs themselves."""

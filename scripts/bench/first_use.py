@@ -41,7 +41,8 @@ from ertacache.cli.inspect import as_values
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import read_prompts
-from reliability import CALL, FOLDER, ROOT, latents, pipeline, run_parts
+from parts.campaign import run_parts
+from parts.flux_demo import CALL, FOLDER, ROOT, latents, pipeline
 
 SPEEDUPS = (None, 2, 3)
 FEW = 12  # steps of the calls whose calibration is killed
@@ -75,12 +76,12 @@ def ended(process: subprocess.Popen, steps: int) -> float:
     return float(re.search(r"seconds ([\d.e-]+)", said)[1])
 
 
-def start(count: int, seed: int) -> tuple[str, int]:
-    """Run the script with an empty store, and then with a full one; return the line of the table."""
+def start(count: int, seed: int) -> tuple[str, list[tuple]]:
+    """Run the script with an empty store, and then with a full one; return the line of the table, and the faults."""
     with tempfile.TemporaryDirectory() as root:
         homes = [Path(root) / str(number) for number in range(count)]
         first, second = ([ended(started(home, 30), 30) for home in homes] for _ in range(2))
-    slow = sum(seconds > 1 for seconds in second)
+    slow = [("full store", f"{seconds:.1f} s") for seconds in second if seconds > 1]
     medians = f"empty store {statistics.median(first):.1f} s, full store {statistics.median(second):.2f} s"
     return f"{count} of each, medians: {medians} (slowest {max(second):.2f} s)", slow
 
@@ -94,8 +95,8 @@ def alone(plan: Plan | None, prompts: tuple[str, ...], call: dict) -> list[np.nd
     return [latents(pipe, prompt, **call).numpy() for prompt in prompts]
 
 
-def switch(count: int, seed: int) -> tuple[str, int]:
-    """Switch in two threads; return the line of the table."""
+def switch(count: int, seed: int) -> tuple[str, list[tuple]]:
+    """Switch in two threads; return the line of the table, and the faults."""
     with tempfile.TemporaryDirectory() as home:
         os.environ["ERTACACHE_HOME"] = home
         plans = find_plans(pipeline(), [2, 3], call_kwargs=CALL)
@@ -126,13 +127,11 @@ def switch(count: int, seed: int) -> tuple[str, int]:
         thread.start()
     for thread in threads:
         thread.join()
-    for fault in faults[:20]:
-        print("fault:", *fault, file=sys.stderr)
-    return f"{count} calls in 2 threads, uncached, 2× and 3× at random", len(faults)
+    return f"{count} calls in 2 threads, uncached, 2× and 3× at random", faults
 
 
-def prompts(count: int, seed: int) -> tuple[str, int]:
-    """Compare prompts to calibrate on; return the line of the table."""
+def prompts(count: int, seed: int) -> tuple[str, list[tuple]]:
+    """Compare prompts to calibrate on; return the line of the table, and the faults."""
     pipe, grammar = pipeline(), load_model_folder(FOLDER).grammar
     captions = read_prompts(FOLDER / "prompts" / "calibration-demo.txt")
     with tempfile.TemporaryDirectory() as home:
@@ -161,7 +160,7 @@ def prompts(count: int, seed: int) -> tuple[str, int]:
                 psnr = 10 * torch.log10(peak**2 / error)
                 cells.append(f"{psnr.mean():.1f} / {psnr.quantile(0.1):.1f}")
             parts.append(f"{kind}, {name}: {' and '.join(cells)} dB")
-    return f"{count} captions of each kind at 2× and 3×; {'; '.join(parts)}", 0
+    return f"{count} captions of each kind at 2× and 3×; {'; '.join(parts)}", []
 
 
 def stored(home: Path) -> dict[str, str]:
@@ -176,8 +175,8 @@ def stored(home: Path) -> dict[str, str]:
     return found
 
 
-def kills(count: int, seed: int) -> tuple[str, int]:
-    """Kill first starts at random moments; return the line of the table."""
+def kills(count: int, seed: int) -> tuple[str, list[tuple]]:
+    """Kill first starts at random moments; return the line of the table, and the faults."""
     rng, done, campaigns, faults = random.Random(seed), 0, 0, []
     with tempfile.TemporaryDirectory() as root:
         begin = time.monotonic()
@@ -198,9 +197,7 @@ def kills(count: int, seed: int) -> tuple[str, int]:
             except AssertionError as error:
                 faults.append((campaigns, str(error)))
             campaigns += 1
-    for fault in faults[:20]:
-        print("fault:", *fault, file=sys.stderr)
-    return f"{done} kills of {campaigns} first starts", len(faults)
+    return f"{done} kills of {campaigns} first starts", faults
 
 
 def main() -> None:

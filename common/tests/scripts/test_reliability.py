@@ -8,35 +8,42 @@ import pytest
 import first_use
 import reliability
 from helpers import refused
+from parts import campaign, flux_demo, mutants, strangers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "count"), [("mutants", 60), ("soak", 6)])
+@pytest.mark.parametrize(("part", "count"), [("mutants", 60), ("soak", 6), ("strangers", 20)])
 def test_a_short_campaign_finds_no_fault(part, count):
-    text, faults = getattr(reliability, part)(count, seed=11)
-    assert faults == 0 and text.startswith(f"{count} ")
+    text, faults = reliability.PARTS[part][0](count, seed=11)
+    assert faults == [] and text.startswith(f"{count} ")
 
 
 @pytest.mark.slow
 def test_switching_in_two_threads_changes_no_result(monkeypatch, tmp_path):
-    monkeypatch.setitem(reliability.CALL, "num_inference_steps", 6)
+    monkeypatch.setitem(flux_demo.CALL, "num_inference_steps", 6)
     monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path))
-    assert first_use.switch(8, seed=1)[1] == 0
+    assert first_use.switch(8, seed=1)[1] == []
 
 
 @pytest.mark.slow
-def test_the_campaign_notices_faults(monkeypatch, capsys):
+def test_the_campaign_notices_faults(monkeypatch):
     """A loader that raises something else, and a check that lets everything pass, are found."""
 
     def careless(path):
         raise KeyError("scale")
 
     with monkeypatch.context() as patched:
-        patched.setattr(reliability, "SHIPPED", reliability.SHIPPED[:1])
-        patched.setattr(reliability, "stages", lambda pipe, path, runs: [("load", lambda: careless(path))] * (not runs))
-        assert reliability.mutants(4, seed=0)[1] > 0
-    assert "KeyError" in capsys.readouterr().err
-    assert reliability.check_text("a\x1b[2J") is not None and reliability.check_text("a\nb") is None
+        patched.setattr(mutants, "SHIPPED", mutants.SHIPPED[:1])
+        patched.setattr(mutants, "stages", lambda pipe, path, runs: [("load", lambda: careless(path))] * (not runs))
+        faults = mutants.mutants(4, seed=0)[1]
+    assert faults and "KeyError" in str(faults[0])
+    assert campaign.steering("a\x1b[2J") is not None and campaign.steering("a\nb") is None
+    with pytest.raises(AssertionError, match="control character"):
+        strangers.check("terminal", "a\x1b[2J", "a")
+    with pytest.raises(AssertionError, match="other tags"):
+        strangers.check("page", "<p><img src=x></p>", "<p>a</p>")
+    with pytest.raises(AssertionError, match="another number of cells"):
+        strangers.check("tables", "| a | b |\n| a|b | c |\n", "")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ MEASURED = {  # of a printed column: its name, the field of a row that is measur
 }
 LOOP = {**MEASURED, "latency_s": ("latency of the loop (s)", "latency_s", "{:.3f}")}  # all that bench/latency.py times
 EXTRA_COLUMNS = {
+    "10th percentile (dB)": ("psnr_p10", "{:.2f}"),
+    "worst (dB)": ("psnr_worst", "{:.2f}"),
+    "below 30 dB": ("below_30db", "{:.2f}"),
     "T/NFE": ("speedup_nfe", "{:.2f}×"),
     "prompt accuracy": ("prompt_accuracy", "{:.3f}"),
 }  # not in the paper

@@ -49,17 +49,20 @@ def cells(rows):
 
 def test_measured_and_printed_numbers_never_share_a_column():
     rows = [measured("none"), measured("teacache", 2.0, speedup_end_to_end=1.874, psnr=40.0)]
-    rows += [measured("ertacache", 3.0, psnr=33.333), measured("budget", 2.0, psnr=60.0)]
+    tail = {"psnr_p10": 52.5, "psnr_worst": 41.25, "below_30db": 0.0625}
+    rows += [measured("ertacache", 3.0, psnr=33.333), measured("budget", 2.0, psnr=60.0, **tail)]
     head, _, *body = cells(rows)
     assert head[:5] == ["method", "measured as", "speed-up", "speed-up, paper", "VBench (%), paper"]
-    assert head[5:] == ["PSNR (dB)", "PSNR (dB), paper", "T/NFE"]
+    extra = ["10th percentile (dB)", "worst (dB)", "below 30 dB", "T/NFE"]
+    assert head[5:] == ["PSNR (dB)", "PSNR (dB), paper", *extra]
+    none = ["–", "–", "–"]
     assert body == [
-        ["Toy", "none", "–", "1×", "–", "–", "–", "2.00×"],
-        ["Other", "teacache", "1.87×", "2.00×", "–", "40.00", "20.10", "2.00×"],
-        ["Lost", "–", "–", "1.5×", "–", "–", "9.0", "–"],
-        ["Slow", "–", "–", "2×", "–", "–", "30.0", "–"],
-        ["Fast", "ertacache", "–", "3×", "–", "33.33", "25.0", "2.00×"],
-        ["not in the paper", "budget", "–", "–", "–", "60.00", "–", "2.00×"],
+        ["Toy", "none", "–", "1×", "–", "–", "–", *none, "2.00×"],
+        ["Other", "teacache", "1.87×", "2.00×", "–", "40.00", "20.10", *none, "2.00×"],
+        ["Lost", "–", "–", "1.5×", "–", "–", "9.0", *none, "–"],
+        ["Slow", "–", "–", "2×", "–", "–", "30.0", *none, "–"],
+        ["Fast", "ertacache", "–", "3×", "–", "33.33", "25.0", *none, "2.00×"],
+        ["not in the paper", "budget", "–", "–", "–", "60.00", "–", "52.50", "41.25", "0.06", "2.00×"],
     ]
 
 

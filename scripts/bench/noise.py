@@ -3,7 +3,8 @@
     .venv/bin/python scripts/bench/noise.py ERTACache4FLUX --speedups 2,3,5 --count 32 --batch-size 8
 
 Jumps are fitted on exact velocities and their weights can be large, so noise of the network could come out amplified.
-Each line compares latents with those of the uncached run on the same network (mean PSNR in dB), for stored plans:
+Each line compares latents with those of the uncached run on the same network, for stored plans: PSNR in dB, mean / 10th
+percentile / worst.
 
 | network | |
 |---|---|
@@ -112,7 +113,8 @@ def rows(evaluation: Evaluation, plans: dict[float, BudgetPlan]) -> Iterator[lis
         uncached = latents(network)
 
         def psnr(found: np.ndarray, uncached=uncached) -> str:
-            return f"{metrics.latent_psnrs(uncached, found).mean():.1f}"
+            each = metrics.latent_psnrs(uncached, found)
+            return f"{each.mean():.1f} / {np.quantile(each, 0.1):.1f} / {each.min():.1f}"
 
         again = psnr(latents(other)) if other else "–"
         for speedup, plan in plans.items():

@@ -18,8 +18,8 @@ with as many model calls:
 With Euler as the solver, least squares is at once a uniform schedule with jumps fitted on the uncached run.
 
 PSNR of the latents in dB to the uncached run, with 2 as peak: of each draw the mean over the captions and the 10th
-percentile. The table has the mean and the worst draw of the mean, and of each effort the least lead that it has over
-the best other method of the same draw. The same command goes on after the last finished cell.
+percentile. The table has the mean of both over the draws, the worst draw's mean, and of each effort the least lead that
+it has over the best other method of the same draw. The same command goes on after the last finished cell.
 """
 
 if __name__ == "__main__":
@@ -124,13 +124,14 @@ class Cell:
 
 
 def table(rows: list[dict]) -> str:
-    """Return a Markdown table: mean and worst draw of the mean PSNR."""
+    """Return a Markdown table of PSNRs: means over the draws of mean and 10th percentile, and the worst draw's mean."""
     methods = list(dict.fromkeys(name for row in rows for name in row["draws"][0]))
     ours = [name for name in methods if name in EFFORTS]
     lines = []
     for row in rows:
         means = {name: [draw[name]["mean"] for draw in row["draws"]] for name in methods}
-        cells = [f"{np.mean(values):.1f} / {min(values):.1f}" for values in means.values()]
+        tails = {name: np.mean([draw[name]["p10"] for draw in row["draws"]]) for name in methods}
+        cells = [f"{np.mean(means[name]):.1f} / {tails[name]:.1f} / {min(means[name]):.1f}" for name in methods]
         best = np.max([means[name] for name in methods if name not in ours], axis=0)
         leads = " / ".join(f"{np.min(np.array(means[name]) - best):+.1f}" for name in ours)
         facts = (f"{row['steps']}", f"{row['guidance']:g}", f"{row['width']:g}", f"{row['speedup']}×")

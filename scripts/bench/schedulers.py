@@ -43,9 +43,9 @@ def captions(count: int, held_out: bool) -> list[str]:
 
 
 def psnr(results: torch.Tensor, references: torch.Tensor) -> str:
-    """Return mean / 10th percentile over samples, dB."""
+    """Return mean / 10th percentile / worst of the samples, dB."""
     values = 10 * torch.log10(4 / (results - references).double().square().mean(1)).numpy()
-    return f"{values.mean():.1f} / {np.percentile(values, 10):.1f}"
+    return f"{values.mean():.1f} / {np.percentile(values, 10):.1f} / {values.min():.1f}"
 
 
 def row(name: str, options) -> list[str]:

@@ -42,7 +42,8 @@ from ertacache.utils.tables import planned
 from tables import ROOT, evaluate, fastest, folder_flags, open_parser, paper, parse_arguments
 
 RECTIFIED = "policy + time (*) + rectification"
-QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "clip_score": "CLIP score", "prompt_accuracy": "prompt accuracy"}
+QUALITY = {"psnr": "PSNR (dB)", "psnr_p10": "10th percentile (dB)", "psnr_worst": "worst (dB)", "ssim": "SSIM"}
+QUALITY |= {"clip_score": "CLIP score", "prompt_accuracy": "prompt accuracy"}
 DISTANCES = {  # a column of figure 2a: what it is called, and its colour and line
     "residual": ("cached residual to computed one (Eq. 12)", "tab:blue", "-"),
     "output": ("cached output to computed one", "tab:green", "--"),

@@ -22,7 +22,7 @@ from ertacache.cli.commands import EXAMPLES
 from ertacache.cli.request import Request
 from ertacache.evaluation.metrics import mean, psnr, ssim
 from ertacache.utils import media
-from helpers import CallCounter, processes
+from helpers import CallCounter, no_warning, processes
 
 DEMO = str(ROOT / "ERTACache4FLUX" / "demo")
 SHIPPED = ROOT / "ERTACache4FLUX" / "cache"
@@ -244,6 +244,20 @@ def test_another_guidance_than_the_plans_is_one_warning(run, files):
     with pytest.warns(UserWarning, match=r"guidance_scale 3.5, now 3.0.*the same guidance_scale, or") as caught:
         run("generate", DEMO, "--plan", files[2], "--prompt", PROMPTS[0], *words)
     assert len([w for w in caught if "calibrated at" in str(w.message)]) == 1
+
+
+def test_a_shipped_plan_says_what_it_was_not_made_for(run):
+    """Neither true CFG nor other noise levels: its file records no true_cfg_scale, and no sigmas but the grid."""
+    words = ["generate", DEMO, *PLAN, "--prompt", PROMPTS[0], *[30 if word == 6 else word for word in FLAGS]]
+    with no_warning():
+        run(*words, "--on-drift", "ignore")
+    sigmas = json.dumps((np.linspace(1, 1 / 30, 30) ** 2).tolist())
+    others = ["--set", "true_cfg_scale=4", "--negative-prompt", "a rocket", "--set", f"sigmas={sigmas}"]
+    with pytest.warns(UserWarning) as caught:
+        run(*words, *others, "--on-drift", "ignore")
+    conditions, levels = (str(w.message) for w in caught if "quality may be lower" in str(w.message))
+    assert conditions.startswith("the plan was calibrated at true_cfg_scale 1.0, now 4; quality may be lower: give")
+    assert levels.startswith("this run has other noise levels than the plan's calibration (step ")
 
 
 def test_where_a_run_drifts_more_steps_are_computed(run, pipe, plans, tmp_path):

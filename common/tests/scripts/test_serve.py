@@ -60,6 +60,7 @@ def test_options_that_cannot_be_are_one_line_and_exit_code_2(script, library, wo
         if not words:
             pytest.skip("the model is loaded by a replica")
         monkeypatch.setitem(sys.modules, "ray", MagicMock())
+        monkeypatch.setattr(signal, "sigwait", lambda _: None)
     folder = ROOT / "scripts" / "serve"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.syspath_prepend(str(folder))

@@ -49,7 +49,7 @@ def post(port, body) -> bytes:
         (["--port", "65536"], "--port 65536: give a whole number from 1 to 65535"),
         (["--speedups", "2", "nan"], "--speedups nan: a speed-up is a number of at least 1"),
         (["height"], "'height': write NAME=VALUE with a JSON value, height=64"),
-        ([], "cannot load gone ("),
+        ([], "no model 'gone': give a folder"),
     ],
 )
 def test_options_that_cannot_be_are_one_line_and_exit_code_2(script, library, words, message, monkeypatch, capsys):

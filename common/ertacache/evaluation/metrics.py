@@ -1,11 +1,16 @@
 """Distances between uncached and cached images or videos: thin wrappers around scikit-image and lpips, on floats."""
 
+from pathlib import Path
+
 import numpy as np
 
+from ertacache.plans.names import model_source
 from ertacache.utils import media
+from ertacache.utils.errors import UserError, reason_of
 
 PSNRS = ("psnr", "psnr_p10", "psnr_worst", "below_30db", "psnr_8bit")
 METRICS = (*PSNRS, "ssim", "lpips", "temporal_psnr")
+FETCH = """python -c "import lpips; lpips.LPIPS(net='alex')\""""  # the weights, 233 MiB
 OTHER_IMAGE = 30.0  # dB, below which a result is often another image
 
 
@@ -39,7 +44,7 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
 
 
 class Lpips:
-    """LPIPS (AlexNet), where the `eval` extra and its weights are installed; else None.
+    """LPIPS (AlexNet), where the `eval` extra and AlexNet's weights are there, which are not fetched; else None.
 
     Attributes:
         problem: Why it is not computed, in one line; None where it is.
@@ -49,12 +54,17 @@ class Lpips:
         self.network = self.problem = None
         try:
             import lpips
+            import torch
+            from torchvision.models import AlexNet_Weights
 
-            self.network = lpips.LPIPS(net="alex", verbose=False)
-        except Exception as error:  # no package, no torchvision, or no weights and no network to fetch them
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            weights = Path(torch.hub.get_dir(), "checkpoints", Path(AlexNet_Weights.IMAGENET1K_V1.url).name)
+            if weights.is_file():
+                self.network = lpips.LPIPS(net="alex", verbose=False)
+            else:
+                self.problem = f"LPIPS is not computed (no file {weights}): fetch it, {FETCH}"
+        except Exception as error:  # no package, no torchvision, or damaged weights
             remedy = "sh scripts/setup.sh eval, or pip install 'ertacache[eval]'"
-            self.problem = f"LPIPS is not computed ({reason}): {remedy}"
+            self.problem = f"LPIPS is not computed ({reason_of(error)}): {remedy}"
 
     def __call__(self, reference: np.ndarray, image: np.ndarray) -> float | None:
         import torch
@@ -89,14 +99,13 @@ class Clip:
         self.model = None
         if model is None:
             return
+        source = model_source(model)
         from transformers import CLIPModel, CLIPProcessor
 
-        from ertacache.utils.errors import UserError
-
         try:
-            self.model, self.processor = CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model)
+            self.model, self.processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
         except Exception as error:  # hub, json, safetensors and torch all raise their own types here
-            raise UserError(f"--clip {model} cannot be loaded ({str(error).splitlines()[0]}): check the id") from error
+            raise UserError(f"--clip {model} cannot be loaded ({reason_of(error)}): check the id") from error
 
     def similarity(self, references: np.ndarray, results: np.ndarray) -> float | None:
         """Return the mean cosine between embeddings of images (or frames) and of their references (paper, Table 2)."""

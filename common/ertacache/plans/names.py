@@ -18,6 +18,20 @@ TARGETS = {  # what a plan imitates, in words
 }
 
 
+def model_source(model: str) -> str:
+    """Return what loads a model: the folder's path, or the Hub id as it is.
+
+    Raises:
+        UserError: Neither a folder that is there nor an id, so that a mistyped path is not looked up on the Hub.
+    """
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return str(path)
+    if not HUB_ID.fullmatch(model):
+        raise UserError(f"no model {model!r}: give a folder that is there, or a Hub id of the form OWNER/NAME")
+    return model
+
+
 def threshold_name(model: str, steps: int, threshold: float, site: str) -> str:
     """Return the file name of a threshold plan: MODEL-STEPS-λ.json, with "-blocks" for that site."""
     return f"{short_name(model)}-{steps}-{threshold:g}{'-blocks' if site == 'blocks' else ''}.json"

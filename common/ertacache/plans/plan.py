@@ -254,6 +254,8 @@ def _bytes(path: Path, largest: int) -> bytes:
 
 def _json_path(path: str | Path) -> Path:
     path = Path(path)
+    if not path.name:
+        raise PlanError(f"{str(path)!r} names no file: give the path of a plan, like plan.json")
     return path.with_suffix(".json") if path.suffix == ".safetensors" else path
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 import ertacache
 from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.pipelines.load import one_line_errors
-from ertacache.plans.names import check_speedups
+from ertacache.plans.names import check_speedups, model_source
 from ertacache.utils.devices import default_device, dtype_for
 from ertacache.utils.errors import shown
 
@@ -46,7 +46,7 @@ class Model:
     """
 
     def __init__(self, source: str, speedups: Sequence[float], arguments: dict[str, Any]):
-        device = default_device()
+        device, source = default_device(), model_source(source)
         with one_line_errors(source):
             self.pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype_for(device)).to(device)
         self.pipe.set_progress_bar_config(disable=True)

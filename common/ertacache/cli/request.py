@@ -131,6 +131,7 @@ class Request:
 
     def plan(self, source: str | None, speedup: float | None = None) -> "Plan | None":
         """Return the plan at `source` (None: none), checked against T; of a set that of a speed-up, or the first."""
+        from ertacache.numerics.schedulers import num_inference_steps_of, steps_of
         from ertacache.pipelines.enable import read_plans
         from ertacache.plans.requirements import Requirements
 
@@ -139,8 +140,10 @@ class Request:
             return None
         plans = read_plans(source)
         plan = plans.first if speedup is None else plans.at(speedup)
-        remedy = f"give --steps {plan.steps}, or make another plan with `{self.calibrate} …`"
-        plan.check(Requirements(steps, {}, {}), remedy)
+        scheduler = plan.requirements.scheduler.get("class", "")
+        fitting = num_inference_steps_of(scheduler, plan.steps)
+        remedy = f"give --steps {fitting}, or make another plan with `{self.calibrate} …`"
+        plan.check(Requirements(steps_of(scheduler, steps), {}, {}), remedy)
         return plan
 
     @property

@@ -411,15 +411,20 @@ def calls_per_step(scheduler) -> int:
     return SOLVERS[type(scheduler).__name__].calls[0]
 
 
+def _calls(scheduler) -> tuple[int, int]:
+    known = SOLVERS.get(scheduler if isinstance(scheduler, str) else type(scheduler).__name__)
+    return known.calls if known else (1, 0)
+
+
 def steps_of(scheduler, num_inference_steps: int) -> int:
-    """Return T, the number of steps with one model call each that a scheduler makes."""
-    each, others = SOLVERS[type(scheduler).__name__].calls
+    """Return T, the number of steps with one model call each that a scheduler, or its class by name, makes."""
+    each, others = _calls(scheduler)
     return each * num_inference_steps + others
 
 
 def num_inference_steps_of(scheduler, steps: int) -> int:
-    """Return the argument with which a scheduler makes so many steps, or the next possible number."""
-    each, others = SOLVERS[type(scheduler).__name__].calls
+    """Return the argument with which a scheduler, or its class by name, makes so many steps or the next number."""
+    each, others = _calls(scheduler)
     return -((others - steps) // each)
 
 

@@ -339,6 +339,14 @@ ONE = ["--prompt", "a red ring", "--out", "out"]
 PLAN = ["--plan", SHIPPED / "demo-30-budget-15.json"]
 
 
+def test_a_plan_of_a_scheduler_with_more_calls_than_steps_names_the_steps_to_give(refused, plans, tmp_path):
+    requirements = dataclasses.replace(plans[2].requirements, scheduler={"class": "PNDMScheduler"})
+    dataclasses.replace(plans[2], requirements=requirements).save(tmp_path / "pndm.json")  # 6 calls: 5 steps
+    words = ["generate", DEMO, *ONE, "--plan", "pndm.json", "--height", 64, "--width", 64]
+    assert "the plan is for 6 steps, the run has 7: give --steps 5, or" in refused(*words, "--steps", 6)
+    assert "PNDMScheduler" in refused(*words, "--steps", 5)  # goes on to what else differs
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

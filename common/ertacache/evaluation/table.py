@@ -99,9 +99,8 @@ def by_speedup(rows: Sequence[Row], text: Text | None = None) -> str:
     shared = [len({key[n] for key in lines}) == 1 for n in range(2)]
     table = []
     for (folder, captions, asked), found in lines.items():
-        head = [escaped(folder.removeprefix("ERTACache4"))] * (not shared[0]) + [escaped(str(captions))] * (
-            not shared[1]
-        )
+        names = (escaped(folder.removeprefix("ERTACache4")), escaped(str(captions)))
+        head = [name for name, same in zip(names, shared, strict=True) if not same]
         ranked = [row["psnr"] for row in found.values() if reaches(row, asked) and row["psnr"] is not None]
         cells = []
         for method in methods:

@@ -9,7 +9,6 @@ The models are those of `parts/comfyui_models.py`. Of three of them ComfyUI's lo
 node makes random conditioning, and latents are saved: text encoders and VAE are left out.
 """
 
-import argparse
 import json
 import sys
 from datetime import date
@@ -19,6 +18,9 @@ import safetensors.torch
 import torch
 
 import ertacache
+from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.comfyui import node_folder
+from ertacache.utils.errors import run_program
 from ertacache.utils.provenance import measured_with
 from parts.comfyui_models import FRAMES, MODELS, SIDE, Small
 from parts.comfyui_server import Result, Server, working_folder
@@ -259,11 +261,12 @@ def check_refusals(check: Checks, server: Server, smalls: dict[str, Small]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, metavar="PATH_TO_COMFYUI")
     parser.add_argument("--models", default=",".join(MODELS), help="those to run, with commas between; default: all")
     parser.add_argument("--work", type=Path, help="folder for weights, plans and results; default: a temporary one")
     given = parser.parse_args()
+    node_folder(given.checkout)
     check, checkout = Checks(), given.checkout.resolve()
     version = (checkout / "comfyui_version.py").read_text("utf-8").split('"')[-2]
     print(f"ComfyUI {version}; {measured_with()}; {date.today().isoformat()}")
@@ -285,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

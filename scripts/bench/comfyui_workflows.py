@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.comfyui import node_folder
 from ertacache.utils.errors import run_program
 from parts.comfyui_server import Server, working_folder
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, metavar="PATH_TO_COMFYUI")
     checkout = parser.parse_args().checkout
+    node_folder(checkout)
     with working_folder() as work, Server(checkout, work) as server:
         server.wait()
         info = server.get("object_info")

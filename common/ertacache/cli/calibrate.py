@@ -37,7 +37,7 @@ def run(request: Request, out: Path, speedups: str, seed: int, effort: str, forc
         targets = parse_list(speedups)
         check_speedups(targets)
         paths = plan_paths(request, out, targets)
-        written = {path for note in out.glob(f"{SAVING}*") for path in note.read_text("utf-8").splitlines()}
+        written = {path for note in out.glob(f"{SAVING}*") for path in note.read_text("utf-8", "replace").splitlines()}
         existing = [path for path in paths.values() if path.exists() and path.name not in written]
         if existing and not force:
             raise UserError(f"{existing[0]} is there already: give --force to write over it, or another --out")

@@ -9,6 +9,7 @@ import typer
 from ertacache import __version__
 from ertacache.cli.options import takes_request
 from ertacache.cli.request import Request
+from ertacache.utils.errors import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -203,4 +204,4 @@ def remove_nodes(path: Checkout) -> None:
     from ertacache.cli.comfyui import remove
 
     folder, left = remove(path)
-    print(f"removed {folder}" + (f"; left in it: {', '.join(other.name for other in left)}" if left else ""))
+    print(f"removed {folder}" + (f"; left in it: {', '.join(printable(other.name) for other in left)}" if left else ""))

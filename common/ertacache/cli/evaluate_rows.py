@@ -15,6 +15,7 @@ from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import doubt
 from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail
 from ertacache.evaluation.ranking import cell
+from ertacache.utils.errors import printable
 
 MEASURES = ("psnr", "psnr_8bit", "ssim")
 
@@ -70,7 +71,7 @@ def show(rows: Sequence[Mapping[str, Any]], prompts: int, least_width: int = 0) 
     for each in rows[1:]:
         reason = doubt([rows[0]["repeats_s"], each["repeats_s"]], each["speedup_nfe"])
         if reason:
-            print(f"{each['label']}, {each['speedup_end_to_end']:.2f}×{reason}")
+            print(f"{printable(each['label'])}, {each['speedup_end_to_end']:.2f}×{reason}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
@@ -84,7 +85,7 @@ def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
     for r in rows:
         calls = (f"{cell(r, 'nfe')} of {steps}", f"{r['speedup_nfe']:.2f}×")
         speed = (f"{r['end_to_end_s']:.3g}", f"{r['speedup_end_to_end']:.2f}×")
-        table.add_row(Text(r["label"]), *calls, *speed, *quality_cells(r))
+        table.add_row(Text(printable(r["label"])), *calls, *speed, *quality_cells(r))
     return table
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ertacache.plans.names import model_source
 from ertacache.utils.errors import UserError, reason_of
 
 
@@ -40,15 +41,11 @@ def load_pipeline(
     device = checked_device(device)
     if offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {offload} moves parts of the model to a GPU in turn: it needs --device cuda")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if read is None:
-            check_model_directory(path, pipeline_class.__name__)
-    elif path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise UserError(f"--model {model}: no such directory, and no hub id of the form OWNER/NAME; try --model demo")
+    source = model_source(str(model))
+    if read is None and Path(source).is_dir():
+        check_model_directory(Path(source), pipeline_class.__name__)
     with one_line_errors(model):
-        read = read or pipeline_class.from_pretrained
-        pipe = read(str(path) if path.is_dir() else str(model), dtype=dtype, **options)
+        pipe = (read or pipeline_class.from_pretrained)(source, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -186,8 +186,8 @@ BASELINE = ["--baseline", "--steps", 4]
         ([*PROMPT, "--device", "cuda", *BASELINE, "--model", "RANDOM"], "--device cuda: no such device"),
         ([*PROMPT, "--device", "gpu", *BASELINE, "--model", "RANDOM"], "--device 'gpu': give cpu, cuda"),
         ([*PROMPT, "--offload", "model", *BASELINE, "--model", "RANDOM", "--device", "cpu"], "--offload model"),
-        ([*PROMPT, "--model", "/no/such/model", *BASELINE], "/no/such/model: no such directory"),
-        ([*PROMPT, "--model", "gone", *BASELINE], "--model gone: no such directory"),
+        ([*PROMPT, "--model", "/no/such/model", *BASELINE], "no model '/no/such/model': give a folder"),
+        ([*PROMPT, "--model", "gone", *BASELINE], "no model 'gone': give a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(sampler, random_directory, tmp_path, capsys, arguments, words):

@@ -68,6 +68,7 @@ TITLES = {
     "lemica": "LeMiCa",
     "dpcache": "DPCache",
     "budcache": "BudCache, one prompt",
+    "budcache: all prompts": "BudCache, all prompts",
     "spectrum": "Spectrum",
     "spectrum-blend": "Spectrum, blend",
     "neuralsolver": "NeuralSolver",

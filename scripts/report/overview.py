@@ -5,7 +5,8 @@
 
 Of quality: PSNR to the uncached run, mean / 10th percentile / worst / share below 30 dB, of the rows that reach nine
 tenths of the target speed-up in FLOPs; of several settings of a method (threshold plans cache at two sites), and of all
-other caches, the best by the mean. Of latency: the measured speed-up of the loop, and that in FLOPs.
+methods that are no plans of ours, the best by the mean. Of latency: the measured speed-up of the loop, and that in
+FLOPs.
 """
 
 if __name__ == "__main__":
@@ -15,20 +16,21 @@ from pathlib import Path
 
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.evaluation import report, table
-from ertacache.evaluation.ranking import reaches
+from ertacache.evaluation.ranking import is_ours, reaches
 from ertacache.evaluation.rows import read_source
 from ertacache.utils.errors import run_program
 from ertacache.utils.tables import MISSING, escaped, markdown
 
-METHODS = ("budget", "ertacache", "fewer-steps", "fewer-steps-tuned", "least-squares", "teacache", "first-block")
-OTHER = "best other cache"
+OTHERS = "best other method"
+METHODS = ("budget", "ertacache", OTHERS, "teacache", "fewer-steps", "fewer-steps-tuned", "least-squares")
 
 
 def best_of_each(rows: list[dict], target: float) -> list[dict | None]:
-    """Return the best row of each method, and of all other caches, among those that reach the target speed-up."""
+    """Return the best row of each of METHODS, among those that reach the target speed-up."""
     rows = [row for row in rows if row["asked"] == target and reaches(row, target) and row["psnr"] is not None]
-    groups = [[row for row in rows if row["method"] == name] for name in METHODS]
-    groups.append([row for row in rows if row["family"] == "peer"])
+    groups = [
+        [row for row in rows if row["method"] == name or (name == OTHERS and not is_ours(row))] for name in METHODS
+    ]
     return [max(group, key=lambda row: row["psnr"], default=None) for group in groups]
 
 
@@ -36,7 +38,7 @@ def text(row: dict | None, of: str, first: float, named: bool) -> str:
     """Return a cell. first: the best mean of its line; named: whether it names the method."""
     if row is None:
         return MISSING
-    name = f" ({escaped(row['method'])})" if named else ""
+    name = f" ({table.title_of(row)})" if named else ""
     if of == "latency":
         return table.latency(row) + name
     shown = f"{table.tail(row)} / {table.percent(row['below_30db'])}"
@@ -51,12 +53,12 @@ def main() -> None:
     sections = report.sections([read_source(path) for path in args.rows])
     asked = [(section, target) for section in sections for target in section.targets]
     found = [best_of_each(section.methods, target) for section, target in asked]
-    titles = [*(table.TITLES[name] for name in METHODS), OTHER]
+    titles = [table.TITLES.get(name, name) for name in METHODS]
     shown = [n for n in range(len(titles)) if any(line[n] for line in found)]
     lines = []
     for (section, target), best in zip(asked, found, strict=True):
         first = max((row["psnr"] for row in best if row), default=0)
-        cells = [text(best[n], args.of, first, titles[n] == OTHER) for n in shown]
+        cells = [text(best[n], args.of, first, titles[n] == OTHERS) for n in shown]
         lines.append([escaped(section.folder.removeprefix("ERTACache4")), f"{target:g}×", *cells])
     rows = [row for section in sections for row in section.rows]
     counts = " or ".join(dict.fromkeys(str(row["prompts"]) for row in rows))

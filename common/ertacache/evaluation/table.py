@@ -75,6 +75,11 @@ TITLES = {
 }
 
 
+def title_of(row: Row) -> str:
+    """Return what a method is called in a table."""
+    return escaped(TITLES.get(row["method"], row["method"]))
+
+
 def one_line_each(rows: Sequence[Row]) -> str:
     """Return a table with one line per row; columns without a value in any row are left out."""
     shown = [(title, text) for title, name, text in COLUMNS if any(row[name] is not None for row in rows)]
@@ -118,7 +123,7 @@ def by_speedup(rows: Sequence[Row], text: Text | None = None) -> str:
 def column_of(row: Row) -> str:
     """Return the title of a method's column; a threshold plan's cache site belongs to it."""
     site = row["settings"].get("site")
-    return escaped(TITLES.get(row["method"], row["method"]) + (f", {site}" if site else ""))
+    return title_of(row) + (f", {escaped(site)}" if site else "")
 
 
 def mean_and_tail(row: Row) -> str:

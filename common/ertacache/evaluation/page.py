@@ -151,5 +151,7 @@ def tables(sections) -> str:
         parts += [f"{where}. Bold: the best among the rows with a place."]
         for target in section.targets:
             rows = [row for row in section.methods if row["asked"] == target]
-            parts += [f"### {target:g}×", markdown(rows, list(report.TABLE)), *map(escaped, report.notes(rows))]
+            empty = {name for name in report.TABLE[:-1] if all(row.get(name) is None for row in rows)}
+            columns = [name for name in report.TABLE if name not in empty]
+            parts += [f"### {target:g}×", markdown(rows, columns), *map(escaped, report.notes(rows))]
     return "\n\n".join(parts) + "\n"

@@ -239,7 +239,7 @@ def test_plans_do_not_amplify_the_networks_noise():
     done = subprocess.run([*command, "--count", "2", "--batch-size", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:6]]
-    found = {name: [float(value) for value in values if value != "–"] for name, _, *values in cells}
+    found = {name: [float(text.split()[0]) for text in texts if text != "–"] for name, _, *texts in cells}
     assert list(found) == ["float32", "1 % noise", "bfloat16", "int8 activations"] and len(found["float32"]) == 2
     exact = found["float32"]
     for name in list(found)[1:]:

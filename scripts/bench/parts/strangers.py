@@ -45,7 +45,7 @@ class Tags(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.kinds |= {(tag, name) for name, _ in [(None, None), *attrs]}
+        self.kinds |= {(tag, name) for name, _ in [("", ""), *attrs]}
         self.scripts += tag == "script"
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ertacache import Plan
@@ -61,8 +61,8 @@ class Way:
 
     name: str
     command: list[str]
-    plans: dict[str, bytes]
-    seconds: float
+    plans: dict[str, bytes] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def start(self, folder: Path, before: Callable[[], None] | None = None) -> subprocess.Popen:
         """Start it in a folder. before: called in its process first."""
@@ -96,10 +96,12 @@ def undisturbed(root: Path) -> list[Way]:
     """Return the ways, each having run once."""
     found = []
     for name, command in ways().items():
-        way, folder, start = Way(name, command, {}, 0), prepared(root / name.replace("/", "-")), time.monotonic()
-        _, said = (process := way.start(folder)).communicate(timeout=600)
+        way, folder, start = Way(name, command), prepared(root / name.replace("/", "-")), time.monotonic()
+        process = way.start(folder)
+        _, said = process.communicate(timeout=600)
         assert not process.returncode, said
-        found.append(Way(name, command, plan_files(folder), time.monotonic() - start))
+        way.plans, way.seconds = plan_files(folder), time.monotonic() - start
+        found.append(way)
     return found
 
 

@@ -10,7 +10,7 @@ with as many model calls:
 |---|---|
 | quick, normal, thorough | budget plans, by effort |
 | fewer steps | of Euler, on the problem's own grid |
-| … tuned | on the shift that comes nearest to the uncached run on the calibration captions |
+| … tuned | on that grid or shift that comes nearest to the uncached run on the calibration captions |
 | OSS | Euler on the steps that dynamic programming finds on its own trajectory (arXiv 2503.21774) |
 | least squares | each skipped velocity predicted from three computed ones, uniform schedule |
 | threshold plan | the paper's, at the λ that comes nearest to the calls; not below them |
@@ -42,6 +42,7 @@ from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.rivals.rollouts import optimal_steps
 from ertacache.evaluation.table import facts as facts_line
 from ertacache.numerics import ode
+from ertacache.numerics.multistep import first_order_matrix, predicted_jumps
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
 from ertacache.utils.errors import run_program
@@ -112,13 +113,17 @@ class Cell:
 
         euler = [calibration.first_order(i, i + 1) for i in range(steps)]
         oss = optimal_steps(calibration, budget)
-        tuned = ode.shifted_grid(native, budget, calibration.tuned_shift(budget))
+        fitted = planner.fitted_predictor(gram, 3)
+        predicted = predicted_jumps(first_order_matrix(euler), uniform, fitted)[0]
+        shift, fewer = calibration.tuned_shift(budget), self.inputs(steps=budget)
         threshold = thresholds.threshold_for(budget)
         return {
-            "fewer steps": self.quality(inputs=self.inputs(steps=budget)),
-            "fewer steps, tuned": self.quality(inputs=self.inputs(steps=budget).on(tuned)),
+            "fewer steps": self.quality(inputs=fewer),
+            "fewer steps, tuned": self.quality(
+                inputs=fewer if shift is None else fewer.on(ode.shifted_grid(native, budget, shift))
+            ),
             "OSS": self.quality(plan(oss, planner.euler_weights(native.numpy(), oss, 1))),
-            "least squares": self.quality(plan(uniform, planner.predictor_weights(gram, euler, uniform, 3)[0])),
+            "least squares": self.quality(plan(uniform, predicted)),
             "threshold plan": self.quality(thresholds.plan(threshold)),
         }
 

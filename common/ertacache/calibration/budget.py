@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,12 @@ ROUNDING = 1e-13  # mean squared error of the final latents over their mean squa
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
 SIZES = ("height", "width", "frames", "num_frames")  # settings that give the latents their size
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
+Candidate = TypeVar("Candidate")
+
+
+def grid_name(shift: float | None) -> str:
+    """Return the name of a grid that `BudgetCalibration.tuned_shift` has chosen."""
+    return "own grid" if shift is None else f"tuned shift ({shift:g})"
 
 
 @dataclass(frozen=True)
@@ -375,20 +381,43 @@ class BudgetCalibration:
         """
         return rows.reshape(-1, self.prompts_in(batch), *rows.shape[1:])
 
-    def tuned_shift(self, steps: int) -> float:
-        """Return the shift in SHIFTS with which `steps` of the model's own solver come nearest to the target."""
+    def nearest(
+        self, name: str, candidates: Sequence[Candidate], run: Callable[[int, Candidate], torch.Tensor]
+    ) -> Candidate:
+        """Return the candidate whose results come nearest to the target, by the error that plans are chosen by.
+
+        Args:
+            name: Of this choice, in the checkpoints.
+            candidates: One at least.
+            run: run(batch, candidate) returns the final latents of a batch of prompts.
+        """
         self.trajectories()
         session = self.session
 
         def sums_of(batch: int) -> dict[str, Any]:
-            inputs, errors = session.inputs(batch), []
-            for shift in SHIFTS:
-                grid = ode.shifted_grid(self.native_sigmas, steps, shift)
-                errors.append(sum(self.squared_errors(batch, session.sampler.denoise(session.pipe, inputs.on(grid)))))
+            errors, start = np.zeros((len(candidates), len(session.prompts))), session.starts[batch]
+            for row, candidate in zip(errors, candidates, strict=True):
+                squares = self.squared_errors(batch, run(batch, candidate))
+                row[start : start + len(squares)] = squares
             return {"errors": errors}
 
-        key = f"{self.target.name}, {steps} steps, shifts"
-        return SHIFTS[int(np.argmin(self.checkpoints.sums(key, session.batches, sums_of)["errors"]))]
+        errors = self.checkpoints.sums(f"{self.target.name}, {name}", session.batches, sums_of)["errors"]
+        return candidates[int(np.argmin([typical_error(row) for row in errors]))]
+
+    def tuned_shift(self, steps: int) -> float | None:
+        """Return the shift in SHIFTS with which `steps` of the model's own solver come nearest to the target.
+
+        None: on its own grid they come nearer than with any of them.
+        """
+        sampler, pipe = self.session.sampler, self.session.pipe
+
+        def run(batch: int, shift: float | None) -> torch.Tensor:
+            if shift is None:
+                return sampler.denoise(pipe, self.session.inputs(batch, steps=steps))
+            grid = ode.shifted_grid(self.native_sigmas, steps, shift)
+            return sampler.denoise(pipe, self.session.inputs(batch).on(grid))
+
+        return self.nearest(f"grids of {steps} steps", (None, *SHIFTS), run)
 
     # --- plans -------------------------------------------------------------------------------------------------------
 

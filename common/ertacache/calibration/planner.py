@@ -18,6 +18,7 @@ import numpy as np
 
 from ertacache.calibration.gram import Gram
 from ertacache.numerics.jump import adams_bashforth
+from ertacache.numerics.multistep import Predictor
 
 RIDGE = 1e-6  # fraction of the diagonal added to the normal equations
 REWEIGHTED = 8  # solutions of the normal equations in `robust_weights`
@@ -380,32 +381,22 @@ def offline_weights(
     return weights, scale
 
 
-def predictor_weights(
-    gram: Gram, steps: list[tuple[float, float]], schedule: Schedule, history_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return linear prediction of velocities, written as jumps: the form of learned linear predictors in this field.
-
-    Every skipped velocity is predicted from the history by least squares on the target's trajectory, and the solver
-    makes all its T steps.
+def fitted_predictor(gram: Gram, history_length: int) -> Predictor:
+    """Return linear prediction of a velocity from the newest H computed ones, by least squares on the target's
+    trajectories: the form of learned linear predictors in this field.
 
     Args:
-        gram: Of the target's trajectories.
-        steps: (a, w) of the solver's steps x_{i+1} = a x_i + w v_i, T pairs.
-        schedule: N computed steps.
+        gram: Of the trajectories.
         history_length: H.
-
-    Returns:
-        Weights [N, H] and scales [N].
     """
-    weights, scale = np.zeros((len(schedule), history_length)), np.ones(len(schedule))
-    for k, (i, target) in enumerate(zip(schedule, [*schedule[1:], gram.steps], strict=True)):
-        rows = gram.v(np.array(schedule[max(0, k + 1 - history_length) : k + 1][::-1]))
-        cross = gram.matrix[np.ix_(rows, gram.v(np.arange(i, target)))]
-        prediction = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(rows, rows)]), cross)  # [history, skipped]
-        for column, (a, w) in enumerate(steps[i:target]):
-            weights[k], scale[k] = a * weights[k], a * scale[k]
-            weights[k, : len(rows)] += w * prediction[:, column]
-    return weights, scale
+
+    def predictor(computed: tuple[int, ...], t: int) -> list[float]:
+        newest = gram.v(np.array(computed[-history_length:]))
+        cross = gram.matrix[np.ix_(newest, gram.v(np.array([t])))]
+        weights = np.linalg.solve(_with_ridge(gram.matrix[np.ix_(newest, newest)]), cross)[:, 0]
+        return [0.0] * (len(computed) - len(newest)) + weights.tolist()
+
+    return predictor
 
 
 def adams_bashforth_weights(sigmas: np.ndarray) -> np.ndarray:

@@ -105,10 +105,10 @@ class CalibrationSession:
         """Return a context in which no other process makes the same calibration; it says whether it had to wait."""
         return exclusive(self.checkpoints("lock").folder.with_suffix(".lock"), "calibrating the same plan")
 
-    def inputs(self, batch: int):
-        """Return the inputs of a batch of prompts, on the native grid."""
+    def inputs(self, batch: int, **changes):
+        """Return the inputs of a batch of prompts, on the native grid. changes: of the settings."""
         part = slice(self.starts[batch], self.starts[batch] + self.batch_size)
-        return self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings)
+        return self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings | changes)
 
     def run(
         self, checkpoints: Checkpoints, key: str, calls: int, sums_of: Callable[[int], dict[str, Any]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ertacache.calibration.accelerate import find_plans, shipped_prompts
-from ertacache.calibration.budget import SHIFTS
+from ertacache.calibration.budget import SHIFTS, grid_name
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_pipeline import FOLDER, check_call
 from ertacache.calibration.search import goes_on
@@ -24,7 +24,7 @@ from ertacache.cli.compare_rows import Method, full_row, timeline
 from ertacache.cli.evaluate_rows import show
 from ertacache.cli.measure import Measurement
 from ertacache.cli.request import Request
-from ertacache.evaluation.other_methods import FLOP_PROMPTS, OtherMethods, shifted_sigmas
+from ertacache.evaluation.other_methods import FLOP_PROMPTS, OtherMethods, grid_call
 from ertacache.pipelines.enable import disable
 from ertacache.plans import Plan
 from ertacache.plans.names import LEAST_BUDGET, budget_of
@@ -143,7 +143,7 @@ def model_calls(request: Request, options: Options, steps: int, prompts: int) ->
     effort, budgets = EFFORTS[EFFORT], list(options.targets(steps).values())
     quick = 0 if options.plans else batches(min(prompts, effort.prompts)) * steps * (1 + effort.search * len(budgets))
     oss = sum(1 + (n - 1) * (steps - n + 2) for n in budgets)
-    learned = batches(min(prompts, LEARNED_ON)) * (steps + len(SHIFTS) * sum(budgets) + oss)
+    learned = batches(min(prompts, LEARNED_ON)) * (steps + (1 + len(SHIFTS)) * sum(budgets) + oss)
     caches = batches(min(prompts, FLOP_PROMPTS)) * steps * (1 + len(CACHES) * CACHE_RUNS // 2)
     once = steps + METHODS * sum(budgets)
     return steps + quick + learned + caches + once * (batches(len(request.prompts)) + options.repeats)
@@ -218,9 +218,8 @@ def methods_of(
         methods.append(Method(call, "fewer-steps", "steps", speedup))
         if problems["fewer steps on a tuned grid"] is None:
             shift = others.tuned_shift(n)
-            changes = {"num_inference_steps": n, "sigmas": shifted_sigmas(n, shift)}
-            call = calls.call(f"fewer steps ({n}), tuned shift ({shift:g})", **changes)
-            methods.append(Method(call, "fewer-steps-tuned", "steps", speedup, {"shift": shift}))
+            call = calls.call(f"fewer steps ({n}), {grid_name(shift)}", **grid_call(n, shift))
+            methods.append(Method(call, "fewer-steps-tuned", "steps", speedup, {"shift": shift} if shift else {}))
         call = calls.call(f"OSS ({n})", others.optimal_steps_plan(n))
         methods.append(Method(call, "oss", "steps", speedup))
         disable(pipe)

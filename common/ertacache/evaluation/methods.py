@@ -15,15 +15,16 @@ from ertacache.algorithm import uniform_cached
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
-from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.budget import BudgetCalibration, grid_name
 from ertacache.calibration.from_folder import CalibrationOptions, open_session
-from ertacache.calibration.planner import adams_bashforth_weights, offline_weights, predictor_weights
+from ertacache.calibration.planner import adams_bashforth_weights, fitted_predictor, offline_weights
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.evaluation.method import Method
 from ertacache.evaluation.rivals.methods import RIVALS, Rivals
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.numerics import ode
+from ertacache.numerics.multistep import predicted_jumps
 from ertacache.plans import BudgetPlan, ThresholdPlan
 from ertacache.plans.names import budget_name, budget_of, threshold_name
 
@@ -232,7 +233,7 @@ class BudgetMethods:
             yield self.evaluation.planned(name, f"budget plan{aim} (H = {plan.history_length})", plan, path)
         elif name == "fewer-steps-tuned":
             shift = self.rows.budgets_for(self.rows.target).tuned_shift(self.budget)
-            label = f"fewer steps ({self.budget}), tuned shift ({shift:g})"
+            label = f"fewer steps ({self.budget}), {grid_name(shift)}"
             yield self.evaluation.fewer_steps(name, label, self.budget, shift)
         elif name == "fewer-steps-ab2":
             yield self.adams_bashforth(name)
@@ -251,12 +252,11 @@ class BudgetMethods:
         return self.evaluation.planned(name, f"Adams–Bashforth 2, uniform grid ({self.budget})", plan)
 
     def least_squares(self, name: str) -> Method:
-        """Return the method that predicts each skipped velocity from the last three computed ones."""
-        calibration = self.rows.budgets_for("reference")
-        solver = [calibration.first_order(i, i + 1) for i in range(self.steps)]
-        predicted = predictor_weights(calibration.trajectories(), solver, self.uniform, history_length=3)
+        """Return the model's own solver with each skipped velocity predicted from the last three computed ones."""
+        predictor = fitted_predictor(self.rows.budgets_for("reference").trajectories(), history_length=3)
+        jumps = predicted_jumps(Rivals(self.rows, self.budget).solver, self.uniform, predictor)
         label = "least-squares prediction per step, uniform schedule"
-        return self.evaluation.planned(name, label, self.rows.weighted(self.uniform, *predicted))
+        return self.evaluation.planned(name, label, self.rows.weighted(self.uniform, *jumps))
 
     def ablation(self) -> Iterator[Method]:
         """Yield the plan's two parts alone and together: which steps, and how the jumps are weighted."""

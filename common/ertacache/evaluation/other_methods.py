@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
 from ertacache.calibration.budget import SHIFTS, BudgetCalibration
+from ertacache.calibration.choice import typical_error
 from ertacache.calibration.from_pipeline import session_of_call
 from ertacache.calibration.optimal_steps import optimal_steps, velocities_in_call
 from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call
@@ -87,24 +88,24 @@ class OtherMethods:
             return f"{type(scheduler).__name__} takes no sigmas"
         return None if isinstance(solver_of(scheduler), FlowMatching) else "its noise levels are not those of a flow"
 
-    def tuned_shift(self, budget: int) -> float:
-        """Return the shift in SHIFTS with which `budget` own steps come nearest to the uncached run."""
+    def tuned_shift(self, budget: int) -> float | None:
+        """Return the shift in SHIFTS with which `budget` own steps come nearest to the uncached run; None: without."""
 
-        def error(shift: float) -> float:
-            return self.checkpoints.value(["shift", budget, shift], partial(self.error_on_shifted, budget, shift))
+        def error(shift: float | None) -> float:
+            errors = self.checkpoints.value(["grid", budget, shift], partial(self.errors_on, budget, shift))
+            return typical_error(np.array(errors))
 
-        return min(SHIFTS, key=error)
+        return min((None, *SHIFTS), key=error)
 
-    def error_on_shifted(self, budget: int, shift: float) -> float:
-        """Return the squared error of the final latents, summed over prompts, of fewer steps on a shifted grid."""
-        changes = {"num_inference_steps": budget, "sigmas": shifted_sigmas(budget, shift)}
-        sampler, error = PausedCalls(self.pipe, self.call_kwargs | changes), 0.0
+    def errors_on(self, budget: int, shift: float | None) -> list[float]:
+        """Return each prompt's mean squared error of the final latents, of fewer steps on a grid (`grid_call`)."""
+        sampler, errors = PausedCalls(self.pipe, self.call_kwargs | grid_call(budget, shift)), []
         for number, prompts, seeds in self.batches():
             with sampler:
                 call = sampler.prepare(self.pipe, prompts, seeds)
                 final = sampler.denoise(self.pipe, call, None, lambda *_: None)
-            error += sum(self.uncached.squared_errors(number, final))
-        return error
+            errors += self.uncached.squared_errors(number, final)
+        return errors
 
     # --- optimal stepsizes -------------------------------------------------------------------------------------------
 
@@ -206,10 +207,15 @@ class OtherMethods:
         return counted(self.pipe, run)[1] or 0.0
 
 
-def shifted_sigmas(steps: int, shift: float) -> list[float]:
-    """Return `steps` noise levels from 1 to 1/steps with a shift, before the scheduler's own; with 1 they are even."""
+def grid_call(steps: int, shift: float | None) -> dict[str, Any]:
+    """Return the arguments of a call with fewer steps: on its own grid, or on levels from 1 to 1/steps with a shift.
+
+    The scheduler's own shift, if it has one, comes on top.
+    """
+    if shift is None:
+        return {"num_inference_steps": steps}
     levels = np.linspace(1.0, 1 / steps, steps)
-    return (shift * levels / (1 + (shift - 1) * levels)).tolist()
+    return {"num_inference_steps": steps, "sigmas": (shift * levels / (1 + (shift - 1) * levels)).tolist()}
 
 
 def counted(pipe, run: Callable[[], Any]) -> tuple[Any, float | None]:

@@ -15,17 +15,18 @@ from ertacache.calibration.planner import (
     best_schedules,
     candidate_schedules,
     euler_weights,
+    fitted_predictor,
     jump_costs,
     late_start_weights,
     neighbours,
     noise_gain,
     offline_weights,
-    predictor_weights,
     projection_bound,
     robust_weights,
     solve_weights,
     uniform_schedule,
 )
+from ertacache.numerics.multistep import first_order_matrix, predicted_jumps
 from helpers import refused
 
 
@@ -259,9 +260,6 @@ def test_weights_without_a_rollout_are_least_squares_on_the_uncached_run():
     weights, _ = offline_weights(gram, schedule, 2)
     found = latents[8] - latents[5] - weights[2, 0] * velocities[5] - weights[2, 1] * velocities[2]
     assert found.square().sum().item() == pytest.approx(residual(latents, velocities, (5, 2), 8), rel=1e-3)
-    sigmas = np.linspace(1, 0, 9)
-    every, _ = predictor_weights(gram, [(1.0, -1 / 8)] * 8, tuple(range(8)), 2)
-    assert np.allclose(every, euler_weights(sigmas, tuple(range(8)), 2), atol=1e-4)  # but for the ridge
 
 
 def test_late_starts_trust_their_first_velocity_less():
@@ -292,9 +290,30 @@ def test_late_starts_of_solvers_with_a_coefficient_on_the_latents():
     assert not weights[1].any() and scale[1] == 1
 
 
+def test_fitted_prediction_is_exact_where_velocities_are_combinations_of_the_last():
+    """Velocities that change linearly, with Euler and with Adams–Bashforth 2: five steps give the latents of eight."""
+    x, v = torch.randn(1, 40, dtype=torch.float64), torch.randn(2, 1, 40, dtype=torch.float64)
+    velocities = [v[0] + i * v[1] for i in range(8)]
+    for second in (0.0, 0.5):
+        matrix, latents = np.eye(9), [x]
+        for i in range(8):
+            older = second if i else 0.0
+            matrix[i + 1] = matrix[i]
+            matrix[i + 1, [1 + i, i]] -= [(1 + older) / 8, -older / 8]
+            latents.append(sum(a * z for a, z in zip(matrix[i + 1].tolist(), [x, *velocities], strict=True)))
+        schedule = (0, 1, 2, 4, 6)
+        predictor = fitted_predictor(Gram.of(latents, velocities), 2)
+        weights, scale = predicted_jumps(matrix, schedule, predictor)
+        found = x
+        for k, row in enumerate(weights):
+            jumps = zip(row, schedule[k::-1], strict=False)
+            found = scale[k] * found + sum(w * velocities[c] for w, c in jumps)
+        assert torch.allclose(found, latents[-1], atol=1e-3)  # but for the ridge
+
+
 def test_prediction_follows_the_solvers_own_steps():
     """With x' = a x + w v and the same output at every step, a jump over n steps is a^n x + w (1 + a + … ) v."""
     v = torch.ones(1, 5, dtype=torch.float64)
     gram = Gram.of([v * i for i in range(5)], [v] * 4)
-    weights, scale = predictor_weights(gram, [(0.5, 0.3)] * 4, (0, 1), 1)
+    weights, scale = predicted_jumps(first_order_matrix([(0.5, 0.3)] * 4), (0, 1), fitted_predictor(gram, 1))
     assert scale == pytest.approx([0.5, 0.125]) and weights[:, 0] == pytest.approx([0.3, 0.3 * 1.75], rel=1e-5)

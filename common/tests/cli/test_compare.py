@@ -110,7 +110,7 @@ def test_an_interrupted_comparison_goes_on(run, files, monkeypatch, capsys):
     assert "comparison on FluxPipeline: 3 of 6 steps, 2 held-out prompts" in said and "results in result/" in said
     assert "about " in said and "model calls with 4 prompts each" in said and "the first call took" in said
     made = dies_after(monkeypatch, 99)
-    for name in ("error_on_shifted", "optimal_steps", "flops"):  # what was fitted is not fitted again
+    for name in ("errors_on", "optimal_steps", "flops"):  # what was fitted is not fitted again
         monkeypatch.setattr(other_methods.OtherMethods, name, lambda *_: pytest.fail("fitted again"))
     run(*command)
     rows = json.loads(Path("result/evaluation.json").read_text())["rows"]

@@ -109,8 +109,10 @@ def test_spectrums_schedule():
     assert len(search.spectrum_schedule(50, 5, 2, 0.75)) == 14  # as in the paper: FLUX, 50 steps, 14 calls
     for steps, budget in ((30, 15), (30, 10), (30, 6), (50, 25), (50, 17), (50, 10)):
         settings = search.spectrum_settings(steps, budget, [round(0.05 * n, 2) for n in range(61)])
-        assert len(search.spectrum_schedule(steps, *settings)) == budget
-    assert search.spectrum_settings(50, 14, [0.5, 0.75, 1.0]) == (5, 2, 0.75)
+        schedules = [search.spectrum_schedule(steps, *setting) for setting in settings]
+        assert {len(schedule) for schedule in schedules} == {budget} and len({*schedules}) == len(schedules)
+    assert search.spectrum_settings(50, 14, [0.5, 0.75, 1.0]) == [(5, 2, 0.75)]
+    assert (5, 2, 3.0) in search.spectrum_settings(50, 10, [2.4, 3.0])  # as its README has it
 
 
 # --- what searches ask of the model ----------------------------------------------------------------------------------

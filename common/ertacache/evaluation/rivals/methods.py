@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ertacache.calibration.effort import effort_of
 from ertacache.calibration.planner import Schedule
@@ -19,6 +20,7 @@ from ertacache.evaluation.method import Method
 from ertacache.evaluation.rivals import grids, rollouts, search
 from ertacache.numerics import ode
 from ertacache.numerics.multistep import Predictor, chebyshev_ridge, extrapolated, predicted_jumps, reused
+from ertacache.plans import BudgetPlan
 from ertacache.utils import parallel
 
 if TYPE_CHECKING:
@@ -209,10 +211,14 @@ class Rivals:
             yield self.cache(name, label, schedule)
 
     def spectrum(self, share: float = 1.0) -> Iterator[Method]:
-        """Yield Spectrum on its own schedule. share: of its prediction, the rest is linear extrapolation."""
+        """Yield Spectrum on its own schedule, with the growth that is best on the calibration prompts.
+
+        Args:
+            share: Of its prediction; the rest is linear extrapolation.
+        """
         name = "spectrum" if share == 1 else "spectrum-blend"
         settings = search.spectrum_settings(self.steps, self.budget, SPECTRUM_GROWTHS)
-        if settings is None:
+        if not settings:
             self.leave_out(name, "no warm-up, window and growth of its schedule compute so many steps")
             return
 
@@ -220,10 +226,19 @@ class Rivals:
             ridge = chebyshev_ridge(computed, t, self.steps, SPECTRUM_DEGREE, SPECTRUM_RIDGE)
             return share * ridge + (1 - share) * np.array(extrapolated(computed, t))
 
-        warmup, window, growth = settings
+        def plan(setting: tuple[int, int, float]) -> BudgetPlan:
+            schedule = search.spectrum_schedule(self.steps, *setting)
+            return self.rows.weighted(schedule, *predicted_jumps(self.solver, schedule, predictor))
+
+        def run(batch: int, setting: tuple[int, int, float]) -> torch.Tensor:
+            session = self.calibration.session
+            return session.sampler.denoise(session.pipe, session.inputs(batch), plan(setting))
+
+        nearest = partial(self.calibration.nearest, f"{name}, {self.budget} steps", settings, run)
+        warmup, window, growth = setting = self.kept(name, self.budget, compute=nearest)
         blend = "" if share == 1 else f", {share:g} beside linear"
         label = f"Spectrum{blend} ({self.budget}; warm-up {warmup}, window {window}, growth {growth:g})"
-        yield self.cache(name, label, search.spectrum_schedule(self.steps, *settings), predictor)
+        yield self.evaluation.planned(name, label, plan(setting), family="peer")
 
 
 RIVALS: dict[str, Callable[[Rivals], Iterator[Method]]] = {

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -196,21 +197,21 @@ def spectrum_schedule(steps: int, warmup: int, window: float, growth: float) -> 
     return tuple(computed)
 
 
-def spectrum_settings(steps: int, budget: int, growths: Sequence[float]) -> tuple[int, int, float] | None:
-    """Return Spectrum's warm-up, first window and growth with which it computes exactly N steps, nearest to its own.
+def spectrum_settings(steps: int, budget: int, growths: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Return Spectrum's warm-ups, first windows and growths with which it computes exactly N steps, one per schedule.
 
-    Its own are a warm-up of 5, a window of 2 and a growth of 0.75. None where no setting computes N steps.
+    Its own are a warm-up of 5, a window of 2 and growths of 0.75 and 3. Of the settings that compute N steps these are
+    all with the warm-up and window nearest to its own, whatever their growth.
 
     Args:
         steps: T.
         budget: N.
         growths: Values to try.
     """
-    found = [
-        (abs(warmup - 5), abs(window - 2), abs(growth - 0.75), warmup, window, growth)
-        for warmup in range(1, budget + 1)
-        for window in range(2, 9)
-        for growth in growths
-        if len(spectrum_schedule(steps, warmup, window, growth)) == budget
-    ]
-    return min(found)[3:] if found else None
+    nearest = sorted(product(range(1, budget + 1), range(2, 9)), key=lambda pair: (abs(pair[0] - 5), abs(pair[1] - 2)))
+    for warmup, window in nearest:
+        schedules = {spectrum_schedule(steps, warmup, window, growth): growth for growth in growths}
+        found = [(warmup, window, growth) for schedule, growth in schedules.items() if len(schedule) == budget]
+        if found:
+            return found
+    return []

@@ -71,6 +71,12 @@ def from_wan(state: dict) -> dict:
     return {renamed(name): tensor for name, tensor in state.items()}
 
 
+def uncut(timesteps: torch.Tensor, scheduler: Any) -> torch.Tensor:
+    """Return the times of the scheduler's noise levels next to timesteps that it cut to whole numbers."""
+    times = scheduler.config.num_train_timesteps * scheduler.sigmas
+    return times[(times - timesteps.reshape(-1, 1)).abs().argmin(1)].reshape(timesteps.shape)
+
+
 @dataclass(frozen=True)
 class Model:
     """A model at a small size.
@@ -86,7 +92,7 @@ class Model:
         encoded: What `encode_prompt` of the pipelines returns: names of `Small.embeddings`.
         call: Arguments of the pipelines beside steps and size.
         cfg: Guidance of ComfyUI's CFGGuider, 1 without an unconditional prediction; None: BasicGuider.
-        rounds: Who rounds the timesteps that the model is given, so that the results differ: diffusers or ComfyUI.
+        asked: ComfyUI's timesteps from those of the pipeline and its scheduler, where one of the two rounds them.
     """
 
     title: str
@@ -99,7 +105,7 @@ class Model:
     encoded: tuple[str, ...]
     call: dict[str, Any] = field(default_factory=dict)
     cfg: float | None = None
-    rounds: str | None = None
+    asked: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
 
     @property
     def batch(self) -> int:
@@ -208,13 +214,13 @@ MODELS["wan-unipc"] = replace(
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     ),
-    rounds="diffusers",
+    asked=uncut,
 )
 MODELS["sdxl-linspace"] = replace(
     MODELS["sdxl"],
     title="SDXL with timestep spacing linspace",
     scheduler=("EulerDiscreteScheduler", MODELS["sdxl"].scheduler[1] | {"timestep_spacing": "linspace"}),
-    rounds="ComfyUI",
+    asked=lambda timesteps, scheduler: timesteps.round(),
 )
 
 
@@ -247,7 +253,16 @@ class Small:
         safetensors.torch.save_file(state, work / "diffusion_models" / self.file)
         self.millions = sum(tensor.numel() for tensor in denoiser.parameters()) / 1e6
         self.pipelines = [self.pipeline(getattr(diffusers, kind), denoiser) for kind in self.model.pipelines]
+        if self.model.asked:
+            denoiser.register_forward_pre_hook(self.ask, with_kwargs=True)
         self.format = getattr(comfy.latent_formats, self.model.latents[0])()
+
+    def ask(self, denoiser, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Give a pipeline's denoiser the timesteps of ComfyUI: for a UNet the second argument, else by name."""
+        scheduler = self.pipelines[0].scheduler
+        if "timestep" in kwargs:
+            return args, kwargs | {"timestep": self.model.asked(kwargs["timestep"], scheduler)}
+        return (args[0], self.model.asked(args[1], scheduler), *args[2:]), kwargs
 
     def pipeline(self, kind: type, denoiser: torch.nn.Module):
         """Return a pipeline whose prompts have random embeddings."""

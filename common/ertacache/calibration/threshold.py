@@ -219,7 +219,7 @@ class ThresholdCalibration:
         for threshold in thresholds:
             check_threshold(threshold)
         whole = effort_of(effort).whole_ablation
-        passes, evaluations = (2 + FIT_PASSES * 3 - 1, 7) if whole else (1, 4)
+        passes, evaluations = (2 + FIT_PASSES * 3 - 1, 7) if whole else (1, 3)
         self.session.announce(self.steps * (1 + (passes + evaluations) * len(thresholds)))
         for threshold in thresholds:
             yield self.choose(*self.candidates(threshold, whole))
@@ -232,8 +232,8 @@ class ThresholdCalibration:
 
         Args:
             threshold: λ.
-            whole: If not, Algorithm 2 has two passes over the prompts, K and B are fitted in the second of them, and
-                the plans that would need further passes are left out.
+            whole: If not, S is that of the uncached run, K and B are fitted in one pass along it, and only the policy,
+                time adjustment and rectification are tried.
         """
         self.session.progress.begin(f"calibration, λ = {threshold:g}")
         cached, sums = self.search_policy(self.watch(WatchedSchedule(), pairs=True), threshold, whole)
@@ -246,7 +246,9 @@ class ThresholdCalibration:
         )
         if not cached:
             return {"policy": policy}, {"policy": self.evaluate(policy)}
-        plans = {"uniform": replace(policy, cached=algorithm.uniform_cached(self.steps, policy.nfe)), "policy": policy}
+        plans = {"policy": policy}
+        if whole:
+            plans["uniform"] = replace(policy, cached=algorithm.uniform_cached(self.steps, policy.nfe))
         for definition, reference in (("velocity", sums.velocity), ("difference", sums.change))[: 2 if whole else 1]:
             phi = [1.0] * self.steps
             for i in cached:

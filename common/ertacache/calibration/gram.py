@@ -2,20 +2,14 @@
 
 A trajectory of T steps is z = [x_0 … x_T, v_0 … v_{T−1}], 2T + 1 vectors of one prompt's elements, and G = Σ z zᵀ over
 the calibration prompts. Every question of the form "how well can these velocities reproduce that latent" is answered
-by G alone. So one pass along the target's trajectory serves every budget, and matrices of several processes or files
-add up.
+by G alone. So one pass along the target's trajectory serves every budget.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
-
-from ertacache.utils.errors import UserError
-from ertacache.utils.files import write_atomically
 
 CHUNK = 2**16  # elements per matrix product
 
@@ -54,11 +48,6 @@ class Gram:
             matrix += (chunk @ chunk.T).numpy()
         return cls(matrix, rows[0].numel(), len(latents[0]))
 
-    def __add__(self, other: "Gram") -> "Gram":
-        if self.matrix.shape != other.matrix.shape:
-            raise UserError(f"Gram matrices of {self.steps} and {other.steps} steps: add those of one step count")
-        return Gram(self.matrix + other.matrix, self.elements + other.elements, self.prompts + other.prompts)
-
     @property
     def steps(self) -> int:
         """T."""
@@ -67,17 +56,6 @@ class Gram:
     def v(self, i: int | np.ndarray) -> int | np.ndarray:
         """Return the row of the velocity v_i; the row of the latents x_i is i itself."""
         return self.steps + 1 + i
-
-    def save(self, path: str | Path) -> None:
-        """Write the matrix and the counts to a safetensors file."""
-        counts = np.array([self.elements, self.prompts], np.int64)
-        write_atomically(path, save({"matrix": self.matrix, "counts": counts}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Gram":
-        """Read what `save` has written."""
-        arrays = load_file(path)
-        return cls(arrays["matrix"], *(int(n) for n in arrays["counts"]))
 
 
 def products(tensors: Sequence[torch.Tensor], free: torch.Tensor | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ with as many model calls:
 | … tuned | on that grid or shift that comes nearest to the uncached run on the calibration captions |
 | OSS | Euler on the steps that dynamic programming finds on its own trajectory (arXiv 2503.21774) |
 | least squares | each skipped velocity predicted from three computed ones, uniform schedule |
-| threshold plan | the paper's, at the λ that comes nearest to the calls; not below them |
+| threshold plan | the paper's, at the λ whose number of calls comes nearest, on the uncached run |
 
 With Euler as the solver, least squares is at once a uniform schedule with jumps fitted on the uncached run.
 

@@ -287,7 +287,7 @@ def hear_interrupts() -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder, also of such that vanish meanwhile."""
+    """Return the bytes of all files in a folder, including files that vanish meanwhile."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:

@@ -133,7 +133,8 @@ def make_plans(
         for unfinished in folder.glob(f"{UNFINISHED}*"):
             unfinished.unlink()
     except Interrupted as stop:
-        keep_unfinished(stop.plan, folder / f"{UNFINISHED}{stop.plan.nfe}-of-{stop.plan.steps}.json")
+        if parallel.is_main():
+            keep_unfinished(stop.plan, folder / f"{UNFINISHED}{stop.plan.nfe}-of-{stop.plan.steps}.json")
         raise
     finally:
         if work is None:

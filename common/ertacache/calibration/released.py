@@ -4,7 +4,8 @@
     plan = ertacache.import_schedule(pipe, "flux_28nfe10.pt", num_inference_steps=28)
     ertacache.enable(pipe, plan)
 
-Their authors reuse the difference that the block stack makes; a plan reuses the model's output, after guidance.
+A plan reuses the model's output, after guidance. LeMiCa and BudCache reuse what the block stack adds to its input,
+DPCache extrapolates its last feature, and MeanCache corrects reuse by a derivative of the output; that is lost.
 """
 
 import json

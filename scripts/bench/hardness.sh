@@ -4,7 +4,7 @@
 # ONLY=FLUX,closed sh scripts/bench/hardness.sh: the problems whose names begin so.
 set -eu
 cd -- "$(dirname -- "$0")/../.."
-SOLVERS=oss,oss-solver,neuralsolver,ays,lemica,dpcache,budcache,spectrum
+SOLVERS=oss,oss-solver,neuralsolver,ays,lemica,dpcache,budcache,spectrum,spectrum-blend
 METHODS=${METHODS:-fewer-steps,fewer-steps-tuned,fewer-steps-ab2,least-squares,ertacache,budget,$SOLVERS}
 CACHES=${CACHES:-taylorseer,teacache,easycache,first-block}  # need a transformer: not on the closed-form problem
 SPEEDUPS=${SPEEDUPS:-2,3,5}

@@ -304,7 +304,7 @@ def mib(size: float) -> float:
 
 def table(rows: Sequence[dict]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["step", "what", "s", "CPU s", "peak memory, MiB", "disk, MiB", "exit code", "passed"]
+    head = ["step", "what", "s", "CPU s", "peak memory, MiB", "disk, MiB", "exit code", "as expected"]
     names = ("step", "title", "seconds", "cpu_seconds", "peak_memory_mib", "disk_mib", "exit_code")
     cells = [[row.get(name) for name in names] for row in rows]
     lines = [["–" if cell is None else cell for cell in line] for line in cells]

@@ -1,8 +1,8 @@
 """The rivals as methods of scripts/evaluate.py: each chooses steps or weights for the same number of model calls.
 
 Caches that predict outputs on a fixed schedule run as budget plans whose jumps are those of the model's own solver with
-the predicted outputs (numerics/multistep.py). Grids run through the model's solver. A search may make about as many
-model calls as the calibration of a budget plan; what it finds is kept with the rows.
+the predicted outputs (numerics/multistep.py). Grids run through the model's solver. A search may make as many model
+calls as the effort gives that for a budget plan (calibration/effort.py); what it finds is kept with the rows.
 """
 
 import sys

@@ -45,7 +45,8 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for the plans (default: the model folder's cache/local/)")
     args, rest = parser.parse_known_args()
     sampler = load_model_folder(args.folder)
-    options = folder_command.parse_arguments(sampler, rest, effort="normal")
+    without = (*folder_command.OF_A_RUN, "seed", "fps")
+    options = folder_command.parse_arguments(sampler, rest, "normal", without)
     if not args.thresholds and not args.speedups:
         raise UserError("give --thresholds λ,λ,… or --speedups S,S,…")
     if options.site and not args.thresholds:
@@ -55,7 +56,8 @@ def main():
     for flag, given in (("--prompt", options.prompt), ("--prompts", options.prompts)):
         if given:
             raise UserError(f"{flag}: those of the calibration are given with --calibration-prompts FILE")
-    thresholds, speedups = (parse_list(text) if text else [] for text in (args.thresholds, args.speedups))
+    thresholds = parse_list(args.thresholds, "--thresholds") if args.thresholds else []
+    speedups = parse_list(args.speedups, "--speedups", "2,3") if args.speedups else []
     check_speedups(speedups)
     for threshold in thresholds:
         check_threshold(threshold, "--thresholds")
@@ -68,15 +70,18 @@ def main():
     site, target = options.site or "output", options.target or "reference"
     budgets = list(dict.fromkeys(budget_of(settings["steps"], speedup, "--speedups") for speedup in speedups))
     model = (options.model, settings["steps"])
-    requests = [PlanRequest(*model, threshold=threshold, site=site) for threshold in thresholds]
-    requests += [PlanRequest(*model, budget=budget, target=target) for budget in budgets]
-    for request in requests:
-        announce(f"calibrating {request}", calibration.effort, str(store.path(request.name)))
-    plans = []
+
+    def say(requests: list[PlanRequest]) -> None:
+        for request in requests:
+            announce(f"calibrating {request}", calibration.effort, str(store.path(request.name)))
+
+    plans, effort = [], calibration.effort
     if thresholds:
-        plans += calibrate_thresholds(session_of, calibration.effort, thresholds, site, store)
+        requests = [PlanRequest(*model, threshold=threshold, site=site) for threshold in thresholds]
+        plans += calibrate_thresholds(session_of, effort, thresholds, site, store, partial(say, requests))
     if budgets:
-        plans += calibrate_budgets(session_of, calibration.effort, budgets, target, store)
+        requests = [PlanRequest(*model, budget=budget, target=target) for budget in budgets]
+        plans += calibrate_budgets(session_of, effort, budgets, target, store, partial(say, requests))
     for plan, path in plans if parallel.is_main() else ():
         calls = f"{plan.nfe} of {plan.steps} calls ({plan.speedup:.2f}×)"
         print(f"{plan.title}: {calls}, {plan.provenance['calibration']['chosen']} → {path}")

@@ -28,20 +28,23 @@ from pathlib import Path
 from ertacache import UserError
 from ertacache.caches.registry import CACHES
 from ertacache.cli import folder_command
-from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list, prompts_of
-from ertacache.demos.model_folder import draws_captions, load_model_folder
+from ertacache.cli.arguments import ArgumentParser, check_counts, check_step_seconds, parse_list, prompts_of
+from ertacache.demos.model_folder import check_steps, draws_captions, load_model_folder
 from ertacache.evaluation import table
 from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
 from ertacache.evaluation.rivals.methods import RIVALS
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
-from ertacache.plans.names import check_speedups
+from ertacache.plans.names import budget_of, check_speedups
+from ertacache.plans.threshold import check_threshold
 from ertacache.utils import parallel
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import check_file, ensure_writable, write_atomically
+from ertacache.utils.files import ensure_writable, writable_files, write_atomically
 from ertacache.utils.tables import planned
 
 ROOT = Path(__file__).resolve().parents[1]
+WITHOUT = (*folder_command.OF_A_RUN, "prompt")
+LARGEST_COUNT = 100_000  # of captions
 ALL = (
     "fewer-steps",
     "fewer-steps-tuned",
@@ -95,7 +98,7 @@ def parse_arguments():
     add("--csv", type=Path, help="where to write the rows as a table")
     add("--latency-repeats", type=int, default=5, help="alternating runs; 0 leaves the latency out")
     add("--latency-prompts", type=int, help="prompts of the timed batch (default: --batch-size)")
-    text = "leave the distance to the finely integrated solution out, which takes 6 runs or more"
+    text = "also measure the distance to the finely integrated solution, which takes 6 runs or more (default: --exact)"
     add("--exact", action=argparse.BooleanOptionalAction, default=True, help=text)
     add(
         "--samples",
@@ -119,18 +122,19 @@ def parse_arguments():
     swept = {*BUDGET_METHODS, *RIVALS, *CACHES} & set(args.methods)
     if args.thresholds and swept:
         raise UserError(f"--thresholds has no meaning for {', '.join(sorted(swept))}: give --speedups")
-    check_counts(args, "count", "latency_prompts")
+    check_counts(args, "count", "latency_prompts", most=LARGEST_COUNT)
     check_counts(args, "latency_repeats", "samples", least=0)
-    args.captions = args.captions.split(",")
+    args.captions = list(dict.fromkeys(args.captions.split(",")))
     if not set(args.captions) <= {"full", "open"}:
         raise UserError(f"--captions {','.join(args.captions)}: choose full, open or full,open")
     if args.by_speedup and not args.speedups:
         raise UserError("--by-speedup without --speedups: give them")
-    args.speedups = parse_list(args.speedups) if args.speedups else []
-    args.thresholds = parse_list(args.thresholds) if args.thresholds else []
+    args.speedups = parse_list(args.speedups, "--speedups", "2,3") if args.speedups else []
+    args.thresholds = parse_list(args.thresholds, "--thresholds") if args.thresholds else []
     check_speedups(args.speedups)
-    for path in filter(None, (args.json, args.csv)):
-        check_file(path)
+    for threshold in args.thresholds:
+        check_threshold(threshold, "--thresholds")
+    check_step_seconds(args)
     if args.json and args.samples and not args.work.resolve().is_relative_to(args.json.resolve().parent):
         raise UserError(f"--json {args.json} with --samples: give a file in a folder that holds --work {args.work} too")
     return args, rest
@@ -180,16 +184,29 @@ def announced(args, options, folder: str) -> str:
 
 def main():
     args, rest = parse_arguments()
+    samplers = [load_model_folder(folder) for folder in args.folders]
+    chosen = [options_for(args, sampler, rest) for sampler in samplers]
     if args.dry_run:
-        for folder in args.folders:
-            sampler = load_model_folder(folder)
-            options = folder_command.parse_arguments(sampler, rest, effort="normal")
+        for sampler, options in zip(samplers, chosen, strict=True):
             print(announced(args, options, sampler.FOLDER.name))
         return
-    samplers = [load_model_folder(folder) for folder in args.folders]
+    with writable_files(args.json, args.csv):
+        evaluate(args, list(zip(samplers, chosen, strict=True)))
+
+
+def options_for(args, sampler, rest: list[str]):
+    """Return the flags of generate.py for one model folder. Refuses speed-ups that its number of steps cannot have."""
+    options = folder_command.parse_arguments(sampler, rest, "normal", WITHOUT)
+    check_steps(options.steps)
+    for speedup in args.speedups:
+        budget_of(options.steps, speedup, "--speedups")
+    return options
+
+
+def evaluate(args, folders: list) -> None:
+    """Measure, write the files and print the tables. folders: (sampler, options) of each model folder."""
     every_row = []
-    for sampler, captions in itertools.product(samplers, args.captions):
-        options = folder_command.parse_arguments(sampler, rest, effort="normal")
+    for (sampler, options), captions in itertools.product(folders, args.captions):
         folder = open_folder(args, sampler, options, captions)
         rows = []
         for row in folder.rows(args.methods, args.speedups, args.thresholds):

@@ -48,14 +48,20 @@ def python_of_venv() -> Path:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (folder / ".ready").exists() and not list(folder.glob(".ready-base-*")):
         print(f"setting up {folder} (once, a few minutes)", file=sys.stderr)
-        venv.create(folder, with_pip=True)
-        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", "-e", ROOT], check=True)
+        try:
+            venv.create(folder, with_pip=True)
+            pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, "-c", ROOT / "constraints.txt", "-e", ROOT], check=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            refuse(f"cannot set up {folder} ({error}): see what is said above")
         (folder / ".ready").touch()
     return python
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) < 2 or not (ROOT / sys.argv[1] / "run.sh").is_file():
         folders = ", ".join(sorted(path.parent.name for path in ROOT.glob("*/run.sh")))
         refuse(f"name a model folder: {folders}")
@@ -66,4 +72,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # of which generate.py has said what there is to say
+        sys.exit(130)

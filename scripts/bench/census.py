@@ -45,7 +45,7 @@ from ertacache.pipelines.enabled import enabled_of
 from ertacache.pipelines.scheduler import is_planned
 from ertacache.utils.denoisers import DENOISERS
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import write_atomically
+from ertacache.utils.files import of_earlier_run, write_atomically
 from ertacache.utils.tables import markdown
 
 TESTS = Path(__file__).resolve().parents[2] / "common" / "tests"  # where the builders are
@@ -318,7 +318,7 @@ def matrix(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="beginnings of names of pipelines; all without any")
     parser.add_argument("--steps", type=int, default=8, help="num_inference_steps")
     parser.add_argument("--sample", type=int, help="examine so many, others on each day")
@@ -336,8 +336,8 @@ def main() -> None:
         first = date.today().toordinal() * arguments.sample % len(names)
         names = (names * 2)[first : first + arguments.sample]
     kept = {}
-    if arguments.json and arguments.json.exists():
-        kept = {row["name"]: Row(**row) for row in json.loads(arguments.json.read_text("utf-8"))}
+    if arguments.json:
+        kept = of_earlier_run(arguments.json, lambda rows: {row["name"]: Row(**row) for row in rows}, {})
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     rows = []
     for number, name in enumerate(names, 1):

@@ -64,7 +64,7 @@ def try_plan(path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=10, help="how long")
     args = parser.parse_args()
     try:
         import atheris

@@ -46,7 +46,7 @@ from ertacache.demos.random_models import MODELS
 from ertacache.evaluation.latency import Latency, describe, release_memory
 from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import ensure_writable, of_earlier_run, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 from parts import gpu_parts
 
@@ -135,7 +135,7 @@ class Day:
     def __init__(self, args: Namespace):
         self.args, self.file, self.log = args, args.out / "gpu-day.json", args.out / "gpu-day.log"
         self.start = time.monotonic()
-        self.parts = json.loads(self.file.read_text("utf-8"))["parts"] if self.file.is_file() else {}
+        self.parts = of_earlier_run(self.file, lambda found: found["parts"], {})
 
     def run(self) -> None:
         """Run the parts that are missing, or those of --only."""
@@ -194,7 +194,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--seconds", type=float, default=520, help="for all parts together (default: 520)")
     add("--patience", type=float, default=1, metavar="F", help="multiplies the budgets of the parts (default: 1)")
     add("--backend", default="inductor", help="of torch.compile (default: inductor)")
-    add("--out", type=Path, default=ROOT / "runs" / "gpu-day", help="for gpu-day.json and gpu-day.log")
+    text = "for gpu-day.json and gpu-day.log (default: runs/gpu-day)"
+    add("--out", type=Path, default=ROOT / "runs" / "gpu-day", help=text)
     args = parser.parse_args(arguments)
     args.folders = [name.strip("/") for name in args.folders.split(",")]
     unknown = [name for name in args.folders if name not in MODELS]

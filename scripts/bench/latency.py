@@ -27,10 +27,11 @@ from pathlib import Path
 
 import torch
 
-from ertacache.cli.arguments import ArgumentParser
+from ertacache.cli.arguments import ArgumentParser, check_counts, check_step_seconds
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.demos.random_models import MODELS, random_module
 from ertacache.evaluation.latency import METHODS, NUMBERS, PLANS, SPEEDUP, Latency, describe, empty_row, release_memory
+from ertacache.utils.checks import LARGEST_STEPS
 from ertacache.utils.devices import checked_device, default_device
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import ensure_writable, write_atomically
@@ -124,10 +125,9 @@ def checked(args: Namespace) -> Namespace:
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
         raise UserError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: give a whole number of at least 1")
-    if args.steps is not None and args.steps < 4:
-        raise UserError(f"--steps {args.steps}: give a whole number of at least 4")
+    check_counts(args, "repeats")
+    check_counts(args, "steps", least=4, most=LARGEST_STEPS)
+    check_step_seconds(args)
     if args.backend not in torch._dynamo.list_backends(None):
         raise UserError(f"--backend {args.backend}: choose from {', '.join(torch._dynamo.list_backends(None))}")
     args.device = args.device or default_device()

@@ -37,6 +37,7 @@ from ertacache.utils.errors import run_program
 from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT = (*folder_command.OF_A_RUN, "prompt", "prompts", "fps", "site", "target", "effort", "calibration_prompts")
 SHARE = 0.01  # of the output's root mean square
 WAVES = 1e4  # radians per root mean square: rounding of the output already gives another value
 
@@ -126,13 +127,13 @@ def rows(evaluation: Evaluation, plans: dict[float, BudgetPlan]) -> Iterator[lis
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
-    parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
+    parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5", help="of the stored plans")
     parser.add_argument("--count", type=int, default=32, help="held-out captions")
     args, rest = parser.parse_known_args()
     check_counts(args, "count")
-    sampler, speedups = load_model_folder(args.folder), parse_list(args.speedups)
+    sampler, speedups = load_model_folder(args.folder), parse_list(args.speedups, "--speedups", "2,3")
     check_speedups(speedups)
-    options = folder_command.parse_arguments(sampler, rest)
+    options = folder_command.parse_arguments(sampler, rest, without=WITHOUT)
     if options.model != "demo":
         raise UserError(f"--model {options.model}: this study samples captions of the demo's grammar, use the demo")
     pipe = folder_command.open_pipeline(sampler, options)

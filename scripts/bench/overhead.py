@@ -94,7 +94,8 @@ def kept_bytes(run) -> int:
 def measure(folder: str, rest: list[str]) -> dict[str, str]:
     """Return a column of the table: what a plan costs in one model folder."""
     sampler = load_model_folder(folder)
-    options = folder_command.parse_arguments(sampler, ["--speedup", "2", *rest])
+    without = ("prompt", "prompts", "seed", "fps", "compare", "out")
+    options = folder_command.parse_arguments(sampler, ["--speedup", "2", *rest], without=without)
     request, calibration = folder_command.plan_request(options), folder_command.calibration_options(options)
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)

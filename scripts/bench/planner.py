@@ -38,7 +38,7 @@ from ertacache.calibration.effort import EFFORTS, effort_of
 from ertacache.calibration.session import CalibrationSession
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
-from ertacache.demos.model_folder import load_model_folder
+from ertacache.demos.model_folder import check_steps, load_model_folder
 from ertacache.evaluation.rivals.rollouts import optimal_steps
 from ertacache.evaluation.table import facts as facts_line
 from ertacache.numerics import ode
@@ -46,7 +46,7 @@ from ertacache.numerics.multistep import first_order_matrix, predicted_jumps
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import write_atomically
+from ertacache.utils.files import of_earlier_run, writable_files, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 from ertacache.utils.tables import markdown
 
@@ -146,25 +146,32 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    for name, default in (("steps", "30,50"), ("guidances", "1,3.5,5"), ("widths", "0.05,0.1,0.3,1")):
-        parser.add_argument(f"--{name}", default=default, metavar="X,X,…")
-    parser.add_argument("--speedups", default="2,3,5", metavar="S,S,…")
-    parser.add_argument("--efforts", default=",".join(EFFORTS), metavar="NAME,…")
+    parser.add_argument("--steps", default="30,50", metavar="T,T,…", help="numbers of steps")
+    parser.add_argument("--guidances", default="1,3.5,5", metavar="G,G,…", help="guidance scales")
+    parser.add_argument("--widths", default="0.05,0.1,0.3,1", metavar="B,B,…", help="of points: smaller is harder")
+    parser.add_argument("--speedups", default="2,3,5", metavar="S,S,…", help="of the plans")
+    parser.add_argument("--efforts", default=",".join(EFFORTS), metavar="NAME,…", help="of the calibrations")
     parser.add_argument("--draws", type=int, default=8, help="sets of calibration captions")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written after each cell")
     args = parser.parse_args()
     check_counts(args, "draws")
-    speedups, efforts = parse_list(args.speedups), args.efforts.split(",")
+    speedups, efforts = parse_list(args.speedups, "--speedups", "2,3"), args.efforts.split(",")
     check_speedups(speedups)
+    all_steps, widths = parse_list(args.steps, "--steps", "30,50", int), parse_list(args.widths, "--widths")
+    guidances = parse_list(args.guidances, "--guidances", "1,3.5")
+    for steps in all_steps:
+        check_steps(steps)
+        for speedup in speedups:
+            budget_of(steps, speedup, "--speedups")
     for name in efforts:
         effort_of(name, "--efforts")
     sampler = load_model_folder(FOLDER)
-    rows = json.loads(args.out.read_text("utf-8"))["rows"] if args.out.exists() else []
-    rows = [row for row in rows if len(row["draws"]) == args.draws]
+    with writable_files(args.out):
+        rows = of_earlier_run(args.out, lambda found: [r for r in found["rows"] if len(r["draws"]) == args.draws], [])
     finished = {(row["steps"], row["guidance"], row["width"], row["speedup"]) for row in rows}
-    for steps in (int(number) for number in parse_list(args.steps)):
-        for guidance in parse_list(args.guidances):
-            for width in parse_list(args.widths):
+    for steps in all_steps:
+        for guidance in guidances:
+            for width in widths:
                 if all((steps, guidance, width, f"{speedup:g}") in finished for speedup in speedups):
                     continue
                 cell = Cell(sampler, steps, guidance, width)

@@ -31,7 +31,7 @@ from pathlib import Path
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.plans.names import short_name
 from ertacache.utils.errors import UserError, run_program
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import ensure_writable, of_earlier_run, write_atomically
 from ertacache.utils.provenance import library_versions, measured_with
 from ertacache.utils.tables import markdown
 from parts import published
@@ -227,8 +227,7 @@ class Rehearsal:
     def results(self) -> dict[str, dict]:
         """Return what earlier runs have measured, by step."""
         file = self.work / "rehearsal.json"
-        rows = json.loads(file.read_text("utf-8"))["steps"] if file.is_file() else []
-        return {row["step"]: row for row in rows}
+        return of_earlier_run(file, lambda found: {row["step"]: row for row in found["steps"]}, {})
 
     def write(self, rows: list[dict]) -> None:
         about = {"folder": self.args.folder.name, "size": self.args.size, "dtype": self.args.dtype}
@@ -333,12 +332,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
         raise UserError(f"--prompts {args.prompts}: give a number from 1 to {len(PROMPTS)}")
     if args.steps < 6:
         raise UserError(f"--steps {args.steps}: give at least 6, which the speed-ups of the paper's tables need")
-    args.work = ensure_writable(args.work or ROOT / "runs" / "rehearse" / f"{args.folder.name}-{args.size}").resolve()
+    args.work = (args.work or ROOT / "runs" / "rehearse" / f"{args.folder.name}-{args.size}").resolve()
     args.only = [name for name in args.only.split(",") if name]
     known = [step.name for step in Rehearsal(args).steps()]
     unknown = [name for name in args.only if name not in known]
     if unknown:
         raise UserError(f"--only {','.join(unknown)}: choose from {', '.join(known)}")
+    ensure_writable(args.work)
     return args
 
 

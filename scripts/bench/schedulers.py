@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 import ertacache
-from ertacache.cli.arguments import ArgumentParser, check_counts
+from ertacache import UserError
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
 from ertacache.demos import closed_form
+from ertacache.demos.model_folder import check_number, check_steps
 from ertacache.evaluation.table import facts
+from ertacache.plans.names import budget_of, check_speedups
 from ertacache.utils.errors import run_program
 from ertacache.utils.tables import markdown
 
@@ -73,14 +76,22 @@ def row(name: str, options) -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="T")
     parser.add_argument("--guidance", type=float, default=3.5, help="g")
     parser.add_argument("--b", type=float, default=0.1, help="width of the points: the smaller, the harder")
-    parser.add_argument("--speedups", type=lambda text: [float(part) for part in text.split(",")], default=[2, 3, 5])
+    parser.add_argument("--speedups", default="2,3,5", metavar="S,S,…", help="of the plans")
     parser.add_argument("--count", type=int, default=64, help="samples")
     options = parser.parse_args()
-    check_counts(options, "steps", "count")
+    check_counts(options, "count", least=2)
+    check_number("guidance", options.guidance, minimum=0)
+    if not 0 < options.b < float("inf"):
+        raise UserError(f"--b {options.b}: give a finite number above 0")
+    check_steps(options.steps)
+    options.speedups = parse_list(options.speedups, "--speedups", "2,3")
+    check_speedups(options.speedups)
+    for speedup in options.speedups:
+        budget_of(options.steps, speedup, "--speedups")
     torch.set_num_threads(1)
     head = ["scheduler"]
     for speedup in options.speedups:

@@ -44,7 +44,7 @@ from ertacache.evaluation.table import facts
 from ertacache.pipelines.enable import originals
 from ertacache.pipelines.uncached import CALL_NAMES, text_length
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import read_prompts, write_atomically
+from ertacache.utils.files import read_prompts, writable_files, write_atomically
 from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,11 +338,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    text = f"of {', '.join(CASES)} (default: all)"
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=text)
     parser.add_argument("--work", type=Path, help="folder of the plans; default: a temporary one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the rows, as JSON")
     args, rows = parser.parse_args(), []
-    with tempfile.TemporaryDirectory() as temporary:
+    with writable_files(args.out), tempfile.TemporaryDirectory() as temporary:
         for name in args.cases:
             for row in rows_of(name, CASES[name](), args.work or Path(temporary)):
                 rows.append(row)

@@ -44,10 +44,11 @@ from ertacache.plans.drift import Monitor
 from ertacache.plans.names import budget_name, budget_of, check_speedups
 from ertacache.utils import media
 from ertacache.utils.errors import run_program
-from ertacache.utils.files import read_prompts, write_atomically
+from ertacache.utils.files import read_prompts, writable_files, write_atomically
 from ertacache.utils.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT = {*folder_command.OF_A_RUN, "prompt", "prompts", "fps", "site", "calibration_prompts"} - {"out"}
 CAPTIONS = 8  # that the plans of `transfer` are fitted on
 
 
@@ -238,7 +239,7 @@ def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder, for example ERTACache4FLUX")
     parser.add_argument("study", choices=("prompts", "draws", "transfer", "drift", "images"))
-    parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5")
+    parser.add_argument("--speedups", metavar="S,S,…", default="2,3,5", help="of the plans")
     parser.add_argument("--counts", metavar="N,N,…", default="2,4,8,16,32", help="numbers of calibration prompts")
     parser.add_argument("--draws", type=int, default=4, help="sets of calibration captions")
     parser.add_argument("--guidances", metavar="G,G,…", default="", help="scales to use the plans at")
@@ -248,28 +249,30 @@ def main():
     args, rest = parser.parse_known_args()
     check_counts(args, "draws", "count")
     sampler = load_model_folder(args.folder)
-    options = folder_command.parse_arguments(sampler, rest, effort="normal")
+    options = folder_command.parse_arguments(sampler, rest, "normal", WITHOUT)
     if options.model != "demo":
         raise UserError(f"--model {options.model}: this study samples captions of the demo's grammar, use the demo")
-    speedups, counts = parse_list(args.speedups), [int(n) for n in parse_list(args.counts)]
+    speedups, counts = parse_list(args.speedups, "--speedups", "2,3"), parse_list(args.counts, "--counts", "2,4", int)
     check_speedups(speedups)
-    guidances, sizes = parse_list(args.guidances) if args.guidances else [], sizes_of(args.sizes)
-    study = Study(sampler, options, speedups, args.count)
-    studies = {
-        "prompts": lambda: study.prompts_needed(counts),
-        "draws": lambda: study.draws(args.draws),
-        "transfer": lambda: study.transfer(guidances, sizes),
-        "drift": lambda: study.drift(guidances),
-    }
+    guidances = parse_list(args.guidances, "--guidances", "2,7") if args.guidances else []
+    sizes = sizes_of(args.sizes)
     if args.study == "images":
         options.target = "exact"
-        return media.save_png(Path(options.out), study.images())
-    rows = []
-    for row in studies[args.study]():
-        rows.append(row)
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-        if args.json:
-            write_atomically(args.json, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
+        with writable_files(options.out):
+            return media.save_png(options.out, Study(sampler, options, speedups, args.count).images())
+    with writable_files(args.json):
+        study, rows = Study(sampler, options, speedups, args.count), []
+        studies = {
+            "prompts": lambda: study.prompts_needed(counts),
+            "draws": lambda: study.draws(args.draws),
+            "transfer": lambda: study.transfer(guidances, sizes),
+            "drift": lambda: study.drift(guidances),
+        }
+        for row in studies[args.study]():
+            rows.append(row)
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            if args.json:
+                write_atomically(args.json, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"\n{table(rows)}\n\n{facts(f'{args.count} held-out captions')}")
 
 

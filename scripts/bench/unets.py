@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ertacache
 from ertacache import UserError
-from ertacache.cli.arguments import ArgumentParser, check_counts
+from ertacache.cli.arguments import ArgumentParser, check_counts, parse_list
+from ertacache.demos.model_folder import check_steps
 from ertacache.evaluation.table import facts
 from ertacache.utils.errors import run_program
 from ertacache.utils.tables import markdown
@@ -134,13 +135,15 @@ def seconds(run: Callable[[], torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="T")
-    parser.add_argument("--intervals", type=lambda text: [int(part) for part in text.split(",")], default=[2, 3, 5])
+    parser.add_argument("--intervals", default="2,3,5", metavar="N,N,…", help="of DeepCache")
     parser.add_argument("--count", type=int, default=16, help="samples")
     parser.add_argument("--repeats", type=int, default=5, help="of each run for its time")
     options = parser.parse_args()
-    check_counts(options, "steps", "count", "repeats")
+    check_counts(options, "count", "repeats")
+    check_steps(options.steps)
+    options.intervals = parse_list(options.intervals, "--intervals", "2,3", int)
     torch.set_num_threads(1)
     pipe = pipeline()
     runs, rows = Runs(pipe, options.steps, options.count), []

@@ -22,7 +22,7 @@ from ertacache.evaluation.ranking import OTHER_FAMILIES, ranking
 from ertacache.evaluation.report import Section, comparable, sections
 from ertacache.evaluation.rows import Row, read_source
 from ertacache.utils.errors import UserError, run_program
-from ertacache.utils.files import check_file, write_atomically
+from ertacache.utils.files import writable_files, write_atomically
 from ertacache.utils.tables import MISSING, escaped, markdown
 
 HALF = 2  # the speed-up at which hardness is measured
@@ -140,15 +140,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PNG", help="where to write the figure")
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="where to write all rows of all problems")
     args = parser.parse_args()
-    for path in filter(None, (args.figure, args.markdown)):
-        check_file(path)
-    files = [file for path in args.rows for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    sources = [read_source(path) for path in files]
-    problems = [problem_of(section, source.name) for source in sources for section in sections([source])]
-    if args.figure:
-        write_atomically(args.figure, figure(problems))
-    if args.markdown:
-        write_atomically(args.markdown, every_row(problems).encode())
+    with writable_files(args.figure, args.markdown):
+        files = [file for path in args.rows for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        if not files:
+            raise UserError(
+                f"no .json file in {', '.join(map(str, args.rows))}: give files of rows, or folders of them"
+            )
+        sources = [read_source(path) for path in files]
+        problems = [problem_of(section, source.name) for source in sources for section in sections([source])]
+        if args.figure:
+            write_atomically(args.figure, figure(problems))
+        if args.markdown:
+            write_atomically(args.markdown, every_row(problems).encode())
     print(f"{lines(problems)}\n\n{facts([row for problem in problems for row in problem.rows])}")
 
 

@@ -48,7 +48,7 @@ def text(row: dict | None, of: str, first: float, named: bool) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS.json", help="written by scripts/evaluate.py --json")
-    parser.add_argument("--of", choices=("quality", "latency"), default="quality")
+    parser.add_argument("--of", choices=("quality", "latency"), default="quality", help="what the table is of")
     args = parser.parse_args()
     sections = report.sections([read_source(path) for path in args.rows])
     asked = [(section, target) for section in sections for target in section.targets]

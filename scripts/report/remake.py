@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ertacache import UserError
 from ertacache.cli.arguments import ArgumentParser
-from ertacache.utils.errors import run_program
+from ertacache.utils.errors import reason_of, run_program
 from ertacache.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +46,22 @@ def printed(commands: str) -> str:
     return found[-1]
 
 
+def text_of(path: Path) -> str:
+    """Return a page's text."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({reason_of(error)}): give Markdown files") from error
+
+
 def remake(path: Path, only: list[str]) -> None:
     """Run the commands of a page and write their tables into it, one after another."""
-    page = path.read_text("utf-8")
-    for heading, commands in [(heading, match["commands"]) for heading, match in tables(page)]:
-        if only and not any(text.lower() in heading.lower() for text in only):
-            continue
+    page = text_of(path)
+    found = [(heading, match["commands"]) for heading, match in tables(page)]
+    chosen = [each for each in found if not only or any(text.lower() in each[0].lower() for text in only)]
+    if not chosen:
+        raise UserError(f"{path}: no table below shell commands{' and such a heading' if only else ''}: see --list")
+    for heading, commands in chosen:
         print(f"{path.name}: {heading}", file=sys.stderr)
         new = printed(commands)
         match = next(match for _, match in tables(page) if match["commands"] == commands)
@@ -69,7 +79,7 @@ def main() -> None:
         if not path.is_file():
             raise UserError(f"no page {path}: give Markdown files")
         if args.list:
-            for heading, match in tables(path.read_text("utf-8")):
+            for heading, match in tables(text_of(path)):
                 print(f"{path.name}: {heading}\n{match['commands']}")
         else:
             remake(path, [text for text in args.only.split(",") if text])

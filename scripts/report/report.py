@@ -26,8 +26,8 @@ from ertacache.utils.files import write_atomically
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS.json", help="written by scripts/evaluate.py --json")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--title", default="ERTACache: what was measured")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file to write")
+    parser.add_argument("--title", default="ERTACache: what was measured", help="of the page")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as markdown")
     parser.add_argument(
         "--image", type=Path, metavar="FILE.png", help="also draw PSNR against speed-up, a panel a model"

@@ -30,7 +30,7 @@ from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.calibration.from_folder import open_session
 from ertacache.calibration.threshold import ThresholdCalibration
 from ertacache.cli import folder_command
-from ertacache.cli.arguments import parse_list
+from ertacache.cli.arguments import check_counts, check_step_seconds, parse_list
 from ertacache.demos.model_folder import load_model_folder
 from ertacache.evaluation.trajectories import distances, on_plane, trajectory
 from ertacache.plans.names import check_speedups
@@ -176,7 +176,8 @@ def read_options(args):
     folder = (args.folders or ["ERTACache4FLUX"])[0]
     sampler = load_model_folder(ROOT / folder)
     calibration = ["--calibration-prompts", str(args.calibration_prompts)] if args.calibration_prompts else []
-    options = folder_command.parse_arguments(sampler, [*folder_flags(args, folder), *calibration, *args.rest])
+    words = [*folder_flags(args, folder), *calibration, *args.rest]
+    options = folder_command.parse_arguments(sampler, words, without=(*folder_command.OF_A_RUN, "prompt", "fps"))
     return folder, sampler, options
 
 
@@ -276,24 +277,22 @@ def figure5(args) -> None:
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:
-    values = parse_list(text)
-    if not all(value.is_integer() and value >= 1 for value in values):
-        raise UserError(f"{flag} {text}: give whole numbers of at least 1, like 2,4,8")
-    return sorted({int(value) for value in values})
+    return sorted(set(parse_list(text, flag, "2,4,8", int)))
 
 
 def main():
     parser = open_parser(__doc__, ("figure2", "figure3", "figure5"), ("demo", "full"))
-    parser.add_argument("--count", default="4", help="prompts that are measured, or shown (without --prompts)")
+    parser.add_argument("--count", type=int, default=4, help="prompts that are measured, or shown (without --prompts)")
     parser.add_argument("--counts", default="2,4,8,16", metavar="N,N,…", help="calibration prompts, for figure 5")
     parser.add_argument("--speedup", type=float, help="for figures 2 and 5, in place of the paper's")
     parser.add_argument("--calibration-prompts", type=Path, help="for figures 2 and 5 (default: the folder's own)")
     parser.add_argument("--dry-run", action="store_true", help="say how many rows and steps it would be")
     parser.add_argument("--step-seconds", type=float, help="of a step, for --dry-run: also say how many hours")
     args = parse_arguments(parser)
+    check_step_seconds(args)
     if args.dry_run and args.what != "figure2":  # they are measured by evaluate.py
         args.rest += ["--dry-run", *(["--step-seconds", str(args.step_seconds)] if args.step_seconds else [])]
-    (args.count,) = whole_numbers("--count", args.count)
+    check_counts(args, "count")
     args.counts = whole_numbers("--counts", args.counts)
     if args.speedup is not None:
         check_speedups([args.speedup], "--speedup")

@@ -230,11 +230,11 @@ def open_parser(doc: str, what: tuple[str, ...], models: tuple[str, ...]) -> Arg
     """Return a parser with the flags that tables and figures share."""
     parser = ArgumentParser(description=doc)
     parser.add_argument("what", choices=what)
-    parser.add_argument("--model", choices=models, default="demo")
+    parser.add_argument("--model", choices=models, default="demo", help="what is measured")
     parser.add_argument("--prompts", type=Path, help="one prompt a line: VBench's or MS-COCO's; --model full needs it")
     text = "of --model full: a folder with directories named as on the Hub, FLUX.1-dev/ and so on (default: the Hub)"
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--out", type=Path, help="default: runs/reproduce/WHAT-MODEL")
+    parser.add_argument("--out", type=Path, help="folder for what is made (default: runs/reproduce/WHAT-MODEL)")
     parser.add_argument("--folders", default="", metavar="F,F,…", help="model folders (default: the paper's)")
     return parser
 

@@ -58,11 +58,13 @@ def main():
     parser.add_argument("folder", type=Path, help=f"model folder: {', '.join(RECIPES)}")
     parser.add_argument("--out", type=Path, help="folder to save the pipeline in (default: demo/ of the model folder)")
     parser.add_argument("--work", type=Path, help="folder of the checkpoints (default: runs/demo-MODEL)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="steps of a stage, e.g. vae=2000")
+    text = "steps of a stage, e.g. vae=2000 (default: the recipe's)"
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help=text)
     parser.add_argument(
         "--accuracy-prompts", type=int, default=100, help="held-out captions to measure the prompt accuracy on"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: a GPU when there is one)")
     parser.add_argument("--measure", action="store_true", help="only measure prompt accuracy, of the pipeline in --out")
     args = parser.parse_args()
     check_counts(args, "accuracy_prompts")

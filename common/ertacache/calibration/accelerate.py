@@ -21,7 +21,7 @@ from ertacache.plans.store import WORK, PlanStore
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import digest
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable
+from ertacache.utils.files import writable
 from ertacache.utils.locks import exclusive
 from ertacache.utils.provenance import fingerprint
 
@@ -109,6 +109,7 @@ def find_plans(
                             _store(store, entry, plan)
 
                 options = {"seed": 0, "batch_size": batch_size, "effort": effort, "work": folder / WORK}
+                options["argument"] = "speedup"
                 options["announce"] = partial(_announce, pipe, steps, missing, effort, folder if is_stored else None)
                 found |= make_plans(pipe, texts, missing, save, **options, call_kwargs=call_kwargs)
                 with contextlib.suppress(OSError):  # what lies in it belongs to another calibration
@@ -145,14 +146,15 @@ def _serves(plan: Plan, prompts: list | None, effort: str) -> bool:
 @contextlib.contextmanager
 def _place_for(entry: Path) -> Iterator[tuple[Path, bool]]:
     """Yield where to calibrate, and whether it is the store: one that cannot be written is done without."""
-    try:
-        ensure_writable(entry)
-    except UserError as error:
-        warnings.warn(f"{error}; the plan will not be stored", stacklevel=5)
-        with tempfile.TemporaryDirectory(prefix="ertacache-") as folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(writable(entry))
+        except UserError as error:
+            warnings.warn(f"{error}; the plan will not be stored", stacklevel=5)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ertacache-"))
             yield Path(parallel.share(folder)), False
-        return
-    yield entry, True
+            return
+        yield entry, True
 
 
 def _announce(pipe, steps: int, speedups: Sequence[float], effort: str, entry: Path | None) -> None:

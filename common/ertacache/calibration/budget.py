@@ -8,7 +8,7 @@ model calls of the steps that they have in common from the beginning.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from ertacache.numerics.jump import jump
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
+from ertacache.plans.schema import check_levels
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import arrays_file, has_whole_arrays
 from ertacache.utils.errors import UserError, shown
@@ -40,6 +41,13 @@ LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts
 SIZES = ("height", "width", "frames", "num_frames")  # settings that give the latents their size
 SHIFTS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # of the grids that fewer steps are tuned over
 Candidate = TypeVar("Candidate")
+
+
+def check_latents(elements: int, settings: Mapping[str, Any]) -> None:
+    """Refuse latents without numbers, as those of sizes that a model cannot take. settings: of the run."""
+    if not elements:
+        sizes = [f"{name}={shown(settings[name])}" for name in SIZES if name in settings]
+        raise UserError(f"the latents hold no numbers ({', '.join(sizes)}): give larger sizes")
 
 
 def grid_name(shift: float | None) -> str:
@@ -147,9 +155,10 @@ class BudgetCalibration:
         self.fitted = len(session.prompts) - len(session.prompts) // 4
         with around_pass():
             native = session.inputs(0)
+            self.native_sigmas = getattr(native, "all_sigmas", native.sigmas)  # [T+1]
+            check_levels(self.native_sigmas.tolist(), session.requirements.scheduler)
             self.target = TARGETS[target](session, native, self.checkpoints)
             self.begin = getattr(native, "begin", 0)  # the step of the T at which a pipeline's call begins
-            self.native_sigmas = getattr(native, "all_sigmas", native.sigmas)  # [T+1]
             self.first = self.on_target_grid(native)  # a batch that shows grid, shapes and first-order jumps
             self.end = len(self.first.times)
             rows, prompts = len(self.first.latents), self.prompts_in(0)
@@ -159,9 +168,7 @@ class BudgetCalibration:
         self.stop = self.begin + self.end  # the step of the T at which a pipeline's call ends
         self.grams: list[Gram] = []  # of each fitted prompt, once `trajectories` has been run
         self.scaled = self.first_order(0, 1)[0] != 1.0  # whether jumps have a coefficient on the latents
-        if not self.elements:
-            sizes = [f"{name}={shown(session.settings[name])}" for name in SIZES if name in session.settings]
-            raise UserError(f"the latents hold no numbers ({', '.join(sizes)}): give larger sizes")
+        check_latents(self.elements, session.settings)
         if self.fitted * self.elements < 10 * (max(HISTORY_LENGTHS) + self.scaled):
             size = f"{self.fitted} calibration prompts of {self.elements} numbers each"
             raise UserError(f"{size} are too few to fit the weights: give more prompts, or larger latents")

@@ -24,10 +24,11 @@ from ertacache.plans.names import (
 )
 from ertacache.plans.plan import Plan
 from ertacache.plans.requirements import Requirements
+from ertacache.plans.schema import check_levels
 from ertacache.plans.threshold import check_threshold
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable, read_prompts
+from ertacache.utils.files import read_prompts, writable
 from ertacache.utils.provenance import fingerprint
 
 
@@ -151,11 +152,12 @@ def _calibrate(
     store: "PlanStore",
 ) -> tuple[Plan, Path]:
     """Calibrate the plan of a request into the store."""
-    announce(f"no plan for {request} yet: calibrating one", options.effort, f"{store.path(request.name)}, once")
+    text = f"no plan for {request} yet: calibrating one"
+    say = partial(announce, text, options.effort, f"{store.path(request.name)}, once")
     session_of = partial(open_session, sampler, pipe, settings, request.model, options, store.folder)
     if request.threshold is not None:
-        return calibrate_thresholds(session_of, options.effort, [request.threshold], request.site, store)[0]
-    return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store)[0]
+        return calibrate_thresholds(session_of, options.effort, [request.threshold], request.site, store, say)[0]
+    return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store, say)[0]
 
 
 def announce(what: str, effort: str, where: str) -> None:
@@ -228,7 +230,7 @@ def open_session(
         range(len(prompts)),
         settings=settings,
         batch_size=options.batch_size,
-        work=ensure_writable(work),
+        work=work,
         model_id=model,
     )
 
@@ -239,6 +241,7 @@ def calibrate_thresholds(
     thresholds: Sequence[float],
     site: str,
     store: PlanStore | PlainFolder,
+    announce: Callable[[], None] = lambda: None,
 ) -> list[tuple[Plan, Path]]:
     """Calibrate a threshold plan for each λ and store it.
 
@@ -248,13 +251,16 @@ def calibrate_thresholds(
         thresholds: λ of each plan.
         site: "output" or "blocks".
         store: For the plans.
+        announce: Called before the first model call, once nothing stands in its way.
     """
     session = session_of(effort_of(effort).threshold_prompts)
     paths = [store.path(threshold_name(session.model, session.steps, threshold, site)) for threshold in thresholds]
-    with goes_on(), session.exclusive() as waited:
+    with writable(session.work), goes_on(), session.exclusive() as waited:
         if waited and all(map(_is_plan, paths)):
             return [(Plan.load(path), path) for path in paths]
+        check_levels(session.inputs(0).sigmas.tolist(), session.requirements.scheduler)
         calibration = ThresholdCalibration(session, site)
+        announce()
         return _save(calibration, calibration.plans(thresholds, effort), paths)
 
 
@@ -264,6 +270,7 @@ def calibrate_budgets(
     budgets: Sequence[int],
     target: str,
     store: PlanStore | PlainFolder,
+    announce: Callable[[], None] = lambda: None,
 ) -> list[tuple[Plan, Path]]:
     """Calibrate a budget plan for each number of computed steps and store it; one trajectory serves all.
 
@@ -272,10 +279,11 @@ def calibrate_budgets(
     session = session_of(effort_of(effort).prompts)
     paths = {budget: store.path(budget_name(session.model, session.steps, budget, target)) for budget in budgets}
     try:
-        with goes_on(), session.exclusive() as waited:
+        with writable(session.work), goes_on(), session.exclusive() as waited:
             if waited and all(map(_is_plan, paths.values())):
                 return [(Plan.load(path), path) for path in paths.values()]
             calibration = BudgetCalibration(session, target)
+            announce()
             return _save(calibration, calibration.each_plan(list(paths), effort), list(paths.values()))
     except Interrupted as stop:
         if parallel.is_main():

@@ -1,15 +1,20 @@
 """Budget plans from the call of any pipeline that `ertacache.enable` takes: `ertacache.calibrate`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.effort import effort_of
-from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call, prompt_argument, stateful
+from ertacache.calibration.paused_call import (
+    CallState,
+    PausedCalls,
+    arguments_of_call,
+    calling,
+    prompt_argument,
+    stateful,
+)
 from ertacache.calibration.search import Interrupted, goes_on, keep_unfinished
 from ertacache.calibration.session import CalibrationSession, as_json, recorded
 from ertacache.numerics.schedulers import check_scheduler, num_inference_steps_of, steps_of
@@ -19,8 +24,8 @@ from ertacache.plans.names import budget_of, check_speedups
 from ertacache.plans.requirements import Requirements
 from ertacache.utils import parallel
 from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, argument_problem, check_seed, steps_problem
-from ertacache.utils.errors import UserError, call_failed, shown
-from ertacache.utils.files import ensure_writable
+from ertacache.utils.errors import UserError, shown
+from ertacache.utils.files import writable
 from ertacache.utils.logs import each_line_once
 
 FOLDER = ".ertacache"  # in the current folder: checkpoints of an interrupted calibration
@@ -92,9 +97,10 @@ def make_plans(
     work: str | Path | None = None,
     progress: bool = True,
     announce: Callable[[], None] = lambda: None,
+    argument: str = "speedups",
     call_kwargs: Mapping[str, Any],
 ) -> PlanSet:
-    """Calibrate as `calibrate` does.
+    """Calibrate as `calibrate` does. argument: the name of the speed-ups, for refusals.
 
     announce() is called once the pipeline has taken the arguments of the call, which is then at its first step.
     save(plans) is called by rank 0 before the work is deleted.
@@ -105,41 +111,37 @@ def make_plans(
         raise UserError(f"work = {shown(work)}: give the path of a folder, or leave it out")
     if target != "reference":
         raise UserError(f"target = {target!r}: a pipeline's own call shows its own trajectory only, give 'reference'")
-    steps = check_call(pipe, speedups, batch_size, call_kwargs)
+    steps = check_call(pipe, speedups, batch_size, call_kwargs, argument)
     if batch_size < len(prompts):
         _check_state(pipe, len(prompts))
-    folder = ensure_writable(work or FOLDER)
-    try:
-        session = session_of_call(pipe, prompts, steps, seed, batch_size, folder, call_kwargs, progress)
-        sampler = session.sampler
-        with contextlib.closing(session.progress), goes_on(), session.exclusive(), each_line_once("diffusers"):
-            with calling(pipe, call_kwargs):  # up to the first prompt's first step
-                calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
-            total = len(calibration.native_sigmas) - 1
-            if total != steps:
-                text = f"the pipeline's scheduler makes {total} steps, not {steps}"
-                remedy = num_inference_steps_of(originals(pipe)["scheduler"], total)
-                raise UserError(f"{text}: give num_inference_steps={remedy}")
-            if calibration.end < LEAST_STEPS:
-                text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
-                raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
-            budgets = {speedup: budget_of(calibration.end, speedup) for speedup in speedups}
-            announce()
-            made = calibration.plans(list(dict.fromkeys(budgets.values())), effort)
-            plans = PlanSet({speedup: made[budget] for speedup, budget in budgets.items()})
-            if save is not None and parallel.is_main():
-                save(plans)
-            calibration.finish()
-        for unfinished in folder.glob(f"{UNFINISHED}*"):
-            unfinished.unlink()
-    except Interrupted as stop:
-        if parallel.is_main():
-            keep_unfinished(stop.plan, folder / f"{UNFINISHED}{stop.plan.nfe}-of-{stop.plan.steps}.json")
-        raise
-    finally:
-        if work is None:
-            with contextlib.suppress(OSError):  # what lies in it belongs to an interrupted calibration
-                folder.rmdir()
+    with writable(work or FOLDER) as folder:
+        try:
+            session = session_of_call(pipe, prompts, steps, seed, batch_size, folder, call_kwargs, progress)
+            sampler = session.sampler
+            with contextlib.closing(session.progress), goes_on(), session.exclusive(), each_line_once("diffusers"):
+                with calling(pipe, call_kwargs):  # up to the first prompt's first step
+                    calibration = BudgetCalibration(session, target, state_of=CallState, around_pass=lambda: sampler)
+                check_total(pipe, len(calibration.native_sigmas) - 1, steps)
+                if calibration.end < LEAST_STEPS:
+                    text = f"the call makes {calibration.end} of {steps} steps, and at least {LEAST_STEPS} are needed"
+                    raise UserError(f"{text}: give a larger strength, or more num_inference_steps")
+                budgets = {speedup: budget_of(calibration.end, speedup, argument) for speedup in speedups}
+                announce()
+                made = calibration.plans(list(dict.fromkeys(budgets.values())), effort)
+                plans = PlanSet({speedup: made[budget] for speedup, budget in budgets.items()})
+                if save is not None and parallel.is_main():
+                    save(plans)
+                calibration.finish()
+            for unfinished in folder.glob(f"{UNFINISHED}*"):
+                unfinished.unlink()
+        except Interrupted as stop:
+            if parallel.is_main():
+                keep_unfinished(stop.plan, folder / f"{UNFINISHED}{stop.plan.nfe}-of-{stop.plan.steps}.json")
+            raise
+        finally:
+            if not work:
+                with contextlib.suppress(OSError):  # what lies in it belongs to an interrupted calibration
+                    folder.rmdir()
     return plans
 
 
@@ -198,18 +200,6 @@ def calibration_prompts(pipe, prompts, remedy: str = "give some") -> list:
     return prompts
 
 
-@contextlib.contextmanager
-def calling(pipe, call_kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turn a failing call, mostly on a value that the pipeline cannot take, into one line; lack of memory stays so."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
-        given = ", ".join(f"{name}={shown(value)}" for name, value in call_kwargs.items())
-        raise call_failed(type(pipe).__name__, error, given) from error
-
-
 def check_call(
     pipe, speedups: Sequence[float], batch_size: int, call_kwargs: Mapping[str, Any], argument: str = "speedups"
 ) -> int:
@@ -227,10 +217,18 @@ def check_call(
     for name, value in call_kwargs.items():
         problem = argument_problem(name, value)
         if problem:
-            raise UserError(problem)
+            raise UserError(f"{name} = {shown(value)}: {problem}")
     for speedup in speedups:
         budget_of(steps, speedup, argument)
     return steps
+
+
+def check_total(pipe, total: int, steps: int) -> None:
+    """Refuse a call whose scheduler makes another number of steps than T."""
+    if total != steps:
+        remedy = num_inference_steps_of(originals(pipe)["scheduler"], total)
+        text = f"the pipeline's scheduler makes {total} steps, not {steps}"
+        raise UserError(f"{text}: give num_inference_steps={remedy}")
 
 
 def _check_state(pipe, count: int) -> None:

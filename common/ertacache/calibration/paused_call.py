@@ -17,7 +17,7 @@ the newest velocities.
 import contextlib
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -31,9 +31,21 @@ from ertacache.pipelines.enable import originals, stand_in
 from ertacache.pipelines.enabled import Enabled
 from ertacache.pipelines.run import PlannedRun
 from ertacache.pipelines.steps import BudgetSteps, OwnSteps, velocity_of
-from ertacache.utils.errors import UserError
+from ertacache.utils.errors import UserError, call_failed, shown
 
 THREAD = "ertacache-call"  # name of the threads
+
+
+@contextlib.contextmanager
+def calling(pipe, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Turn a failing call, mostly on a value that the pipeline cannot take, into one line; lack of memory stays so."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
+        given = ", ".join(f"{name}={shown(value)}" for name, value in arguments.items())
+        raise call_failed(type(pipe).__name__, error, given) from error
 
 
 class PausedCalls:
@@ -175,7 +187,8 @@ class PausedCall:
         """Wait until the call pauses or ends; an error in it is raised here."""
         message = self.messages.get()
         if isinstance(message, BaseException):
-            raise message
+            with calling(self.sampler.pipe, self.sampler.arguments):
+                raise message
         self.state = message
 
     # --- in the call's own thread ------------------------------------------------------------------------------------

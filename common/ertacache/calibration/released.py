@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ertacache.calibration.from_pipeline import calling, check_call, prompts_of, requirements_of
-from ertacache.calibration.paused_call import PausedCalls
+from ertacache.calibration.budget import check_latents
+from ertacache.calibration.from_pipeline import check_call, check_total, prompts_of, requirements_of
+from ertacache.calibration.paused_call import PausedCalls, calling
 from ertacache.calibration.planner import Schedule
 from ertacache.numerics.multistep import extrapolated, first_order_matrix, predicted_jumps, reused
 from ertacache.pipelines.conditions import watching
@@ -131,6 +132,8 @@ def import_schedule(pipe, source: str | Path | Sequence[int], *, prompt="", **ca
         call = sampler.prepare(pipe, prompts_of(pipe, [prompt]), [0])
         with calling(pipe, call_kwargs), watching(pipe) as conditions:
             native = call.all_sigmas
+        check_total(pipe, len(native) - 1, total)
+        check_latents(call.latents.numel(), call_kwargs)
         if len(call.times) != total:
             raise UserError(f"the call makes {len(call.times)} of {total} steps: give a call that begins with noise")
         solver = first_order_matrix([sampler.first_order(pipe, call, i, i + 1) for i in range(total)])

@@ -108,7 +108,8 @@ class CalibrationSession:
     def inputs(self, batch: int, **changes):
         """Return the inputs of a batch of prompts, on the native grid. changes: of the settings."""
         part = slice(self.starts[batch], self.starts[batch] + self.batch_size)
-        return self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings | changes)
+        with np.errstate(all="ignore"):  # a grid that comes to nothing is refused in one line
+            return self.sampler.prepare(self.pipe, self.prompts[part], self.seeds[part], **self.settings | changes)
 
     def run(
         self, checkpoints: Checkpoints, key: str, calls: int, sums_of: Callable[[int], dict[str, Any]]
@@ -164,7 +165,8 @@ class CalibrationSession:
         if not all(finite):
             prompt = self.prompts[self.starts[batch] + finite.index(False)]
             text = f"{source} a non-finite value at step {step} of {prompt!r}"
-            raise UserError(f"{text}: try --dtype float32, or other settings of the scheduler")
+            remedy = "try --dtype float32, in Python dtype=torch.float32, or other settings of the scheduler"
+            raise UserError(f"{text}: {remedy}")
 
     def provenance(self, checkpoints: Checkpoints, chosen: str, errors: dict[str, float]) -> dict[str, Any]:
         """Return a plan's provenance: what it was learned from, and which candidates were tried.

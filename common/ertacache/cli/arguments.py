@@ -1,6 +1,7 @@
 """What every command line shares: one-line complaints, lists of numbers, prompts."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        says_nothing = action.default in (None, "", False, argparse.SUPPRESS) or not action.option_strings
+        has_none = action.default in (None, "", argparse.SUPPRESS) or action.default is False
+        says_nothing = has_none or not action.option_strings
         return text if says_nothing or "default" in text else f"{text} (default: %(default)s)"
 
 
@@ -27,14 +29,22 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse_list(text: str) -> list[float]:
-    """Return the numbers of a flag like --thresholds, which are separated by commas."""
+def parse_list(text: str, flag: str, example: str = "0.05,0.1", kind: type = float) -> list:
+    """Return the numbers of a flag, which are separated by commas.
+
+    Args:
+        text: They.
+        flag: For the refusal.
+        example: Likewise.
+        kind: Of the numbers: float, or int for whole ones of at least 1.
+    """
+    remedy = f"give {'whole numbers of at least 1' if kind is int else 'numbers'}, like {example}"
     try:
-        values = [float(part) for part in text.split(",") if part.strip()]
+        values = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UserError(f"{text!r} is no list of numbers: write them with commas between, like 0.05,0.1") from error
-    if not values:
-        raise UserError("an empty list of numbers: give at least one, like 0.1")
+        raise UserError(f"{flag} {shown(text)} is no list of numbers: {remedy}") from error
+    if not values or (kind is int and min(values) < 1):
+        raise UserError(f"{flag} {shown(text)}: {remedy}")
     return values
 
 
@@ -45,6 +55,15 @@ def check_counts(args: argparse.Namespace, *names: str, least: int = 1, most: in
         if value is not None and (value < least or (most is not None and value > most)):
             limits = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise UserError(f"--{name.replace('_', '-')} {shown(value)}: give a whole number {limits}")
+
+
+def check_step_seconds(args: argparse.Namespace) -> None:
+    """Refuse --step-seconds that are no time, or that are given without --dry-run."""
+    seconds = args.step_seconds
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UserError(f"--step-seconds {seconds:g}: give seconds above 0")
+    if seconds is not None and not args.dry_run:
+        raise UserError(f"--step-seconds {seconds:g} is of --dry-run: give that too, or leave it out")
 
 
 def prompts_of(prompt: Sequence[str] | None, file: str | Path | None, default: Path | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """`ertacache calibrate`: plans from the pipeline's own call, as files."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from ertacache.plans.names import budget_of, check_speedups, short_name
 from ertacache.utils import parallel
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import writable, write_atomically
 
 SAVING = ".saving-plans-"
 
@@ -29,35 +30,41 @@ def run(request: Request, out: Path, speedups: str, seed: int, effort: str, forc
         write_atomically(note, "\n".join(path.name for path in paths.values()).encode())
         for speedup, path in paths.items():
             plans[speedup].save(path)
-        for note in out.glob(f"{SAVING}*"):  # earlier ones too
-            note.unlink()
+        for note in notes(out):  # earlier ones too
+            with contextlib.suppress(OSError):  # of somebody else
+                note.unlink()
 
     def main() -> None:
         nonlocal paths
-        targets = parse_list(speedups)
+        targets = parse_list(speedups, "--speedups", "2,3")
         check_speedups(targets)
         paths = plan_paths(request, out, targets)
-        written = {path for note in out.glob(f"{SAVING}*") for path in note.read_text("utf-8", "replace").splitlines()}
+        written = "\n".join(note.read_text("utf-8", "replace") for note in notes(out)).splitlines()
         existing = [path for path in paths.values() if path.exists() and path.name not in written]
         if existing and not force:
             raise UserError(f"{existing[0]} is there already: give --force to write over it, or another --out")
-        ensure_writable(out)
         options = {"seed": seed, "batch_size": request.batch_size, "effort": effort, "work": out}
-        pipe = request.load()
 
         def announce() -> None:
             if parallel.is_main():
                 print(f"calibrating {', '.join(map(str, paths.values()))}", file=sys.stderr)
 
-        options |= {"announce": announce}
-        with request.calling():
-            plans = make_plans(pipe, request.prompts, list(paths), save, **options, call_kwargs=request.arguments)
+        options |= {"announce": announce, "call_kwargs": request.arguments}
+        with writable(out):
+            pipe = request.load()
+            with request.calling():
+                plans = make_plans(pipe, request.prompts, list(paths), save, **options)
         if parallel.is_main():
             for speedup, path in paths.items():
                 print(line_about(plans[speedup], path))
             print(f"next: {next_command(request, next(iter(paths.values())))}")
 
     parallel.run_on_all_ranks(main)
+
+
+def notes(folder: Path) -> list[Path]:
+    """Return the notes in a folder that say which plans a process was saving, of this process and of killed ones."""
+    return [path for path in folder.glob(f"{SAVING}*") if path.is_file()]
 
 
 def plan_paths(request: Request, out: Path, speedups: list[float]) -> dict[float, Path]:

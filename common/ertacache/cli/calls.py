@@ -73,7 +73,10 @@ class Calls:
         """Return a call with a plan or without, or within a context. changes: of its arguments."""
         disable(self.pipe)
         if plan is not None:
-            enable(self.pipe, plan, on_drift=self.on_drift)
+            try:
+                enable(self.pipe, plan, on_drift=self.on_drift)
+            except UserError as error:
+                raise self.request.renamed(error) from error
         return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan, within)
 
     def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:
@@ -88,7 +91,7 @@ class Calls:
         self.pipe.set_progress_bar_config(**bar_options(text, "step", silent=not parallel.is_main()))
         generators = [torch.Generator().manual_seed(self.seed + j) for j in range(part.start, part.stop)]
         start = time.perf_counter()
-        with self.request.calling(), call.within():
+        with self.request.calling(), call.within(), np.errstate(all="ignore"):  # the result is looked at below
             result = self.pipe(prompt=self.prompts[part], generator=generators, output_type="np", **call.arguments)
         seconds = time.perf_counter() - start  # the result is in main memory, so the device has finished
         self.made.add(call.name)

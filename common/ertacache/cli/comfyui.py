@@ -109,7 +109,7 @@ def written(folder: Path) -> dict[str, str]:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         names = [name for name, digest in record.items() if isinstance(digest, str)]
         known = len(names) == len(record) and not any(Path(name).is_absolute() or ".." in name for name in names)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         known = False
     if folder.is_symlink() or not known:
         raise UserError(f"{folder} was not written by ertacache: move it away first")

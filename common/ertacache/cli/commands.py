@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from ertacache import __version__
-from ertacache.cli.options import takes_request
+from ertacache.cli.options import FPS, takes_request
 from ertacache.cli.request import Request
+from ertacache.utils.checks import LARGEST_FPS
 from ertacache.utils.errors import printable
 
 app = typer.Typer(
@@ -16,10 +17,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: ertacache generate black-forest-labs/FLUX.1-dev --prompt 'a fox' --steps 30 --speedup 2",
 )
 EXAMPLES = {  # by command
     "calibrate": "ertacache calibrate black-forest-labs/FLUX.1-dev --prompts prompts.txt --steps 30 --out plans",
-    "import": "ertacache import black-forest-labs/FLUX.1-dev 0,1,2,4,8,16 --prompt 'a fox' --steps 30 --out plan.json",
+    "import": "ertacache import black-forest-labs/FLUX.1-dev 0,1,2,4,8,16 --steps 30 --out plan.json",
     "generate": "ertacache generate black-forest-labs/FLUX.1-dev --prompt 'a fox' --steps 30 --speedup 2 --compare",
     "evaluate": "ertacache evaluate black-forest-labs/FLUX.1-dev --prompts prompts.txt --steps 30",
 }
@@ -61,22 +63,23 @@ def calibrate(
 
 
 @app.command("import", epilog=f"Example: {EXAMPLES['import']}")
-@takes_request
+@partial(takes_request, needs_prompts=False, without=("prompt", "prompts", "batch_size"))
 def import_plan(
     request: Request,
     schedule: Annotated[
         str, typer.Argument(metavar="SCHEDULE", help="a released list, a .pt or .json file, or computed steps 0,1,2,…")
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="for the plan, a .json file")],
+    prompt: Annotated[str, typer.Option(help="of the call that is begun, where it must not be empty")] = "",
     force: Annotated[bool, typer.Option("--force", help="overwrite an existing plan")] = False,
 ) -> None:
     """Make a plan of a schedule that was found elsewhere, for a model and its settings."""
     from ertacache.cli.released import run
 
-    run(request, schedule, out, force)
+    run(request, schedule, out, prompt, force)
 
 
-@app.command("inspect")
+@app.command("inspect", epilog="Example: ertacache inspect plans/FLUX.1-dev-15-of-30.json")
 def inspect_plan(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="a plan file, a folder with one, or hf://OWNER/NAME")],
     json: Annotated[bool, typer.Option("--json", help="the whole plan as JSON")] = False,
@@ -87,7 +90,7 @@ def inspect_plan(
     show(plan, json)
 
 
-stored_plans = typer.Typer(invoke_without_command=True)
+stored_plans = typer.Typer(invoke_without_command=True, epilog="Example: ertacache plans show 3f2a91c0-15")
 app.add_typer(stored_plans, name="plans")
 
 
@@ -130,11 +133,13 @@ def generate(
     seed: Seed = 1000,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for one .png or .mp4 per prompt")] = Path("sample"),
     compare: Annotated[bool, typer.Option("--compare", help="also run uncached, and compare")] = False,
-    fps: Annotated[int, typer.Option(min=1, help="frames per second of the .mp4 files")] = 8,
+    fps: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_FPS, help=f"frames per second of the .mp4 files; default: {FPS}")
+    ] = None,
     on_drift: Annotated[
-        Literal["warn", "compute", "ignore"],
-        typer.Option(help="where a run is unlike the plan's calibration: warn once, or compute more steps"),
-    ] = "warn",
+        Literal["warn", "compute", "ignore"] | None,
+        typer.Option(help="where a run is unlike the plan's calibration: warn once (default), or compute more steps"),
+    ] = None,
 ) -> None:
     """Make images or videos, with a plan or without.
 
@@ -180,7 +185,7 @@ def evaluate(
     run(request, plan or [], out, calibration_prompts, seed, repeats, json)
 
 
-comfyui_nodes = typer.Typer(no_args_is_help=True)
+comfyui_nodes = typer.Typer(no_args_is_help=True, epilog="Example: ertacache comfyui install ~/ComfyUI")
 app.add_typer(comfyui_nodes, name="comfyui")
 Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="ComfyUI's folder, the one with main.py")]
 

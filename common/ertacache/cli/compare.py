@@ -31,7 +31,7 @@ from ertacache.plans.names import LEAST_BUDGET, budget_of
 from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import write_atomically
+from ertacache.utils.files import writable, write_atomically
 from ertacache.utils.locks import exclusive
 from ertacache.utils.progress import duration
 from ertacache.utils.provenance import fingerprint, library_versions, machine
@@ -83,6 +83,14 @@ def run_comparison(request: Request, options: Options) -> None:
         check_apart(request.prompts, options.learned_on)
     folder = EvaluationFolder(options.out, request)
     folder.check()
+    with writable(folder.path), writable(folder.path / FOLDER):
+        compare(request, options, targets, folder)
+    with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
+        (folder.path / FOLDER).rmdir()
+
+
+def compare(request: Request, options: Options, targets: Mapping[float, int], folder: EvaluationFolder) -> None:
+    """Measure what is not finished yet, and write the files. targets: N by target speed-up."""
     calls = Calls(request, options.seed)
     pipe = calls.pipe
     with request.calling():
@@ -90,10 +98,9 @@ def run_comparison(request: Request, options: Options) -> None:
     learned_on = list(options.learned_on or shipped_prompts(pipe))
     check_apart(request.prompts, learned_on)
     work = checkpoints_of(calls, options, folder, learned_on)
-    total = model_calls(request, options, steps, len(learned_on))
-    announce(request, options, targets, total)
     with goes_on(), exclusive(work.folder.with_suffix(".lock"), "making the same comparison"):
-        first_call(calls, steps, total)
+        seconds = first_call(calls)
+        announce(request, options, targets, model_calls(request, options, steps, len(learned_on)), seconds)
         with request.calling():
             methods = methods_of(calls, options, targets, learned_on, work.folder)
         measurement = Measurement(calls, work, SAMPLES)
@@ -109,8 +116,6 @@ def run_comparison(request: Request, options: Options) -> None:
             facts = document(calls, options.repeats, learned_on, plan.requirements.settings)
             finish(calls, options, folder, facts, rows, samples)
         work.remove()
-    with contextlib.suppress(OSError):  # what lies in it belongs to another evaluation
-        (folder.path / FOLDER).rmdir()
 
 
 def checkpoints_of(calls: Calls, options: Options, folder: EvaluationFolder, learned_on: Sequence[str]) -> Checkpoints:
@@ -149,8 +154,15 @@ def model_calls(request: Request, options: Options, steps: int, prompts: int) ->
     return steps + quick + learned + caches + once * (batches(len(request.prompts)) + options.repeats)
 
 
-def announce(request: Request, options: Options, targets: Mapping[float, int], total: int) -> None:
-    """Say what is done, how many model calls it takes, and where the results are written."""
+def announce(request: Request, options: Options, targets: Mapping[float, int], total: int, seconds: float) -> None:
+    """Say what is done, how many model calls and how long it takes, and where the results are written.
+
+    Args:
+        request, options: Of the command line.
+        targets: N by target speed-up.
+        total: Model calls.
+        seconds: Of the first call of the pipeline.
+    """
     if not parallel.is_main():
         return
     steps, prompts = request.steps, len(request.prompts)
@@ -164,19 +176,17 @@ def announce(request: Request, options: Options, targets: Mapping[float, int], t
         f"2. fewer steps, OSS and the caches {', '.join(CACHES)}, fitted on {LEARNED_ON} calibration prompts",
         f"3. quality on the held-out prompts, then seconds in {options.repeats} rounds",
         f"{cost}; results in {options.out}/",
+        f"the first call took {seconds:.1f} s: about {duration(seconds * total / steps)} in all, less what is finished",
         "what is finished is kept: after an interruption the same command goes on",
     ]
     print("\n".join(lines), file=sys.stderr)
 
 
-def first_call(calls: Calls, steps: int, total: int) -> None:
-    """Make the first uncached call, which warms up, and say how long all of them may take."""
+def first_call(calls: Calls) -> float:
+    """Make the first uncached call, which warms up and shows that the pipeline takes the arguments. Returns seconds."""
     start = time.perf_counter()
     calls.run(calls.call("uncached"), calls.batches[0])
-    seconds = time.perf_counter() - start
-    if parallel.is_main():
-        left = duration(seconds * (total / steps - 1))
-        print(f"the first call took {seconds:.1f} s: about {left} in all, less what is finished", file=sys.stderr)
+    return time.perf_counter() - start
 
 
 # --- methods -----------------------------------------------------------------------------------------------------

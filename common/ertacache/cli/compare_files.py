@@ -19,7 +19,7 @@ from ertacache.evaluation.rows import Source
 from ertacache.pipelines.enable import originals
 from ertacache.plans.requirements import Requirements
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable, write_atomically
+from ertacache.utils.files import write_atomically
 from ertacache.utils.provenance import fingerprint, library_versions, machine
 
 SCHEMA, KIND = 1, "ertacache evaluation"
@@ -44,7 +44,7 @@ class EvaluationFolder:
         return self.path / JSON
 
     def check(self) -> None:
-        """Refuse a folder that cannot be written, or holds files of others or another model's results.
+        """Refuse a folder that holds files of others or another model's results.
 
         The results of an earlier evaluation of the same model are written over.
         """
@@ -55,7 +55,6 @@ class EvaluationFolder:
                 raise UserError(f"{present[0]} is there already, and of something else: give another --out")
             if earlier.get("model") != self.request.name:
                 raise UserError(f"{self.json} is of {earlier.get('model')}: give another --out")
-        ensure_writable(self.path)
 
 
 def document(calls: Calls, repeats: int, learned_on: Sequence[str], conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +153,6 @@ def write_report(
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ertacache.utils import parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import check_file, read_prompts, write_atomically
+from ertacache.utils.files import read_prompts, writable_files, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 
 DEFAULT_OUT = "ertacache-evaluation"
@@ -40,24 +40,23 @@ def run(
     """Print the table, and write the rows as JSON to `file`; without plans, or with `out`, compare other methods."""
     check_seed(seed)
     if not request.prompts:
-        videos = "num_frames" in inspect.signature(request.pipeline.__call__).parameters
-        request = dataclasses.replace(request, prompts=packaged_prompts(videos, held_out=True))
+        request = dataclasses.replace(request, prompts=packaged_prompts(request.makes_videos, held_out=True))
     plans = {source: request.plan(source) for source in sources}
     fixed = [name for name in ("sigmas", "timesteps") if name in request.arguments]
     if fixed:
         raise UserError(f"--set {fixed[0]} fixes the steps, fewer of them cannot be compared: leave it out")
-    if file:
-        check_file(file)
     if plans and out is None:
         if calibration_prompts:
             raise UserError("--calibration-prompts without --out: plans given are measured, nothing is learned")
-        parallel.run_on_all_ranks(lambda: _run(request, plans, seed, repeats, file))
+        work = partial(_run, request, plans, seed, repeats, file)
     else:
         from ertacache.cli.compare import Options, run_comparison
 
         learned_on = read_prompts(calibration_prompts) if calibration_prompts else None
-        options = Options(plans, Path(out or DEFAULT_OUT), learned_on, seed, repeats, file)
-        parallel.run_on_all_ranks(lambda: run_comparison(request, options))
+        options = Options(plans, out or Path(DEFAULT_OUT), learned_on, seed, repeats, file)
+        work = partial(run_comparison, request, options)
+    with writable_files(file):
+        parallel.run_on_all_ranks(work)
 
 
 def _run(request: Request, plans: Mapping[str, Plan], seed: int, repeats: int, file: Path | None) -> None:

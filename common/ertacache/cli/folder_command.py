@@ -5,7 +5,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -16,19 +16,21 @@ import torch
 
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
-from ertacache.cli.arguments import ArgumentParser, prompts_of
+from ertacache.cli.arguments import ArgumentParser, check_counts, prompts_of
 from ertacache.demos.model_folder import Sampler, draws_captions, makes_videos, settings_parameters
 from ertacache.evaluation.comparison import compare, doubt
 from ertacache.evaluation.metrics import METRICS, Lpips
 from ertacache.numerics.finite import FiniteCheck
 from ertacache.plans import Plan
 from ertacache.plans.names import TARGETS
+from ertacache.plans.requirements import Requirements
+from ertacache.plans.schema import check_levels
 from ertacache.plans.threshold import SITES
 from ertacache.utils import media
-from ertacache.utils.checks import check_seed
+from ertacache.utils.checks import LARGEST_FPS, check_seed
 from ertacache.utils.devices import default_device, dtype_for, synchronize
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable, relative
+from ertacache.utils.files import relative, writable
 from ertacache.utils.progress import Progress
 from ertacache.utils.provenance import library_versions, machine
 
@@ -41,11 +43,12 @@ SETTINGS = {  # settings that a model folder may offer, with the type and help o
     "negative_prompt": (str, "prompt of the unconditional branch (default: the model's own)"),
     "aesthetic_score": (float, "aesthetic score appended to the prompt, 4 to 7"),
 }
+OF_A_RUN = ("threshold", "speedup", "budget", "plan", "baseline", "compare", "repeats", "out")  # flags scripts lack
 EXAMPLE = 'example: generate.py --prompt "a rocket" --speedup 2 --compare'
 
 
 def parse_arguments(
-    sampler: Sampler, arguments: Sequence[str] | None = None, effort: str = "quick"
+    sampler: Sampler, arguments: Sequence[str] | None = None, effort: str = "quick", without: Collection[str] = ()
 ) -> argparse.Namespace:
     """Parse the flags of a model folder; its settings are flags too. Other scripts add theirs to these.
 
@@ -53,9 +56,17 @@ def parse_arguments(
         sampler: The model folder.
         arguments: Of the command line; None for those of the process.
         effort: Default of --effort.
+        without: Names of flags that mean nothing to a script, so that it does not know them.
     """
     parser = ArgumentParser(description=sampler.__doc__.splitlines()[0], epilog=EXAMPLE)
-    add = parser.add_argument
+
+    def add(flag: str, to: argparse._ActionsContainer = parser, **options) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in without:
+            parser.set_defaults(**{name: options.get("default")})
+        else:
+            to.add_argument(flag, **options)
+
     add("--model", default="demo", help='"demo", a local directory, or a hub id (default: demo)')
     add("--prompt", action="append", help="a prompt; may be given several times")
     add(
@@ -71,11 +82,11 @@ def parse_arguments(
         add("--fps", type=int, default=8, help="frames per second of the .mp4 files")
     choice = parser.add_mutually_exclusive_group()
     text = "cache by the paper's plan for this λ: the higher, the more steps are skipped; calibrated if new"
-    choice.add_argument("--threshold", type=float, metavar="λ", help=text)
-    choice.add_argument("--speedup", type=float, metavar="S", help="compute exactly T/S steps, where they matter most")
-    choice.add_argument("--budget", type=int, metavar="N", help="compute exactly N steps, where they matter most")
-    choice.add_argument("--plan", type=Path, metavar="FILE", help="cache by this plan file")
-    choice.add_argument("--baseline", action="store_true", help="the uncached run only")
+    add("--threshold", choice, type=float, metavar="λ", help=text)
+    add("--speedup", choice, type=float, metavar="S", help="compute exactly T/S steps, where they matter most")
+    add("--budget", choice, type=int, metavar="N", help="compute exactly N steps, where they matter most")
+    add("--plan", choice, type=Path, metavar="FILE", help="cache by this plan file")
+    add("--baseline", choice, action="store_true", help="the uncached run only")
     add("--site", choices=SITES, help="where a threshold plan caches the residual (default: output)")
     add("--compare", action="store_true", help="also run uncached, and compare")
     add("--repeats", type=int, default=1, help="timed runs of each; the median is reported")
@@ -87,27 +98,40 @@ def parse_arguments(
         metavar="FILE",
         help=f"{learned} (default: prompts/calibration-demo.txt, or calibration.txt)",
     )
-    add("--effort", default=effort, choices=EFFORTS, help="what calibrating a plan may cost, where none is stored")
+    text = f"what calibrating a plan may cost, where none is stored (default: {effort})"
+    add("--effort", choices=EFFORTS, help=text)
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
     add("--target", choices=tuple(TARGETS), help=f"{aims} (default: reference)")
     add("--out", type=Path, default=Path("sample"), help="output folder (default: sample)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU when there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on the CPU")
     add("--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory, slower")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    check_counts(args, "batch_size", "repeats")
+    check_seed(args.seed)
+    for flag, value in (("--effort", args.effort), ("--calibration-prompts", args.calibration_prompts)):
+        if value is not None and (args.plan or args.baseline):
+            remedy = "leave it out, or give --threshold or --speedup"
+            raise UserError(f"{flag} {value}: nothing is calibrated, {remedy}")
+    args.effort = args.effort or effort
+    if "fps" in args:
+        check_counts(args, "fps", most=LARGEST_FPS)
+    return args
 
 
 def plan_request(args: argparse.Namespace) -> PlanRequest | None:
     """Return the plan that the flags ask for; None for the uncached run."""
-    if args.baseline:
-        return None
     ways = {"threshold": args.threshold, "speedup": args.speedup, "budget": args.budget, "file": args.plan}
-    if all(value is None for value in ways.values()):
+    if all(value is None for value in ways.values()) and not args.baseline:
         raise UserError("nothing to do: give --threshold λ, --speedup S, --budget N, --plan FILE or --baseline")
+    if args.compare and args.baseline:
+        raise UserError("--compare with --baseline: say what is compared with the uncached run, or leave it out")
     if args.site and args.threshold is None:
         raise UserError(f"--site {args.site}: only threshold plans have one, leave it out or give --threshold")
     if args.target and args.speedup is None and args.budget is None:
         raise UserError(f"--target {args.target}: only budget plans have one, leave it out or give --speedup")
+    if args.baseline:
+        return None
     site, target = args.site or "output", args.target or "reference"
     return PlanRequest(args.model, args.steps, site=site, target=target, **ways)
 
@@ -128,7 +152,7 @@ def open_pipeline(sampler: Sampler, args: argparse.Namespace):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = args.device or default_device()
+    device = default_device() if args.device is None else args.device
     if args.model == "demo" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # a small model is no reason to take them all
     return sampler.load(args.model, device, dtype_for(device, args.dtype), args.offload)
@@ -147,22 +171,19 @@ def main(sampler: Sampler, arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(sampler, arguments)
     default = sampler.FOLDER / "prompts" / ("demo.txt" if draws_captions(sampler, args.model) else "examples.txt")
     prompts = prompts_of(args.prompt, args.prompts, default)
-    check_seed(args.seed)
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: give a whole number of at least 1")
     request, options = plan_request(args), calibration_options(args)
-    out = ensure_writable(args.out)
-    pipe = open_pipeline(sampler, args)
-    settings = checked_settings(sampler, pipe, args)
-    plan, path = (None, None) if request is None else find_plan(sampler, pipe, settings, request, options)
+    with writable(args.out) as out:
+        pipe = open_pipeline(sampler, args)
+        settings = checked_settings(sampler, pipe, args)
+        plan, path = (None, None) if request is None else find_plan(sampler, pipe, settings, request, options)
 
-    methods = {"baseline": None} if plan is None else {plan.method: plan}
-    if args.compare and plan:
-        methods = {"baseline": None, **methods}
-    runs = run_interleaved(sampler, pipe, prompts, args, settings, methods)
-    for method, run in runs.items():
-        media.save_results(out, run.images, method, getattr(args, "fps", None))
-    report(sampler, pipe, args, settings, prompts, runs, plan, path)
+        methods = {"baseline": None} if plan is None else {plan.method: plan}
+        if args.compare and plan:
+            methods = {"baseline": None, **methods}
+        runs = run_interleaved(sampler, pipe, prompts, args, settings, methods)
+        for method, run in runs.items():
+            media.save_results(out, run.images, method, getattr(args, "fps", None))
+        report(sampler, pipe, args, settings, prompts, runs, plan, path)
 
 
 # --- running and reporting ---------------------------------------------------------------------------------------
@@ -196,12 +217,14 @@ def run_interleaved(
     """Run each method `--repeats` times in turn (A B A B …); a comparison warms up with one more round.
 
     Raises:
-        UserError: A run led to numbers that are not finite; no picture is made of them.
+        UserError: Noise levels that do not fall, or a run that led to numbers that are not finite.
     """
     runs = {name: TimedRun() for name in methods}
     parts = [slice(b, b + args.batch_size) for b in range(0, len(prompts), args.batch_size)]
     seeds = range(args.seed, args.seed + len(prompts))
-    inputs = [sampler.prepare(pipe, prompts[part], seeds[part], **settings) for part in parts]
+    with np.errstate(all="ignore"):  # a grid that comes to nothing is refused in one line
+        inputs = [sampler.prepare(pipe, prompts[part], seeds[part], **settings) for part in parts]
+    check_levels(inputs[0].sigmas.tolist(), Requirements.of_scheduler(pipe.scheduler, settings["steps"]).scheduler)
     rounds = args.repeats + (len(methods) > 1)
     progress = Progress("step")
     calls = sum(plan.nfe if plan and plan.kind == "budget" else settings["steps"] for plan in methods.values())

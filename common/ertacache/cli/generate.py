@@ -12,6 +12,7 @@ import numpy as np
 
 from ertacache.calibration.accelerate import find_plans
 from ertacache.cli.calls import Call, Calls
+from ertacache.cli.options import FPS
 from ertacache.cli.request import Request
 from ertacache.evaluation.comparison import compare, doubt
 from ertacache.pipelines.summary import Summary, summary
@@ -21,7 +22,7 @@ from ertacache.utils import media, parallel
 from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
-from ertacache.utils.files import ensure_writable
+from ertacache.utils.files import writable
 
 UNFINISHED = ".unfinished-"  # a folder in the output folder that says which batches are done
 
@@ -33,16 +34,21 @@ class Output:
     Attributes:
         folder: For one file per prompt and method.
         compare: Whether to run uncached too, and compare.
-        fps: Frames per second of videos.
+        fps: Frames per second of videos; None by default.
     """
 
     folder: Path
     compare: bool
-    fps: int
+    fps: int | None
 
 
 def run(
-    request: Request, source: str | None, speedup: float | None, seed: int, output: Output, on_drift: str = "warn"
+    request: Request,
+    source: str | None,
+    speedup: float | None,
+    seed: int,
+    output: Output,
+    on_drift: str | None = None,
 ) -> None:
     """Generate, in one process or in each of several; to compare, both methods run once before, to warm up.
 
@@ -52,31 +58,36 @@ def run(
         speedup: Of a set's plan; without a source, of a stored plan or one made now.
         seed: Of the first prompt.
         output: Where to.
-        on_drift: As in `ertacache.enable`.
+        on_drift: As in `ertacache.enable`; None for its default.
     """
     check_seed(seed)
-    if output.compare and source is None and speedup is None:
+    planned = source is not None or speedup is not None
+    if output.compare and not planned:
         raise UserError("--compare without --plan or --speedup: say what is compared with the uncached run")
+    if on_drift and not planned:
+        raise UserError(f"--on-drift {on_drift} without --plan or --speedup: runs with a plan drift, leave it out")
+    if output.fps and not request.makes_videos:
+        raise UserError(f"--fps {output.fps}: a {request.pipeline.__name__} makes images, leave it out")
     if speedup is not None and source is None:
         check_speedups([speedup], "--speedup")
         budget_of(request.steps, speedup)
     plan = request.plan(source, speedup if source else None)
-    ensure_writable(output.folder)
 
     def main() -> None:
-        calls = Calls(request, seed, on_drift)
-        chosen = plan
-        if source is None and speedup is not None:
-            with request.calling():
-                chosen = find_plans(calls.pipe, speedup, call_kwargs=request.arguments).first
-        methods = {"baseline": None} if chosen is None else {chosen.method: chosen}
-        if output.compare:
-            methods = {"baseline": None, **methods}
-            for name, followed in methods.items():
-                calls.run(calls.call(name, followed), calls.batches[0])
-        made = [calls.call(name, followed) for name, followed in methods.items()]
-        results, kind = generate(calls, made, output)
-        report(calls, chosen, results, output, kind)
+        with writable(output.folder):
+            calls = Calls(request, seed, on_drift or "warn")
+            chosen = plan
+            if source is None and speedup is not None:
+                with request.calling():
+                    chosen = find_plans(calls.pipe, speedup, call_kwargs=request.arguments).first
+            methods = {"baseline": None} if chosen is None else {chosen.method: chosen}
+            if output.compare:
+                methods = {"baseline": None, **methods}
+                for name, followed in methods.items():
+                    calls.run(calls.call(name, followed), calls.batches[0])
+            made = [calls.call(name, followed) for name, followed in methods.items()]
+            results, kind = generate(calls, made, output)
+            report(calls, chosen, results, output, kind)
 
     parallel.run_on_all_ranks(main)
 
@@ -95,13 +106,13 @@ def generate(
     kind = None
     results: dict[str, tuple[list, list]] = {method.name: ([], []) for method in methods}
     plans = [method.plan and dataclasses.asdict(method.plan) for method in methods]
-    finished = Checkpoints(output.folder, [calls.identity, plans, output.fps], UNFINISHED)
+    finished = Checkpoints(output.folder, [calls.identity, plans, output.fps or FPS], UNFINISHED)
 
     def make(number: int) -> str:
         part = calls.batches[number]
         for method in methods:
             images, seconds = calls.run(method, part)
-            media.save_results(output.folder, images, method.name, output.fps, first=part.start)
+            media.save_results(output.folder, images, method.name, output.fps or FPS, first=part.start)
             if output.compare:
                 results[method.name][0].append(images)
             results[method.name][1].append(seconds)

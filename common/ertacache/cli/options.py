@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from ertacache.utils.errors import Stopped
 
 CALL = "Arguments of the pipeline's call (left out: its own defaults)"
 LOAD = "How the model is loaded"
+FPS = 8  # frames per second of videos
 
 
 def _option(help: str, panel: str | None = None, *flags: str, **details):
@@ -41,7 +42,7 @@ def request_of(
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:N or mps; default: a GPU when there is one", LOAD)] = None,
     offload: Annotated[Literal["none", "model", "sequential"], _option("save GPU memory, slower", LOAD)] = "none",
-    revision: Annotated[str | None, _option("branch, tag or commit on the Hub", LOAD)] = None,
+    revision: Annotated[str | None, _option("branch, tag or commit on the Hub; default: main", LOAD)] = None,
     *,
     needs_prompts: bool = True,
 ) -> Request:
@@ -53,7 +54,9 @@ def request_of(
     return Request(model, texts, batch_size, given, settings or [], dtype, device, offload, revision)
 
 
-def takes_request(command: Callable[..., None], needs_prompts: bool = True) -> Callable[..., None]:
+def takes_request(
+    command: Callable[..., None], needs_prompts: bool = True, without: Sequence[str] = ()
+) -> Callable[..., None]:
     """Turn command(request, …) into a function that has the parameters of `request_of` in place of `request`.
 
     typer reads options off a signature, so that this is all that it needs.
@@ -61,9 +64,11 @@ def takes_request(command: Callable[..., None], needs_prompts: bool = True) -> C
     Args:
         command: The command.
         needs_prompts: Whether it refuses a command line without prompts.
+        without: Shared options that mean nothing to it, so that it has none of them.
     """
     shared = dict(inspect.signature(request_of).parameters)
-    del shared["needs_prompts"]
+    for name in ("needs_prompts", *without):
+        del shared[name]
     own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "request"}
 
     @functools.wraps(command)

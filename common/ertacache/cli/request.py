@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ertacache.utils.checks import LARGEST_STEPS, argument_problem, steps_problem
-from ertacache.utils.errors import CallFailed, UserError, call_failed, shown
+from ertacache.utils.errors import CallFailed, UserError, call_failed, printable, shown
+from ertacache.utils.logs import refusing_other_sizes
 
 if TYPE_CHECKING:
     from ertacache.plans import Plan
 
+LONGEST = 160  # characters of an argument in a message
 FLAGS = ("steps", "guidance", "height", "width", "frames", "negative_prompt")  # those of arguments of the call
+OWN = ("speedup ", "speedups ", "effort ")  # how messages about options of the commands begin
 IN_TEXT = re.compile(r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*) ?= ?")  # a line of code, or NAME= or NAME =
+IN_PYTHON = re.compile(r"ertacache\.calibrate\(pipe, prompts[^)]*\)")
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
 
 
@@ -68,8 +72,14 @@ class Request:
         if missing:
             raise UserError(f"{self.model}: {name}'s call takes no {missing[0]}: use ertacache.enable in a script")
         if Path(self.source).is_dir():
-            check_model_directory(Path(self.source), name)
+            with one_line_errors(self.source):
+                check_model_directory(Path(self.source), name)
         return pipeline
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether the pipeline makes videos; others make images."""
+        return not {"num_frames", "video_length"}.isdisjoint(inspect.signature(self.pipeline.__call__).parameters)
 
     @property
     def index(self) -> Path:
@@ -79,8 +89,11 @@ class Request:
         from ertacache.plans.names import HUB_ID
 
         path = Path(self.source)
-        if not path.is_dir() and not HUB_ID.fullmatch(self.model):
-            raise UserError(f"no model {self.model}: give a folder that is there, or a Hub id of the form OWNER/NAME")
+        if not self.model or (not path.is_dir() and not HUB_ID.fullmatch(self.model)):
+            name = self.model or "''"
+            raise UserError(f"no model {name}: give a folder that is there, or a Hub id of the form OWNER/NAME")
+        if path.is_dir() and self.revision is not None:
+            raise UserError(f"--revision {self.revision}: the folder {self.model} has none, leave it out")
         if not path.is_dir():
             return Path(hf_hub_download(self.model, "model_index.json", revision=self.revision))
         if not (path / "model_index.json").is_file():
@@ -94,10 +107,11 @@ class Request:
         """Arguments of the pipeline's call, by its own names; only what was given."""
         from ertacache.pipelines.uncached import CALL_NAMES
 
-        given = [(f"--{flag_of(name)}", CALL_NAMES.get(name, name), value) for name, value in self.flags.items()]
+        given = [(f"--{flag_of(name)} {v}", CALL_NAMES.get(name, name), v) for name, v in self.flags.items()]
         given += [(f"--set {text}", *_parsed(text)) for text in self.settings]
         arguments: dict[str, Any] = {}
         for flag, name, value in given:
+            flag = printable(flag, LONGEST)
             self.check_name(flag, name)
             problem = None if name == "num_inference_steps" else argument_problem(name, value)  # those are in `steps`
             if problem:
@@ -139,7 +153,7 @@ class Request:
         if source is None:
             return None
         plans = read_plans(source)
-        plan = plans.first if speedup is None else plans.at(speedup)
+        plan = plans.first if speedup is None else plans.at(speedup, "--speedup")
         scheduler = plan.requirements.scheduler.get("class", "")
         fitting = num_inference_steps_of(scheduler, plan.steps)
         remedy = f"give --steps {fitting}, or make another plan with `{self.calibrate} …`"
@@ -188,20 +202,24 @@ class Request:
         That line, and those of the library, name the flags of the command line in place of arguments in Python.
         """
         try:
-            yield
+            with refusing_other_sizes("diffusers"):
+                yield
         except CallFailed as failed:
             raise self.failed(failed.__cause__) from failed.__cause__
         except UserError as error:
-            text = self.with_flags(str(error))
-            if text == str(error):
-                raise
-            raise type(error)(text) from error
+            raise self.renamed(error) from error
         except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
             raise self.failed(error) from error
 
+    def renamed(self, error: UserError) -> UserError:
+        """Return a refusal of the library as `with_flags` has it."""
+        text = self.with_flags(str(error))
+        return error if text == str(error) else type(error)(text)
+
     def failed(self, error: BaseException) -> CallFailed:
         """Return a pipeline's error in its call as one line with the flags that were given."""
-        remedy = "check these arguments, or save memory with --offload model or a smaller --batch-size"
+        savings = "--offload model or a smaller --batch-size" if self.batch_size > 1 else "--offload model"
+        remedy = f"check these arguments, or save memory with {savings}"
         return call_failed(self.pipeline.__name__, error, self.given, remedy)
 
     def with_flags(self, text: str) -> str:
@@ -213,6 +231,9 @@ class Request:
         named = {name: f"{flag} " for name, flag in flags.items()}
         named |= {name: f"--set {name}=" for name, _ in map(_parsed, self.settings)}
         text = IN_TEXT.sub(lambda found: named.get(found[1], found[0]), text)
+        text = f"--{text}" if text.startswith(OWN) else text
+        text = IN_PYTHON.sub(lambda _: f"`{self.calibrate} …`", text)
+        text = text.replace("on_drift='compute'", "--on-drift compute")
         return text.replace("more num_inference_steps", f"more {flags['num_inference_steps']}")
 
     @property
@@ -239,8 +260,9 @@ def _parsed(text: str) -> tuple[str, Any]:
     """Return NAME and value of NAME=VALUE: JSON, or text where it is no JSON."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
-        raise UserError(f"--set {text}: write NAME=VALUE, for example --set max_sequence_length=128")
+        remedy = "write NAME=VALUE, for example --set max_sequence_length=128"
+        raise UserError(f"--set {printable(text, LONGEST)}: {remedy}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from ertacache.utils.checks import LARGEST_STEPS, LEAST_STEPS, steps_problem
 from ertacache.utils.errors import UserError, shown
 
+LARGEST_SETTING = 1000000  # of guidance and the like
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
@@ -182,9 +182,9 @@ def check_steps(steps: int) -> None:
 
 
 def check_number(name: str, value: float, minimum: float) -> None:
-    """Refuse a setting that is not a finite number of at least `minimum`."""
-    if not math.isfinite(value) or value < minimum:
-        raise UserError(f"--{name} {value}: give a number of at least {minimum}")
+    """Refuse a setting that is not a number of at least `minimum` that a float32 holds."""
+    if not minimum <= value <= LARGEST_SETTING:
+        raise UserError(f"--{name} {value}: give a number from {minimum} to {LARGEST_SETTING}")
 
 
 def check_size(name: str, value: int, multiple: int) -> None:

@@ -108,7 +108,7 @@ def read_source(path: Path) -> Source:
         rows = json.loads(data)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): give a file of rows, {REMEDY}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): {REMEDY}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} holds no list of rows: {REMEDY}")

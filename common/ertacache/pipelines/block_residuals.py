@@ -89,7 +89,7 @@ def check_blocks(model) -> None:
         known = False
     if not known:
         text = f"the blocks of a {type(model).__name__} are not known, and the plan caches around them"
-        raise PlanError(f"{text}: calibrate one with --site output or --speedup")
+        raise PlanError(f"{text}: calibrate one at site output, or a budget plan")
 
 
 def hook_blocks(model, enabled) -> None:

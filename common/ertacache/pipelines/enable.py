@@ -1,9 +1,11 @@
 """Plans in stock diffusers pipelines: `enable(pipe, plan)` and `disable(pipe)`."""
 
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,8 @@ def enable(
         >>> image = pipe("a small blue ring", num_inference_steps=30).images[0]
     """
     check_on_drift(on_drift)
-    if drift_limit is not None and not (isinstance(drift_limit, int | float) and drift_limit > 0):
-        raise UserError(f"drift_limit = {shown(drift_limit)}: give a number above 0")
+    if drift_limit is not None:
+        _check_drift_limit(drift_limit, on_drift)
     if isinstance(pipe, Plan | Mapping | str | Path):
         raise UserError(f"enable({shown(pipe)}, …): give the pipeline first, then the plan")
     check_pipeline(pipe)
@@ -95,6 +97,14 @@ def check_on_drift(on_drift: object) -> None:
     """Refuse what says nothing about runs that are unlike those of the calibration."""
     if not isinstance(on_drift, str) or on_drift not in ON_DRIFT:
         raise UserError(f"on_drift = {shown(on_drift)}: give one of {', '.join(map(repr, ON_DRIFT))}")
+
+
+def _check_drift_limit(limit: object, on_drift: str) -> None:
+    """Refuse what is no factor on drift, or one that would mean nothing."""
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf:
+        raise UserError(f"drift_limit = {shown(limit)}: give a finite number above 0")
+    if on_drift not in LIMITS:
+        raise UserError(f"drift_limit = {shown(limit)}: nothing is limited with on_drift={on_drift!r}, leave it out")
 
 
 def _check_plan(pipe, plan: Plan, on_drift: str) -> None:
@@ -144,6 +154,8 @@ def disable(pipe) -> None:
     Example:
         >>> ertacache.disable(pipe)
     """
+    if isinstance(pipe, Plan | Mapping | str | Path | Number | None):
+        raise UserError(f"disable({shown(pipe)}): give the pipeline")
     for name, part in originals(pipe).items():
         if getattr(pipe, name) is not part:
             setattr(pipe, name, part)
@@ -198,7 +210,7 @@ def read_plans(source: Plan | Mapping[float, Plan] | str | Path) -> PlanSet:
         return PlanSet({source.speedup: source})
     if isinstance(source, Mapping):
         return source if isinstance(source, PlanSet) else PlanSet(source)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or source == "":
         raise UserError(f"plan = {shown(source)}: give a plan, the path of one, or {HUB_PREFIX}OWNER/NAME")
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         return PlanSet.from_pretrained(source)

@@ -42,9 +42,9 @@ def load_pipeline(
     if offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {offload} moves parts of the model to a GPU in turn: it needs --device cuda")
     source = model_source(str(model))
-    if read is None and Path(source).is_dir():
-        check_model_directory(Path(source), pipeline_class.__name__)
     with one_line_errors(model):
+        if read is None and Path(source).is_dir():
+            check_model_directory(Path(source), pipeline_class.__name__)
         pipe = (read or pipeline_class.from_pretrained)(source, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":

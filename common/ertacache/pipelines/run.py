@@ -1,6 +1,5 @@
 """One scheduler's way through one call of a pipeline that follows a plan."""
 
-import textwrap
 import threading
 
 import torch
@@ -9,7 +8,7 @@ from ertacache.numerics.finite import FiniteCheck
 from ertacache.numerics.schedulers import solver_of
 from ertacache.pipelines.conditions import steps_under_way
 from ertacache.pipelines.enabled import Enabled
-from ertacache.plans.schema import grid_problem
+from ertacache.plans.schema import check_levels
 from ertacache.utils.errors import UserError
 
 
@@ -28,11 +27,7 @@ class PlannedRun:
         native = self.solver.sigmas
         self.native = native.tolist()  # [T+1]
         described = {**scheduler.config, "class": type(scheduler).__name__}
-        problem = grid_problem("the noise levels of this run", self.native, described)
-        if problem:
-            shown = ", ".join(f"{level:.3g}" for level in self.native)
-            remedy = "give the call another size, or other sigmas"
-            raise UserError(f"{problem}, and are {textwrap.shorten(shown, 80, placeholder=' …')}: {remedy}")
+        check_levels(self.native, described)
         self.plan = enabled.plan
         levels, self.planned = enabled.on(native)
         self.shows_own_grid = levels is native

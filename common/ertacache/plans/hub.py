@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ertacache.plans.names import HUB_ID, HUB_PREFIX
 from ertacache.utils.errors import UserError, reason_of
-from ertacache.utils.files import unwritable, write_atomically
+from ertacache.utils.files import path_of, unwritable, write_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -62,7 +62,7 @@ class HubMixin:
         Example:
             >>> plan.save_pretrained("flux-2x")
         """
-        folder = Path(save_directory).expanduser()
+        folder = path_of(save_directory, "save_directory").expanduser()
         name = repo_id or folder.resolve().name
         if push_to_hub_kwargs and not push_to_hub:
             raise UserError(f"{', '.join(push_to_hub_kwargs)} without push_to_hub=True: add it, or leave them out")
@@ -99,7 +99,8 @@ class HubMixin:
         Example:
             >>> plan = Plan.from_pretrained("OWNER/flux-2x")
         """
-        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).expanduser()
+        name = pretrained_model_name_or_path
+        folder = path_of(name, "pretrained_model_name_or_path").expanduser()
         if not folder.is_dir():
             if folder.exists():
                 raise UserError(f"{name} is a file: give its folder, or read it with {cls.__name__}.load")

@@ -26,8 +26,8 @@ from ertacache.plans.schema import (
     value_problem,
 )
 from ertacache.utils.checks import steps_problem
-from ertacache.utils.errors import PlanError, reason_of, shown
-from ertacache.utils.files import write_atomically
+from ertacache.utils.errors import PlanError, UserError, reason_of, shown
+from ertacache.utils.files import check_regular, path_of, write_atomically
 
 FORMAT, VERSION = "ertacache-plan", 2
 HEAD = ("format", "version", "kind", "steps", "model", "scheduler", "settings", "provenance")  # fields of all kinds
@@ -149,6 +149,9 @@ class Plan(HubMixin):
             >>> plans[2].save("my-plan.json")
         """
         path = _json_path(path)
+        if path.suffix != ".json":
+            raise UserError(f"path = {shown(str(path))}: give a name that ends with .json")
+        check_regular(path)
         present = [name for name in self.OPTIONAL_ARRAYS if getattr(self, name)]
         tensors = save({name: np.array(getattr(self, name), np.float64) for name in (*self.ARRAYS, *present)})
         fields = {"format": FORMAT, "version": self.version, "kind": self.kind, "steps": self.steps}
@@ -253,7 +256,7 @@ def _bytes(path: Path, largest: int) -> bytes:
 
 
 def _json_path(path: str | Path) -> Path:
-    path = Path(path)
+    path = path_of(path, "path")
     if not path.name:
         raise PlanError(f"{str(path)!r} names no file: give the path of a plan, like plan.json")
     return path.with_suffix(".json") if path.suffix == ".safetensors" else path

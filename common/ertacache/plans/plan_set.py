@@ -7,6 +7,7 @@ from ertacache.plans.hub import HubMixin
 from ertacache.plans.names import budget_of, check_speedups
 from ertacache.plans.plan import Plan
 from ertacache.utils.errors import PlanError, UserError, shown
+from ertacache.utils.files import path_of
 
 
 class PlanSet(HubMixin, dict):
@@ -29,6 +30,8 @@ class PlanSet(HubMixin, dict):
     """
 
     def __init__(self, plans: Mapping[float, Plan]):
+        if not isinstance(plans, Mapping):
+            raise UserError(f"plans = {shown(plans)}: give {{speed-up: plan}}")
         if not plans:
             raise UserError("a set of plans without any: give at least one")
         check_speedups(list(plans), "plans: key")
@@ -50,25 +53,25 @@ class PlanSet(HubMixin, dict):
         """The plan of the least speed-up."""
         return next(iter(self.values()))
 
-    def at(self, speedup: float) -> Plan:
-        """Return the plan of a speed-up, or the one that computes as many steps.
+    def at(self, speedup: float, name: str = "speedup =") -> Plan:
+        """Return the plan of a speed-up, or the one that computes as many steps. name: of the speed-up in a refusal.
 
         Raises:
             UserError: The set has none.
         """
-        check_speedups([speedup], "speedup =")
+        check_speedups([speedup], name)
         if speedup in self:
             return self[speedup]
-        budget = budget_of(self.first.steps, speedup, "speedup =")
+        budget = budget_of(self.first.steps, speedup, name)
         plan = next((plan for plan in self.values() if plan.nfe == budget), None)
         if plan is None:
             known = ", ".join(f"{key:g}" for key in self)
-            raise UserError(f"speedup = {speedup:g}: the plans are for {known}; give one of them, or calibrate it")
+            raise UserError(f"{name} {speedup:g}: the plans are for {known}; give one of them, or calibrate it")
         return plan
 
     def save(self, path: str | Path) -> Path:
         """Write the plan of the least speed-up to `path` (….json), and the others beside it. Returns the path."""
-        path, (first, *others) = Path(path), self.members
+        path, (first, *others) = path_of(path, "path"), self.members
         for plan in others:
             plan.save(path.with_name(f"{path.stem}-{plan.nfe}.json"))
         return first.save(path)
@@ -76,7 +79,7 @@ class PlanSet(HubMixin, dict):
     @classmethod
     def load(cls, path: str | Path) -> "PlanSet":
         """Read a plan, and those that `save` has written beside it, by their own speed-ups T/N."""
-        path = Path(path)
+        path = path_of(path, "path")
         others = sorted(other for other in path.parent.glob(f"{path.stem}-*.json"))
         plans = [Plan.load(file) for file in (path, *others)]
         return cls({plan.speedup: plan for plan in plans})

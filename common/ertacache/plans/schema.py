@@ -6,13 +6,14 @@ others; {str: kind} for an object of any names. Shapes are written like "N,H": o
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ertacache.utils.checks import LARGEST_STEPS
-from ertacache.utils.errors import shown
+from ertacache.utils.errors import UserError, shown
 
 LARGEST_NUMBER = 1e4  # in an array
 LARGEST_VALUE = 2.0**64  # of a field: seeds are the largest
@@ -140,3 +141,11 @@ def grid_problem(name: str, levels: Sequence[float], scheduler: Mapping[str, Any
         text = f"{name} must {'rise' if rises else 'fall'} from noise to data"
         return f"{text} (step {i} leads from {levels[i]:.3g} to {levels[i + 1]:.3g})"
     return None
+
+
+def check_levels(levels: Sequence[float], scheduler: Mapping[str, Any]) -> None:
+    """Refuse the noise levels of a run, [T+1], that `grid_problem` finds wrong. scheduler: class and config."""
+    problem = grid_problem("the noise levels of this run", levels, scheduler)
+    if problem:
+        shown = textwrap.shorten(", ".join(f"{level:.3g}" for level in levels), 80, placeholder=" …")
+        raise UserError(f"{problem}, and are {shown}: give the call another size, or other sigmas")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import reprlib
 import sys
 import textwrap
@@ -9,6 +10,8 @@ import warnings
 from collections.abc import Callable
 
 LONGEST = 1000  # characters of a message
+OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)  # what is wrong with a path that was given
+LACK_OF_MEMORY = re.compile("OutOfMemoryError|can't allocate memory|out of memory")  # in torch's errors
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = SHORT.maxlist = 60
 
@@ -17,7 +20,10 @@ class UserError(ValueError):
     """Wrong input. The message names the value and the remedy, on one line without control characters."""
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(str(message), LONGEST))
+        text = str(message)
+        if len(text) > LONGEST:  # the end has the remedy
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        super().__init__(printable(text))
 
 
 class PlanError(UserError):
@@ -72,8 +78,8 @@ def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "chec
 def run_program(main: Callable[[], None]) -> None:
     """Run a command's `main` with one-line errors and warnings on stderr.
 
-    Exit codes: 2 after a UserError or where the output cannot be written, 130 after Ctrl-C, 141 where nobody reads the
-    output any more (as in `| head`).
+    Exit codes: 2 after a UserError, for lack of memory or where the output cannot be written, 130 after Ctrl-C, 141
+    where nobody reads the output any more (as in `| head`).
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
@@ -87,10 +93,19 @@ def run_program(main: Callable[[], None]) -> None:
     except (KeyboardInterrupt, Stopped) as stop:
         print("; ".join(["interrupted", *stop.args]), file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not LACK_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise
+        remedy = "give smaller sizes or batches, or keep less of the model on the GPU"
+        print(f"error: not enough memory ({reason_of(error)}): {remedy}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         _close_stdout()
         sys.exit(141)
     except OSError as error:
+        if error.filename is not None and error.errno in OF_PATHS:
+            print(f"error: {shown(error.filename)}: {error.strerror}, give another path", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
             raise
         _close_stdout()

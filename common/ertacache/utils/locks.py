@@ -24,17 +24,24 @@ def exclusive(path: Path, what: str) -> Iterator[bool]:
     if not parallel.is_main():
         yield parallel.share(False)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock, waited = FileLock(path), False
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock, path, timeout=0)
     except Timeout:
         waited = True
         print(f"another process is {what}: waiting for it", file=sys.stderr)
-        lock.acquire()
+        _acquire(lock, path)
     try:
         yield parallel.share(waited)
     finally:
         with contextlib.suppress(OSError):  # on Windows, where it is open
             path.unlink()
         lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, **options) -> None:
+    """Take a lock whose folder may go meanwhile: a process whose work fails takes away the folders that it made."""
+    while not lock.is_locked:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock.acquire(**options)

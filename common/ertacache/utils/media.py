@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ertacache.utils.files import write_atomically
+from ertacache.utils.files import unwritable, write_atomically
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -36,11 +36,14 @@ def save_mp4(path: Path, video: np.ndarray, fps: int) -> None:
     """
     import imageio.v2 as imageio
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        options = {"fps": fps, "quality": 9, "macro_block_size": 2, "ffmpeg_log_level": "error"}
-        imageio.mimwrite(temporary, to_uint8(video), **options)
-        temporary.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            options = {"fps": fps, "quality": 9, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+            imageio.mimwrite(temporary, to_uint8(video), **options)
+            temporary.replace(path)
+    except OSError as error:  # also where ffmpeg ends early
+        raise unwritable(path, error) from error
 
 
 def save_results(folder: Path, results: np.ndarray, method: str, fps: int | None, first: int = 0) -> None:

@@ -95,7 +95,7 @@ def device(requested: str | None = None) -> str:
     Raises:
         UserError: More processes than GPUs.
     """
-    name = requested or default_device()
+    name = default_device() if requested is None else requested
     if name != "cuda" or size() == 1 or not torch.cuda.is_available():
         return name
     index, count = _state().local_process_index, torch.cuda.device_count()

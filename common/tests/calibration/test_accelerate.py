@@ -182,6 +182,9 @@ def test_a_pipeline_that_cannot_be_calibrated_says_which_part(home):
         ({"prompts": ["", ""]}, ("prompts = ['', '']", "say what should be seen")),
         ({"guidance_scale": float("nan")}, ("guidance_scale = nan", "finite")),
         ({"max_sequence_length": -1}, ("max_sequence_length = -1", "not negative")),
+        ({"height": 0}, ("height = 0", "a whole number of at least 1")),
+        ({"width": 32.5}, ("width = 32.5", "a whole number of at least 1")),
+        ({"sigmas": []}, ("sigmas = []", "a number for each step")),
         ({"num_inference_steps": 100_000}, ("num_inference_steps = 100000", "1000")),
     ],
 )
@@ -192,13 +195,19 @@ def test_an_argument_that_cannot_be_is_refused_before_a_model_call(options, word
     assert calls.count == 0 and not home.exists()
 
 
-def test_a_call_that_the_pipeline_cannot_make_is_one_line(capsys):
-    """And nothing is said of a plan that will be made."""
+def test_a_call_that_the_pipeline_cannot_make_is_one_line(capsys, home):
+    """And nothing is said of a plan that will be made, nor is an empty folder left."""
     with refused("FluxPipeline's call failed (", "height='32'", "check these arguments"):
         accelerated(height="32")
     with refused("the latents hold no numbers (height=1"):
         accelerated(height=1)
-    assert "calibrating" not in capsys.readouterr().err
+    assert "calibrating" not in capsys.readouterr().err and not home.exists()
+
+
+def test_a_call_that_fails_after_its_first_step_is_one_line(home):
+    with refused("FluxPipeline's call failed ('int' object is not callable)", "callback_on_step_end=3"):
+        accelerated(callback_on_step_end=3)
+    assert not home.exists()
 
 
 SCRIPT = f"""

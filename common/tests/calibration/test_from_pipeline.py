@@ -247,9 +247,9 @@ def test_an_error_in_one_prompts_call_ends_all():
         return encode(prompt, **options)
 
     tiny.pipe.encode_prompt = encode_prompt
-    with pytest.raises(RuntimeError) as raised:
+    with refused("FluxPipeline's call failed (no such word)") as raised:
         calibrate(tiny)
-    assert raised.value is error
+    assert raised.value.__cause__ is error
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,10 @@ def test_an_error_in_one_prompts_call_ends_all():
         ({"guidance_scale": np.float32("inf")}, ("guidance_scale = ", "inf", "finite")),
         ({"sigmas": [1.0, float("nan")]}, ("sigmas = [1.0, nan]", "finite numbers")),
         ({"max_sequence_length": -1}, ("max_sequence_length = -1", "not negative")),
-        ({"height": -16}, ("height = -16", "not negative")),
+        ({"height": -16}, ("height = -16", "of at least 1")),
+        ({"height": 0}, ("height = 0", "of at least 1")),
+        ({"width": True}, ("width = True", "of at least 1")),
+        ({"sigmas": []}, ("sigmas = []", "a number for each step")),
         ({"num_inference_steps": -1}, ("num_inference_steps = -1", "from 3")),
         ({"height": 3}, ("the latents hold no numbers", "height=3", "larger sizes")),
         ({"height": "32"}, ("FluxPipeline's call failed (", "height='32'", "check these arguments")),
@@ -357,6 +360,8 @@ def test_a_call_that_changes_all_latents_between_its_steps_is_refused():
 def test_too_few_steps_left_are_refused():
     with refused("2 of 8 steps", "larger strength"):
         calibrate(with_prompts(flux_img2img()), strength=0.25)
+    with refused("speedups 4: at most 2 of 4 steps"):
+        calibrate(with_prompts(flux_img2img()), speedups=[4], strength=0.5)
 
 
 @pytest.mark.parametrize(

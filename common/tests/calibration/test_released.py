@@ -58,6 +58,21 @@ def test_files_of_others(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"height": 3}, ("the latents hold no numbers (height=3", "give larger sizes")),
+        ({"height": 0}, ("height = 0", "a whole number of at least 1")),
+        ({"guidance_scale": float("nan")}, ("guidance_scale = nan", "a finite number")),
+        ({"sigmas": [1, 0.5]}, ("scheduler makes 2 steps, not 8", "give num_inference_steps=2")),
+        ({"num_inference_steps": 2}, ("num_inference_steps = 2", "from 3 to 1000")),
+    ],
+)
+def test_a_call_that_no_run_can_make_is_refused(changes, words):
+    with refused(*words):
+        imported(with_prompts(flux()), SCHEDULE, **changes)
+
+
+@pytest.mark.parametrize(
     ("source", "words"),
     [
         ([0, 3, 2], ("computed steps [0, 3, 2]", "ascend from 0 to at most 7")),
@@ -65,6 +80,7 @@ def test_files_of_others(tmp_path):
         ([0, 8], ("[0, 8]", "at most 7")),
         ([0, 1.5], ("[0, 1.5]", "ascend")),
         ([0], ("[0]", "two or more")),
+        ("", ("no schedule ''", "lemica-flux.1-dev-20")),
         ("lemica-sora-3", ("no schedule 'lemica-sora-3'", "lemica-flux.1-dev-20")),
         ("lemica-flux.1-dev-20", ("of 50 steps, the call makes 8", "num_inference_steps=50")),
         ("none.pt", ("no file none.pt", "give a list of computed steps")),
@@ -96,8 +112,19 @@ def test_the_command_imports_and_refuses(tmp_path, monkeypatch, capsys):
     assert code == 0 and "3 of 6 calls (2.00×)" in said.out and BudgetPlan.load(out).computed == (0, 1, 3)
     code, said = command("0,1,3", "--out", out)
     assert code == 2 and "--force" in said.err and said.err.count("\n") == 1
-    code, said = command("0,1,6", "--out", out, "--force")
-    assert code == 2 and "at most 5" in said.err and said.err.splitlines()[-1].startswith("error")
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        (["0,1,6", "--out", out, "--force"], "at most 5"),
+        (["0,1,6", "--out", "new/sub/plan.json"], "at most 5"),
+        (["0,1", "--out", "new/plan.txt"], "--out new/plan.txt: give the name of a .json file"),
+        (["0,1", "--out", "new/plan.json", "--prompts", "a.txt"], "No such option: --prompts"),
+        (["0,1", "--out", "new/plan.json", "--batch-size", "2"], "No such option: --batch-size"),
+        ([f"0,{'9' * 5000}", "--out", "new/plan.json"], "no schedule '0,999"),
+        (["0,1", "--out", "new/plan.json", "--set", "sigmas=[1,0.5]"], "makes 2 steps, not 6: give --steps 2"),
+        (["gone", "--out", "new/plan.json"], "no schedule 'gone': give a list"),
+    ):
+        code, said = command(*words)
+        assert code == 2 and message in said.err and said.err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 def test_released_lists():

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -112,6 +113,17 @@ def test_plans_that_are_there_are_written_over_by_force_only(run, pipe, plans, r
     assert calls.count == 0 and (tmp_path / "demo-3-of-6.json").read_text() == "mine"
     run(*command, "--force")
     assert Plan.load(tmp_path / "demo-3-of-6.json") == plans[2]
+
+
+def test_plans_that_a_killed_process_was_saving_are_written_over_whatever_its_notes_hold(run, pipe, plans, tmp_path):
+    (tmp_path / "plans" / ".saving-plans-folder").mkdir(parents=True)
+    (tmp_path / "plans" / ".saving-plans-1").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "plans" / ".saving-plans-2").write_text("demo-2-of-6.json\ndemo-3-of-6.json")
+    (tmp_path / "plans" / "demo-3-of-6.json").write_text("half of a pl")
+    run("calibrate", DEMO, *FOUR, *FLAGS, "--speedups", "2", "--out", "plans")
+    names = [".saving-plans-folder", "demo-3-of-6.json", "demo-3-of-6.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == names
+    assert Plan.load(tmp_path / "plans" / "demo-3-of-6.json") == plans[2]
 
 
 @pytest.mark.slow
@@ -367,16 +379,30 @@ def test_a_plan_of_a_scheduler_with_more_calls_than_steps_names_the_steps_to_giv
         (["generate", DEMO, *ONE, "--set", "height"], "--set height: write NAME=VALUE"),
         (["generate", DEMO, *ONE, "--set", "latents=0"], "--set latents=0: latents is set by the command"),
         (["generate", DEMO, *ONE, "--height", 64, "--set", "height=32"], "--set height=32: height is given twice"),
-        (["generate", DEMO, *ONE, "--frames", 5], "--frames: FluxPipeline's call has no num_frames"),
+        (["generate", DEMO, *ONE, "--frames", 5], "--frames 5: FluxPipeline's call has no num_frames"),
         (["generate", DEMO, *ONE, "--set", "num_inference_steps=few"], "num_inference_steps = 'few': give --steps"),
         (["generate", DEMO, *ONE, *FLAGS, "--set", "guidance_scale=x"], "guidance_scale is given twice"),
         (["generate", DEMO, *ONE, "--set", "joint_attention_kwargs=1"], "FluxPipeline's call failed ('int' object"),
         (["generate", DEMO, *ONE, "--steps", 2, "--height", 7], " with --steps 2 --height 7: check these arguments"),
+        (["generate", DEMO, *ONE, "--set", "max_sequence_length=-1"], "--set max_sequence_length=-1: give a number"),
+        (["generate", DEMO, *ONE, "--guidance", "nan"], "--guidance nan: give a finite number"),
+        (["generate", DEMO, *ONE, "--set", "height=0"], "--set height=0: give a whole number of at least 1"),
+        (["generate", DEMO, *ONE, "--set", "height=true"], "--set height=true: give a whole number of at least 1"),
+        (["generate", DEMO, *ONE, "--set", "width=64.5"], "--set width=64.5: give a whole number of at least 1"),
+        (["generate", DEMO, *ONE, "--set", "sigmas=[]"], "--set sigmas=[]: give a number for each step, or leave it"),
+        (["generate", DEMO, *ONE, "--set", f"heigth={'[' * 20000}"], "[[ …: FluxPipeline's call has no heigth"),
         (
-            ["generate", DEMO, *ONE, "--set", "max_sequence_length=-1"],
-            "max_sequence_length = -1, give a number",
+            ["generate", DEMO, *ONE, "--steps", 2, "--height", 65, "--width", 64],
+            "(`height` and `width` have to be divisible by 16 but are 65 and 64) with --steps 2 --height 65 --width 64",
         ),
-        (["generate", DEMO, *ONE, "--guidance", "nan"], "--guidance: guidance_scale = nan, give a finite number"),
+        (["generate", DEMO, *ONE, *FLAGS, "--fps", 5], "--fps 5: a FluxPipeline makes images, leave it out"),
+        (["generate", DEMO, *ONE, *FLAGS, "--on-drift", "compute"], "--on-drift compute without --plan or --speedup"),
+        (["generate", DEMO, *ONE, *FLAGS, "--revision", "main"], "--revision main: the folder "),
+        (["generate", DEMO, *ONE, *FLAGS, "--plan", ""], "plan = '': give a plan, the path of one, or hf://"),
+        (["generate", DEMO, *ONE, *PLAN, "--steps", 30, "--speedup", 3], "--speedup 3: the plans are for 2; give"),
+        (["generate", "", *ONE], "no model '': give a folder that is there, or a Hub id"),
+        (["calibrate", DEMO, *ONE, *FLAGS, "--speedups", ","], "--speedups ',': give numbers, like 2,3"),
+        (["calibrate", DEMO, *ONE, *FLAGS, "--speedups", "2", "--set", "joint_attention_kwargs=1"], "call failed ("),
         (["generate", DEMO, "--out", "out"], "no prompt: give --prompt TEXT, or --prompts FILE"),
         (
             ["generate", DEMO, "--prompts", "empty.txt", "--out", "out"],
@@ -386,7 +412,7 @@ def test_a_plan_of_a_scheduler_with_more_calls_than_steps_names_the_steps_to_giv
         (["generate", DEMO, "--prompt", " ", "--out", "out"], "--prompt is empty: say what should be seen"),
         (["generate", DEMO, *ONE, "--compare"], "--compare without --plan"),
         (["generate", DEMO, "--prompt", "a", "--out", "empty.txt/out"], "cannot write to empty.txt/out ("),
-        (["calibrate", DEMO, *ONE, "--speedups", "abc"], "'abc' is no list of numbers"),
+        (["calibrate", DEMO, *ONE, "--speedups", "abc"], "--speedups 'abc' is no list of numbers"),
         (["calibrate", DEMO, *ONE, "--speedups", "0.5"], "--speedups 0.5: a speed-up is a number of at least 1"),
         (["calibrate", DEMO, *ONE, "--steps", 2], "--speedups 2: at most 1 of 2 steps"),
         (["calibrate", DEMO, "--prompts", "empty.txt", "--out", "out"], "no prompts in empty.txt"),
@@ -407,8 +433,18 @@ def test_a_plan_of_a_scheduler_with_more_calls_than_steps_names_the_steps_to_giv
 def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, monkeypatch, words, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty.txt").write_text("# only a comment\n\n")
+    monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path / "home"))
     assert message in refused(*words)
-    assert not list((tmp_path / "out").glob("*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize("command", [["generate", *PLAN, "--steps", 30], ["calibrate", "--steps", 6]])
+def test_noise_levels_that_come_to_nothing_are_one_line(refused, command):
+    """At 1024 × 1024 the demo's scheduler shifts them by a number that overflows, of which numpy warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        line = refused(command[0], DEMO, *ONE, *command[1:], "--height", 1024, "--width", 1024)
+    assert "must fall from noise to data" in line
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

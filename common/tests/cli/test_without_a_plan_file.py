@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_commands import DEMO, FLAGS, FOUR, PROMPTS, files, pipe, plans, refused, run  # noqa: F401
 
+from conftest import ROOT
 from ertacache import PlanSet
 from ertacache.cli.calls import Calls
 from ertacache.cli.request import Request
@@ -68,13 +69,20 @@ def test_what_cannot_be_meant_is_refused(refused, words, message, home):
     assert not home.exists()
 
 
-@pytest.mark.parametrize("command", [["calibrate", "--out", "plans"], ["generate", "--speedup", "2"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "--out", "new/plans"],
+        ["import", "0,1,3", "--out", "new/plan.json"],
+        ["generate", "--speedup", "2"],
+        ["evaluate", "--json", "new/rows.json"],
+    ],
+)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", 6, "--height", 7], "the latents hold no numbers (--height 7): give larger sizes"),
-        (["--steps", 6, "--set", "height=7"], "the latents hold no numbers (--set height=7): give larger sizes"),
-        (["--steps", 6, "--height", 7, "--width", 8], "no numbers (--height 7, --width 8): give larger sizes"),
+        (["--steps", 6, "--height", 7, "--width", 64], "divisible by 16 but are 7 and 64) with --steps 6 --height 7"),
+        (["--steps", 6, "--set", "height=65"], "divisible by 16 but are 65 and 64) with --steps 6 --set height=65"),
         (
             ["--steps", 6, "--guidance", 2.5, "--set", "joint_attention_kwargs=1"],
             "with --steps 6 --guidance 2.5 --set joint_attention_kwargs=1: check these arguments, or save memory with",
@@ -83,24 +91,35 @@ def test_what_cannot_be_meant_is_refused(refused, words, message, home):
 )
 def test_what_the_first_prompts_call_cannot_take_is_named_as_it_was_typed(refused, command, words, message):
     """In the only line: nothing is said of a plan that will not be made."""
-    line = refused(command[0], DEMO, *TWO, *command[1:], *words)
+    line = refused(command[0], DEMO, *command[1:], "--prompt", "a red ring", *words)
     assert message in line
-    assert not any(name in line for name in ("num_inference_steps", "guidance_scale"))
+    assert not any(name in line for name in ("num_inference_steps", "guidance_scale", "--batch-size"))
+    assert not os.listdir()
 
 
 def test_arguments_in_messages_of_the_library_are_flags():
     request = Request(DEMO, [], 1, {"frames": 5}, ["strength=0.1", "height=64"])
     for text, wanted in (
         ("num_frames = 5: give another", "--frames 5: give another"),
-        ("height = 64, give a number", "--set height=64, give a number"),
+        ("height = 64: give a number", "--set height=64: give a number"),
         ("the scheduler makes 11 steps, not 10: give num_inference_steps=6", "11 steps, not 10: give --steps 6"),
         ("give a larger strength, or more num_inference_steps", "or more --steps"),
         ("--set strength=0.1: strength = 0.1", "--set strength=0.1: --set strength=0.1"),
         ("make one with ertacache.calibrate(pipe, height=4)", "ertacache.calibrate(pipe, height=4)"),
+        ("no drift, or leave on_drift='compute' out", "or leave --on-drift compute out"),
         ("batch_size = 3: give 1", "--batch-size 3: give 1"),
-        ("effort = 3", "effort = 3"),
+        ("effort best: give quick", "--effort best: give quick"),
+        ("speedup 3: at most 2 of 4 steps", "--speedup 3: at most 2 of 4 steps"),
+        ("speedups 3: at most 2 of 4 steps", "--speedups 3: at most 2 of 4 steps"),
     ):
         assert request.with_flags(text).endswith(wanted)
+
+
+def test_a_plan_of_another_model_names_the_command_that_makes_one(refused):
+    plan = ROOT / "ERTACache4Wan2.1" / "cache" / "demo-50-budget-25.json"
+    line = refused("generate", DEMO, *TWO, "--steps", 50, "--plan", plan)
+    assert "the plan is for another model" in line
+    assert line.endswith(f"calibrate one: `ertacache calibrate {DEMO} --steps 50 …`")
 
 
 def test_a_set_of_plans_has_several_speedups(run, refused, plans):

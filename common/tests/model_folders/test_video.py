@@ -158,6 +158,8 @@ def test_a_new_threshold_is_calibrated_and_gives_videos_and_a_comparison(sampler
         (["--height", "3"], "--height 3: "),
         (["--steps", "2"], "--steps 2: "),
         (["--guidance", "nan"], "--guidance nan: "),
+        (["--fps", "0"], "--fps 0: give a whole number from 1 to 1000"),
+        (["--fps", "1000000000000"], "--fps 1000000000000: give a whole number from 1 to 1000"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(sampler, capsys, tmp_path, flags, words):
@@ -165,8 +167,8 @@ def test_bad_input_is_one_line_and_writes_nothing(sampler, capsys, tmp_path, fla
     with pytest.raises(SystemExit) as stop:
         run(sampler, "--prompt", "a red circle", "--baseline", *flags, "--out", out)
     lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and lines[-1].startswith("error: ") and words in lines[-1]
-    assert not list(out.iterdir())
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("key", ["wan", "cogvideox"])
@@ -241,3 +243,10 @@ def test_mp4_keeps_the_colours_and_odd_files_do_not_remain(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     read = imageio.imread(tmp_path / "a.mp4")
     assert read.shape == (4, 32, 48, 3) and np.abs(read / 255 - video).max() < 0.03
+
+
+def test_an_mp4_that_cannot_be_written_is_one_line(tmp_path):
+    """ffmpeg ends at once; without a line of its own a program would take that for a reader of its output that went."""
+    with refused("cannot write to", "a.mp4", "choose another folder"):
+        media.save_mp4(tmp_path / "a.mp4", np.zeros((2, 32, 32, 3), np.float32), fps=10**12)
+    assert not list(tmp_path.iterdir())

@@ -197,6 +197,12 @@ def test_bad_arguments_are_one_line():
     for plan in (budget_plan(tiny, HALF), threshold_plan(tiny, (2,))):
         with refused(plan.title, "no drift", "calibrate a budget plan anew", error=PlanError):
             ertacache.enable(tiny.pipe, plan, on_drift="compute")
-    for options, words in (({"on_drift": "stop"}, ("'stop'", "'warn'")), ({"drift_limit": 0}, ("= 0", "above 0"))):
+    for options, words in (
+        ({"on_drift": "stop"}, ("'stop'", "'warn'")),
+        ({"drift_limit": 0}, ("= 0", "above 0")),
+        ({"drift_limit": True}, ("= True", "above 0")),
+        ({"drift_limit": float("inf")}, ("= inf", "a finite number")),
+        ({"drift_limit": 2, "on_drift": "ignore"}, ("= 2", "'ignore', leave it out")),
+    ):
         with refused(*options, *words):
             ertacache.enable(tiny.pipe, drifting(tiny, [1.0]), **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import FOLDERS, ROOT
-from ertacache import BudgetPlan, Plan, PlanError, Requirements, ThresholdPlan
+from ertacache import BudgetPlan, Plan, PlanError, PlanSet, Requirements, ThresholdPlan
 from helpers import no_warning, refused
 
 REQUIREMENTS = Requirements(
@@ -38,6 +38,28 @@ def test_round_trip_is_exact(tmp_path):
     assert loaded == PLAN
     assert ThresholdPlan.load(path.with_suffix(".safetensors")) == PLAN
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+def test_a_path_that_no_plan_can_have_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    for save in (PLAN.save, PlanSet({2.5: PLAN}).save):
+        for path, words in (
+            (5, "path = 5: give a path"),
+            (None, "path = None: give a path"),
+            ("", "path = '': give a path"),
+            ("plan.txt", "path = 'plan.txt': give a name that ends with .json"),
+            ("folder.json", "cannot write to folder.json, which is a folder"),
+        ):
+            with refused(words):
+                save(path)
+    for read in (Plan.load, PlanSet.load, Plan.from_pretrained, PLAN.save_pretrained):
+        for path in (5, None, ""):
+            with refused(f"= {path!r}: give a path"):
+                read(path)
+    with refused("plans = 5: give {speed-up: plan}"):
+        PlanSet(5)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.json"]
 
 
 SHIPPED = [path for folder in FOLDERS for path in sorted((ROOT / folder / "cache").glob("*.json"))]

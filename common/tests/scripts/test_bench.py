@@ -175,7 +175,7 @@ def test_the_command(tmp_path):
     [
         ("--size small --methods magic", "--methods magic: choose from baseline"),
         ("--size small --repeats 0", "--repeats 0: give a whole number of at least 1"),
-        ("--size small --steps 3", "--steps 3: give a whole number of at least 4"),
+        ("--size small --steps 3", "--steps 3: give a whole number from 4 to 1000"),
         ("--size small --backend magic", "--backend magic: choose from"),
         ("--size small --device gpu", "invalid choice: 'gpu'"),
         ("--device cpu", "--size full: the published sizes need a GPU"),

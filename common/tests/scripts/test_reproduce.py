@@ -197,7 +197,7 @@ def test_figure_2_of_the_demo(tmp_path):
             "no FLUX.1-dev in",
         ),
         (figures, "figure5 --counts 2,two", "'2,two' is no list of numbers"),
-        (figures, "figure5 --counts 0", "--counts 0: give whole numbers of at least 1"),
+        (figures, "figure5 --counts 0", "--counts '0': give whole numbers of at least 1"),
         (figures, "figure5 --counts 3 --calibration-prompts two.txt", "two.txt has 2 prompts"),
         (figures, "figure5 --model full --prompts two.txt", "needs --calibration-prompts FILE"),
         (figures, "figure2 --speedup 0.5", "a speed-up is a number of at least 1"),

@@ -112,6 +112,7 @@ def test_four_requests_at_once_give_what_direct_calls_give(script, library, home
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(port, body), bodies))
         wrong = [({"prompt": "a fox", "speedup": 7}, "give one of 2, 3, or null"), ({"prompt": " "}, "give a text")]
+        wrong += [({"prompt": "a fox", "seed": seed}, f"seed {seed}: give a whole number") for seed in (-1, 2**70)]
         for body, words in wrong:
             with pytest.raises(urllib.error.HTTPError) as refused:
                 post(port, body)

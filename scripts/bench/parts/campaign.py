@@ -29,8 +29,8 @@ def run_parts(description: str, parts: Mapping[str, tuple[Part, int]]) -> None:
     """
     parser = ArgumentParser(description=description)
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(parts)}; default: all")
-    parser.add_argument("--count", type=int, help="of what a part tries")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, help="of what a part tries; default: each part's own")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
     args = parser.parse_args()
     check_counts(args, "count")
     check_seed(args.seed)

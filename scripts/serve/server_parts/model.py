@@ -11,9 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ertacache
+from ertacache import UserError
 from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.pipelines.load import one_line_errors
 from ertacache.plans.names import check_speedups, model_source
+from ertacache.utils.checks import check_seed
 from ertacache.utils.devices import default_device, dtype_for
 from ertacache.utils.errors import shown
 
@@ -55,6 +57,10 @@ class Model:
 
     def problem(self, request: Request) -> str | None:
         """Return why a request cannot be served, for the client."""
+        try:
+            check_seed(request.seed, "seed")
+        except UserError as error:
+            return str(error)
         if request.speedup not in (None, *self.speedups):
             return f"speedup {request.speedup:g}: give one of {', '.join(f'{s:g}' for s in self.speedups)}, or null"
         return None if request.prompt.strip() else "prompt: give a text"
@@ -95,12 +101,13 @@ def options_of(description: str, has_replicas: bool = False) -> argparse.Namespa
     parser = ArgumentParser(description=description)
     parser.add_argument("model", help="a folder or a Hub id")
     parser.add_argument("arguments", nargs="*", type=argument, metavar="NAME=VALUE", help="of the pipeline's call")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3])
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    text = "that clients may ask for (default: 2 3)"
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3], metavar="S", help=text)
+    parser.add_argument("--batch-size", type=int, default=4, help="most requests of a batch")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="likewise")
     if has_replicas:
-        parser.add_argument("--replicas", type=int, default=1)
+        parser.add_argument("--replicas", type=int, default=1, help="processes with a model each")
     args = parser.parse_args()
     check_speedups(args.speedups)
     check_counts(args, "batch_size", *(["replicas"] if has_replicas else []), most=LARGEST_COUNT)
@@ -113,5 +120,5 @@ def argument(word: str) -> tuple[str, Any]:
     name, _, value = word.partition("=")
     try:
         return name, json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{shown(word)}: write NAME=VALUE with a JSON value, height=64") from error

@@ -1,0 +1,45 @@
+"""What programs under scripts/ refuse in one line, before they measure anything."""
+
+import runpy
+import sys
+
+import pytest
+
+from conftest import ROOT
+from helpers import refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("bench/census.py", "Flux --json damaged.json", "damaged.json was not written by an earlier run ("),
+        ("bench/census.py", "Flux --json .", ". was not written by an earlier run ([Errno 21] Is a directory"),
+        ("bench/planner.py", "--out damaged.json", "damaged.json was not written by an earlier run ("),
+        ("bench/planner.py", "--out rows.json --steps 2", "--steps 2: give a whole number from 3"),
+        ("bench/planner.py", "--out rows.json --steps 8 --speedups 5", "--speedups 5: at most 4 of 8 steps"),
+        ("bench/planner.py", "--out damaged.json/rows.json", "cannot write to damaged.json"),
+        ("bench/schedulers.py", "--count 1", "--count 1: give a whole number of at least 2"),
+        ("bench/schedulers.py", "--b 0", "--b 0.0: give a finite number above 0"),
+        ("bench/schedulers.py", "--speedups x", "--speedups 'x' is no list of numbers"),
+        ("bench/schedulers.py", "--guidance nan", "--guidance nan: give a number from 0"),
+        ("bench/unets.py", "--intervals 0", "--intervals '0': give whole numbers of at least 1"),
+        ("bench/strength.py", "--out damaged.json/rows.json", "cannot write to damaged.json"),
+        ("report/hardness.py", "empty", "no .json file in empty: give files of rows, or"),
+        ("report/remake.py", "page.md", "page.md: no table below shell commands: see --list"),
+        ("report/remake.py", "page.md --only x", "page.md: no table below shell commands and such a heading: see"),
+        ("report/remake.py", "binary.md", "cannot read binary.md ("),
+    ],
+)
+def test_one_line_before_any_work(program, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.md").write_text("# A page\n")
+    (tmp_path / "binary.md").write_bytes(b"\xff\xfe\x00")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.syspath_prepend((ROOT / "scripts" / program).parent)
+    monkeypatch.setattr(sys, "argv", [program, *words.split()])
+    with refused(message):
+        runpy.run_path(str(ROOT / "scripts" / program))["main"]()
+    assert sorted(tmp_path.iterdir()) == before

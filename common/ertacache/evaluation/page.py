@@ -8,6 +8,7 @@ the extra `report`, the tables do not.
 import base64
 import hashlib
 import json
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+WIDTH = 100  # of prose in Markdown
 
 
 def missing_packages() -> list[str]:
@@ -153,5 +155,6 @@ def tables(sections) -> str:
             rows = [row for row in section.methods if row["asked"] == target]
             empty = {name for name in report.TABLE[:-1] if all(row.get(name) is None for row in rows)}
             columns = [name for name in report.TABLE if name not in empty]
-            parts += [f"### {target:g}×", markdown(rows, columns), *map(escaped, report.notes(rows))]
+            notes = [textwrap.fill(escaped(note), WIDTH) for note in report.notes(rows)]
+            parts += [f"### {target:g}×", markdown(rows, columns), *notes]
     return "\n\n".join(parts) + "\n"

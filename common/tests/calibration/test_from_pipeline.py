@@ -209,7 +209,7 @@ def interruptible():
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", fast([3, 20, 60], 20))  # at the first prompts of the uncached run; in a rollout
 @pytest.mark.parametrize(
-    "error", [RuntimeError("out of memory"), pytest.param(None, marks=pytest.mark.slow)], ids=["error", "Ctrl-C"]
+    "error", [torch.OutOfMemoryError("of the GPU"), pytest.param(None, marks=pytest.mark.slow)], ids=["error", "Ctrl-C"]
 )
 def test_it_resumes_where_it_ended(error, calls, empty_folder, interruptible):
     tiny, count = with_prompts(flux()), 0
@@ -224,7 +224,7 @@ def test_it_resumes_where_it_ended(error, calls, empty_folder, interruptible):
             _thread.interrupt_main()
 
     hook = tiny.pipe.transformer.register_forward_pre_hook(end)
-    with pytest.raises(KeyboardInterrupt if error is None else RuntimeError) as raised:
+    with pytest.raises(KeyboardInterrupt if error is None else torch.OutOfMemoryError) as raised:
         calibrate(tiny)
     assert (error is None or raised.value is error) and tiny.pipe.scheduler is own
     assert not waiting_calls() and count <= calls + 1

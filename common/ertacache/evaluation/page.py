@@ -155,6 +155,7 @@ def tables(sections) -> str:
             rows = [row for row in section.methods if row["asked"] == target]
             empty = {name for name in report.TABLE[:-1] if all(row.get(name) is None for row in rows)}
             columns = [name for name in report.TABLE if name not in empty]
-            notes = [textwrap.fill(escaped(note), WIDTH) for note in report.notes(rows)]
+            notes = [escaped(note) for note in report.notes(rows)]  # wrapped where no word is a stranger's
+            notes = [textwrap.fill(note, WIDTH) if note.startswith(MISSING) else note for note in notes]
             parts += [f"### {target:g}×", markdown(rows, columns), *notes]
     return "\n\n".join(parts) + "\n"

@@ -19,12 +19,14 @@ With Euler as the solver, least squares is at once a uniform schedule with jumps
 
 PSNR of the latents in dB to the uncached run, with 2 as peak: of each draw the mean over the captions and the 10th
 percentile. The table has the mean of both over the draws, the worst draw's mean, and of each effort the least lead that
-it has over the best other method of the same draw. The same command goes on after the last finished cell.
+it has over the best other method of the same draw. The same command goes on after the last finished problem, and with
+more --draws after the draws that it has.
 """
 
 if __name__ == "__main__":
     import ertacache.utils.interrupts  # noqa: F401 (Ctrl-C is one line from here on)
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -167,22 +169,25 @@ def main() -> None:
         effort_of(name, "--efforts")
     sampler = load_model_folder(FOLDER)
     with writable_files(args.out):
-        rows = of_earlier_run(args.out, lambda found: [r for r in found["rows"] if len(r["draws"]) == args.draws], [])
-    finished = {(row["steps"], row["guidance"], row["width"], row["speedup"]) for row in rows}
-    for steps in all_steps:
-        for guidance in guidances:
-            for width in widths:
-                if all((steps, guidance, width, f"{speedup:g}") in finished for speedup in speedups):
-                    continue
-                cell = Cell(sampler, steps, guidance, width)
-                with tempfile.TemporaryDirectory() as work:
-                    draws = [cell.draw(number, speedups, efforts, work) for number in range(args.draws)]
-                for speedup in draws[0]:
-                    row = {"steps": steps, "guidance": guidance, "width": width, "speedup": speedup}
-                    rows.append(row | {"draws": [draw[speedup] for draw in draws]})
-                facts = {"machine": machine(), "libraries": library_versions(), "rows": rows}
-                write_atomically(args.out, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-                print(table(rows[-len(speedups) :]), flush=True)
+        rows = of_earlier_run(args.out, lambda found: found["rows"], [])
+    by_cell = {(row["steps"], row["guidance"], row["width"], row["speedup"]): row for row in rows}
+    for steps, guidance, width in itertools.product(all_steps, guidances, widths):
+        for speedup in speedups:
+            row = {"steps": steps, "guidance": guidance, "width": width, "speedup": f"{speedup:g}", "draws": []}
+            by_cell.setdefault((steps, guidance, width, f"{speedup:g}"), row)
+        here = [by_cell[steps, guidance, width, f"{speedup:g}"] for speedup in speedups]
+        finished = min(len(row["draws"]) for row in here)
+        if finished >= args.draws:
+            continue
+        cell = Cell(sampler, steps, guidance, width)
+        with tempfile.TemporaryDirectory() as work:
+            draws = [cell.draw(number, speedups, efforts, work) for number in range(finished, args.draws)]
+        for row in here:
+            row["draws"] = row["draws"][:finished] + [draw[row["speedup"]] for draw in draws]
+        rows = [row for row in by_cell.values() if row["draws"]]
+        facts = {"machine": machine(), "libraries": library_versions(), "rows": rows}
+        write_atomically(args.out, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+        print(table(here), flush=True)
     print(f"\n{table(rows)}\n\n{facts_line(f'{MEASURED} held-out captions', f'{args.draws} draws')}")
 
 

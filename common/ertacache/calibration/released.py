@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ertacache.calibration.budget import check_latents
 from ertacache.calibration.from_pipeline import check_call, check_total, prompts_of, requirements_of
 from ertacache.calibration.paused_call import PausedCalls, calling
 from ertacache.calibration.planner import Schedule
+from ertacache.calibration.trajectories import check_latents
 from ertacache.numerics.multistep import extrapolated, first_order_matrix, predicted_jumps, reused
 from ertacache.pipelines.conditions import watching
 from ertacache.plans.budget import BudgetPlan

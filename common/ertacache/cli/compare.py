@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ertacache.calibration.accelerate import find_plans, shipped_prompts
-from ertacache.calibration.budget import SHIFTS, grid_name
 from ertacache.calibration.effort import EFFORTS
 from ertacache.calibration.from_pipeline import FOLDER, check_call
 from ertacache.calibration.search import goes_on
+from ertacache.calibration.trajectories import SHIFTS, grid_name
 from ertacache.cli.calls import Calls
 from ertacache.cli.compare_files import EvaluationFolder, document, without_paths, write_report
 from ertacache.cli.compare_rows import Method, full_row, timeline

@@ -15,10 +15,11 @@ from ertacache.algorithm import uniform_cached
 from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
-from ertacache.calibration.budget import BudgetCalibration, grid_name
+from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.from_folder import CalibrationOptions, open_session
 from ertacache.calibration.planner import adams_bashforth_weights, fitted_predictor, offline_weights
 from ertacache.calibration.threshold import ThresholdCalibration
+from ertacache.calibration.trajectories import grid_name
 from ertacache.evaluation.method import Method
 from ertacache.evaluation.rivals.methods import RIVALS, Rivals
 from ertacache.evaluation.rows import Row

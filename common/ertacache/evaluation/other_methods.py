@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
-from ertacache.calibration.budget import SHIFTS, BudgetCalibration
 from ertacache.calibration.choice import typical_error
 from ertacache.calibration.from_pipeline import session_of_call
 from ertacache.calibration.optimal_steps import optimal_steps, velocities_in_call
-from ertacache.calibration.paused_call import CallState, PausedCalls, arguments_of_call
+from ertacache.calibration.paused_call import PausedCalls, arguments_of_call
+from ertacache.calibration.trajectories import SHIFTS, TargetTrajectories
 from ertacache.numerics.schedulers import FlowMatching, solver_of
 from ertacache.pipelines.enable import originals
 from ertacache.plans import BudgetPlan
@@ -63,12 +63,11 @@ class OtherMethods:
         self.denoisers = {name: part for name, part in originals(pipe).items() if name in DENOISERS}
 
     @cached_property
-    def uncached(self) -> BudgetCalibration:
+    def uncached(self) -> TargetTrajectories:
         """The uncached runs of the calibration prompts: their latents at every step, on disk."""
-        options = {"state_of": CallState, "around_pass": lambda: self.session.sampler}
-        calibration = BudgetCalibration(self.session, **options)
-        calibration.trajectories()
-        return calibration
+        uncached = TargetTrajectories(self.session, around_pass=lambda: self.session.sampler)
+        uncached.trajectories()
+        return uncached
 
     def batches(self) -> Iterator[tuple[int, list, list[int]]]:
         """Yield number, prompts and seeds of each batch."""

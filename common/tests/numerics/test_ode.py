@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ertacache import BudgetPlan, PlanError
-from ertacache.calibration.budget import SHIFTS
+from ertacache.calibration.trajectories import SHIFTS
 from ertacache.numerics.ode import candidate_grid, integrate, rate_of, settled_substeps, shifted_grid
 from helpers import MATRIX as A
 from helpers import TOY_STEPS as STEPS

@@ -1,6 +1,6 @@
 """What the searches of rivals ask of the model: uncached velocities, rollouts of schedules, and OSS's own states.
 
-All of it runs on the first calibration prompts, in their batches, beside a `BudgetCalibration` that holds the uncached
+All of it runs on the first calibration prompts, in their batches, beside a `TargetTrajectories` that holds the uncached
 trajectories. Every rank does the same work; callers share what comes out.
 """
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ertacache.calibration import optimal_steps as oss
-from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.planner import Schedule
+from ertacache.calibration.trajectories import TargetTrajectories
 from ertacache.numerics.jump import jump
 from ertacache.numerics.multistep import predicted_jumps, reused, solver_matrix
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     inputs: object
 
 
-def parts(calibration: BudgetCalibration, count: int | None = None) -> Iterator[Part]:
+def parts(calibration: TargetTrajectories, count: int | None = None) -> Iterator[Part]:
     """Yield the batches of the first `count` calibration prompts, the last one cut; None for all prompts."""
     session = calibration.session
     stop = len(session.prompts) if count is None else count
@@ -39,7 +39,7 @@ def parts(calibration: BudgetCalibration, count: int | None = None) -> Iterator[
 
 
 @torch.no_grad()
-def uncached_velocities(calibration: BudgetCalibration, part: Part) -> list[torch.Tensor]:
+def uncached_velocities(calibration: TargetTrajectories, part: Part) -> list[torch.Tensor]:
     """Return the velocities [B, …] of an uncached run at all T steps, float32 on the CPU; T model calls per prompt."""
     velocities: list[torch.Tensor] = []
     session = calibration.session
@@ -51,7 +51,7 @@ def uncached_velocities(calibration: BudgetCalibration, part: Part) -> list[torc
 
 
 @torch.no_grad()
-def optimal_steps(calibration: BudgetCalibration, budget: int, prompts: int | None = None) -> Schedule:
+def optimal_steps(calibration: TargetTrajectories, budget: int, prompts: int | None = None) -> Schedule:
     """Return the steps of OSS (Pei et al., 2025, arXiv 2503.21774), by dynamic programming on the student's states.
 
     One schedule for all prompts, by `calibration.optimal_steps`. About N (T − N) model calls per prompt.
@@ -140,7 +140,7 @@ class Rollouts:
         calls: Model calls so far, over all prompts.
     """
 
-    def __init__(self, calibration: BudgetCalibration, prompts: int, solver: np.ndarray | None = None):
+    def __init__(self, calibration: TargetTrajectories, prompts: int, solver: np.ndarray | None = None):
         self.calibration, self.parts = calibration, list(parts(calibration, prompts))
         calibration.trajectories()
         self.solver = matrix_of(calibration) if solver is None else solver
@@ -188,7 +188,7 @@ class Rollouts:
         return [velocities[:same] for velocities in self.last[1]]
 
 
-def matrix_of(calibration: BudgetCalibration) -> np.ndarray:
+def matrix_of(calibration: TargetTrajectories) -> np.ndarray:
     """Return the solver matrix of the model, on the uncached run's grid."""
     first = next(parts(calibration, 1))
     return solver_matrix(calibration.session.sampler, calibration.session.pipe, first.inputs)

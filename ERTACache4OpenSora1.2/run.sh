@@ -1,5 +1,5 @@
 #!/bin/sh
-# ERTACache for Open-Sora 1.2: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More flags: README.md.
+# ERTACache for Open-Sora 1.2: edit the values or set them before the command (LAMBDA=0.2 sh run.sh). More: README.md.
 set -eu
 cd -- "$(dirname -- "$0")"
 [ -z "${SPEEDUP:-}${BUDGET:-}" ] || [ -z "${LAMBDA:-}${SITE:-}" ] || {
@@ -16,7 +16,7 @@ BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes or no: also run uncached, time both, write comparison.png
-REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
+REPEATS=${REPEATS:-3}         # of COMPARE=yes: timed runs, cached and uncached in turn; the median counts
 BATCH=${BATCH:-4}             # prompts per call
 FPS=${FPS:-8}                 # frames per second of the .mp4 files; Open-Sora's own rate: 24
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower

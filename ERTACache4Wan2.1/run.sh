@@ -16,7 +16,7 @@ BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
 EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes or no: also run uncached, time both, write comparison.png
-REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; the median is reported
+REPEATS=${REPEATS:-3}         # of COMPARE=yes: timed runs, cached and uncached in turn; the median counts
 BATCH=${BATCH:-4}             # prompts per call
 FPS=${FPS:-8}                 # frames per second of the .mp4 files; Wan2.1's own rate: 16
 OFFLOAD=${OFFLOAD:-none}      # none, model or sequential: less GPU memory, slower

@@ -44,6 +44,7 @@ from ertacache.utils.tables import planned
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT = (*folder_command.OF_A_RUN, "prompt")
+COUNT = 64  # held-out captions
 LARGEST_COUNT = 100_000  # of captions
 ALL = (
     "fewer-steps",
@@ -90,7 +91,7 @@ def parse_arguments():
     add("--speedups", metavar="S,S,…", default="", help="measure each method where it is about S times faster")
     add("--thresholds", metavar="λ,λ,…", default="", help="threshold plans for these λ, in place of --speedups")
     add("--sites", default="", help="where threshold plans cache: output, blocks or output,blocks (default: --site)")
-    add("--count", type=int, default=64, help="held-out captions, when --prompts is not given")
+    add("--count", type=int, help=f"held-out captions, where no --prompts are given (default: {COUNT})")
     text = "full: captions that name all they can; open: that leave something open; full,open: both, apart"
     add("--captions", default="full", help=text)
     add("--by-speedup", action="store_true", help="print one line per speed-up and one column per method")
@@ -151,12 +152,10 @@ def open_folder(args, sampler, options, captions: str) -> MethodRows:
     pipe = folder_command.open_pipeline(sampler, options)
     settings = folder_command.checked_settings(sampler, pipe, options)
     if options.prompts:
-        if len(args.captions) > 1:
-            raise UserError("--captions full,open with --prompts: those are the demo's, give one of the two")
         prompts, captions = prompts_of(None, options.prompts), None
     else:
         sample = sampler.grammar.sample_captions
-        prompts = sample(args.count, seed=100, held_out=True, leave_open=captions == "open")
+        prompts = sample(args.count or COUNT, seed=100, held_out=True, leave_open=captions == "open")
     seeds = range(options.seed, options.seed + len(prompts))
     measured = {"repeats": args.latency_repeats, "timed": args.latency_prompts, "exact": args.exact}
     measured |= {"samples": args.samples, "clip": args.clip, "work": ensure_writable(args.work)}
@@ -170,7 +169,7 @@ def open_folder(args, sampler, options, captions: str) -> MethodRows:
 
 def announced(args, options, folder: str) -> str:
     """Return a line on the rows of one model folder, and about how many steps they take over all prompts."""
-    prompts = len(prompts_of(None, options.prompts)) if options.prompts else args.count
+    prompts = len(prompts_of(None, options.prompts)) if options.prompts else args.count or COUNT
     steps, sites = options.steps, (args.sites or options.site or "output").count(",") + 1
     others = [name for name in args.methods if name not in THRESHOLD_METHODS]
     ours = [name for name in args.methods if name in THRESHOLD_METHODS]
@@ -198,6 +197,10 @@ def options_for(args, sampler, rest: list[str]):
     """Return the flags of generate.py for one model folder. Refuses speed-ups that its number of steps cannot have."""
     options = folder_command.parse_arguments(sampler, rest, "normal", WITHOUT)
     check_steps(options.steps)
+    if options.prompts and args.count:
+        raise UserError(f"--count {args.count}: the prompts are all those of {options.prompts}, leave it out")
+    if options.prompts and len(args.captions) > 1:
+        raise UserError("--captions full,open with --prompts: those are the demo's, give one of the two")
     for speedup in args.speedups:
         budget_of(options.steps, speedup, "--speedups")
     return options

@@ -24,7 +24,9 @@ if __name__ == "__main__":
 import itertools
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -145,6 +147,7 @@ class Study:
         for height, width in sizes:
             situations[f"{height}×{width}"] = (captions, self.held_out, {"height": height, "width": width})
         situations["prompts outside the grammar"] = (outside[:CAPTIONS], outside[CAPTIONS:], {})
+        self.check(changes for _, _, changes in situations.values())
         default = self.plans(captions, self.settings)
         for name, (fit, measure, changes) in situations.items():
             settings = {**self.settings, **changes}
@@ -163,6 +166,7 @@ class Study:
         outside = read_prompts(self.sampler.FOLDER / "prompts" / "calibration.txt")[: self.count]
         situations = {"held-out captions": (self.held_out, {}), "prompts outside the grammar": (outside, {})}
         situations |= {f"guidance {g:g}": (self.held_out, {"guidance": g}) for g in guidances}
+        self.check(changes for _, changes in situations.values())
         steps = self.settings["steps"]
         for budget in self.budgets:
             plan = self.stored(budget)
@@ -172,6 +176,11 @@ class Study:
                 everywhere += samples
                 yield {"calls": f"{budget} of {steps}", "runs": name} | drift_row(samples, limits)
             yield {"calls": f"{budget} of {steps}", "runs": "**all of these**"} | drift_row(everywhere, limits)
+
+    def check(self, every: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse changes of settings that the model cannot take, before any of them takes time."""
+        for changes in every:
+            self.sampler.settings_of(self.pipe, **{**self.settings, **changes})
 
     def drift_samples(self, plan, prompts, settings):
         """Yield per prompt: drift, squared error of the latents without and with extra steps, extra steps."""

@@ -4,17 +4,17 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: held-out captions of the demo
 CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
-COUNT=${COUNT:-64}
+COUNT=${COUNT:-64}            # how many of the held-out captions; with PROMPTS all of the file are measured
 CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the CLIP similarity; empty: none
 EXTRA=${EXTRA-fewer-steps,budget}  # methods in addition to the paper's; empty: none
 REPEATS=${REPEATS:-3}         # timed runs, cached and uncached in turn; 0: no latency
 OUT=${OUT:-runs/reproduce/table2-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh
-[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+if [ -n "$PROMPTS" ]; then set -- --prompts "$PROMPTS" "$@"; else set -- --count "$COUNT" "$@"; fi
 [ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
 [ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table2 --model "$MODEL" --extra "$EXTRA" \
-    --count "$COUNT" --latency-repeats "$REPEATS" --out "$OUT" "$@"
+    --latency-repeats "$REPEATS" --out "$OUT" "$@"

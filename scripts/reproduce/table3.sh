@@ -4,16 +4,16 @@
 set -eu
 cd -- "$(dirname -- "$0")/../.."
 MODEL=${MODEL:-demo}          # demo, or full
-PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: COUNT held-out captions of the demo
+PROMPTS=${PROMPTS:-}          # a file with one prompt per line; empty: held-out captions of the demo
 CHECKPOINTS=${CHECKPOINTS:-}  # of MODEL=full: a folder that holds them (FLUX.1-dev/, …); empty: from the Hub
-COUNT=${COUNT:-16}
+COUNT=${COUNT:-16}            # how many of the held-out captions; with PROMPTS all of the file are measured
 FOLDERS=${FOLDERS:-}          # empty: ERTACache4Wan2.1,ERTACache4FLUX
 CLIP=${CLIP:-}                # hub id or directory of a CLIP model, for the CLIP similarity; empty: none
 OUT=${OUT:-runs/reproduce/table3-$MODEL}
 [ "$MODEL" != full ] || [ -n "$PROMPTS" ] || { echo "error: MODEL=full needs PROMPTS=FILE" >&2; exit 2; }
 sh scripts/setup.sh
-[ -z "$PROMPTS" ] || set -- --prompts "$PROMPTS" "$@"
+if [ -n "$PROMPTS" ]; then set -- --prompts "$PROMPTS" "$@"; else set -- --count "$COUNT" "$@"; fi
 [ -z "$CLIP" ] || set -- --clip "$CLIP" "$@"
 [ -z "$CHECKPOINTS" ] || set -- --checkpoints "$CHECKPOINTS" "$@"
 exec .venv/bin/python scripts/reproduce/tables.py table3 --model "$MODEL" --folders "$FOLDERS" --extra "" \
-    --count "$COUNT" --latency-repeats 0 --out "$OUT" "$@"
+    --latency-repeats 0 --out "$OUT" "$@"

@@ -24,9 +24,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        self.register("type", Path, path_of)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
+
+
+def path_of(text: str) -> Path:
+    """Return the path of a flag. Path("") would be the folder that the program is run in."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path: give one, or leave it out")
+    return Path(text)
 
 
 def parse_list(text: str, flag: str, example: str = "0.05,0.1", kind: type = float) -> list:

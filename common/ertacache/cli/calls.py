@@ -73,10 +73,8 @@ class Calls:
         """Return a call with a plan or without, or within a context. changes: of its arguments."""
         disable(self.pipe)
         if plan is not None:
-            try:
+            with self.request.naming_flags():
                 enable(self.pipe, plan, on_drift=self.on_drift)
-            except UserError as error:
-                raise self.request.renamed(error) from error
         return Call(name, parts_of(self.pipe), {**self.request.arguments, **changes}, plan, within)
 
     def run(self, call: Call, part: slice) -> tuple[np.ndarray, float]:

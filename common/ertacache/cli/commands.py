@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ertacache import __version__
-from ertacache.cli.options import FPS, takes_request
+from ertacache.cli.options import FPS, given_path, path_option, takes_request
 from ertacache.cli.request import Request
 from ertacache.utils.checks import LARGEST_FPS
 from ertacache.utils.errors import printable
@@ -45,7 +45,7 @@ def root(
 @takes_request
 def calibrate(
     request: Request,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="for the plans, and for what a killed run resumes from")],
+    out: Annotated[Path, path_option("FOLDER", "for the plans, and for what a killed run resumes from")],
     speedups: Annotated[str, typer.Option(metavar="S,S,…", help="plans that compute T/S of T steps")] = "2,3",
     seed: Seed = 0,
     effort: Annotated[Literal["quick", "normal", "thorough"], typer.Option(help="what it may cost")] = "normal",
@@ -69,7 +69,7 @@ def import_plan(
     schedule: Annotated[
         str, typer.Argument(metavar="SCHEDULE", help="a released list, a .pt or .json file, or computed steps 0,1,2,…")
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="for the plan, a .json file")],
+    out: Annotated[Path, path_option("FILE", "for the plan, a .json file")],
     prompt: Annotated[str, typer.Option(help="of the call that is begun, where it must not be empty")] = "",
     force: Annotated[bool, typer.Option("--force", help="overwrite an existing plan")] = False,
 ) -> None:
@@ -131,7 +131,7 @@ def generate(
         float | None, typer.Option(metavar="S", help="T/S of T steps, by a stored plan or one made now; or of a set")
     ] = None,
     seed: Seed = 1000,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="for one .png or .mp4 per prompt")] = Path("sample"),
+    out: Annotated[Path, path_option("FOLDER", "for one .png or .mp4 per prompt")] = Path("sample"),
     compare: Annotated[bool, typer.Option("--compare", help="also run uncached, and compare")] = False,
     fps: Annotated[
         int | None, typer.Option(min=1, max=LARGEST_FPS, help=f"frames per second of the .mp4 files; default: {FPS}")
@@ -161,14 +161,14 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="for the comparison; without --plan: ertacache-evaluation"),
+        path_option("FOLDER", "for the comparison; without --plan: ertacache-evaluation"),
     ] = None,
     calibration_prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="what the comparison learns on, one prompt a line")
+        Path | None, path_option("FILE", "what the comparison learns on, one prompt a line")
     ] = None,
     seed: Seed = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each, in turn; the median counts")] = 5,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the rows there")] = None,
+    json: Annotated[Path | None, path_option("FILE", "also write the rows there")] = None,
 ) -> None:
     """Compare plans with fewer steps and other methods: speed-up, and quality against the uncached run.
 
@@ -187,7 +187,9 @@ def evaluate(
 
 comfyui_nodes = typer.Typer(no_args_is_help=True, epilog="Example: ertacache comfyui install ~/ComfyUI")
 app.add_typer(comfyui_nodes, name="comfyui")
-Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="ComfyUI's folder, the one with main.py")]
+Checkout = Annotated[
+    Path, typer.Argument(metavar="PATH", parser=given_path, help="ComfyUI's folder, the one with main.py")
+]
 
 
 @comfyui_nodes.callback()

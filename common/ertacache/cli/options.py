@@ -2,13 +2,14 @@
 
 import functools
 import inspect
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ertacache.cli.arguments import prompts_of
+from ertacache.cli.arguments import path_of, prompts_of
 from ertacache.cli.request import Request
 from ertacache.utils.errors import Stopped
 
@@ -21,12 +22,25 @@ def _option(help: str, panel: str | None = None, *flags: str, **details):
     return typer.Option(*flags, help=help, rich_help_panel=panel, **details)
 
 
+def path_option(metavar: str, help: str):
+    """Return an option that takes a path. metavar: FILE or FOLDER."""
+    return _option(help, metavar=metavar, parser=given_path)
+
+
+def given_path(text: str) -> Path:
+    """Return the path of an option or an argument."""
+    try:
+        return path_of(text)
+    except ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def request_of(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="a diffusers pipeline: a folder, or a Hub id OWNER/NAME")
     ],
     prompt: Annotated[list[str] | None, _option("a prompt; may be given several times")] = None,
-    prompts: Annotated[Path | None, _option("a text file with one prompt a line", metavar="FILE")] = None,
+    prompts: Annotated[Path | None, path_option("FILE", "a text file with one prompt a line")] = None,
     batch_size: Annotated[int, _option("prompts per call", min=1)] = 1,
     steps: Annotated[int | None, _option("T, steps of the uncached run", CALL, min=1)] = None,
     guidance: Annotated[float | None, _option("guidance scale", CALL)] = None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ertacache.utils.checks import LARGEST_STEPS, argument_problem, steps_problem
-from ertacache.utils.errors import CallFailed, UserError, call_failed, printable, shown
+from ertacache.utils.errors import CallFailed, UserError, call_failed, printable, shown, warnings_as
 from ertacache.utils.logs import refusing_other_sizes
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 LONGEST = 160  # characters of an argument in a message
 FLAGS = ("steps", "guidance", "height", "width", "frames", "negative_prompt")  # those of arguments of the call
 OWN = ("speedup ", "speedups ", "effort ")  # how messages about options of the commands begin
-IN_TEXT = re.compile(r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*) ?= ?")  # a line of code, or NAME= or NAME =
+IN_TEXT = re.compile(
+    r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*)( ?= ?)?"
+)  # a line of code, or NAME, NAME= or NAME =
 IN_PYTHON = re.compile(r"ertacache\.calibrate\(pipe, prompts[^)]*\)")
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
 
@@ -197,24 +199,27 @@ class Request:
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
-        """Turn a failing call, mostly on a value that the pipeline cannot take, into one line.
+        """Turn a failing call, mostly on a value that the pipeline cannot take, into one line, with flags as below."""
+        with self.naming_flags():
+            try:
+                with refusing_other_sizes("diffusers"):
+                    yield
+            except CallFailed as failed:
+                raise self.failed(failed.__cause__) from failed.__cause__
+            except UserError:
+                raise
+            except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
+                raise self.failed(error) from error
 
-        That line, and those of the library, name the flags of the command line in place of arguments in Python.
-        """
+    @contextlib.contextmanager
+    def naming_flags(self) -> Iterator[None]:
+        """Have refusals and warnings of the library name flags of the command line, not arguments in Python."""
         try:
-            with refusing_other_sizes("diffusers"):
+            with warnings_as(self.with_flags):
                 yield
-        except CallFailed as failed:
-            raise self.failed(failed.__cause__) from failed.__cause__
         except UserError as error:
-            raise self.renamed(error) from error
-        except Exception as error:  # whatever pipelines, tokenizers and torch raise for a value
-            raise self.failed(error) from error
-
-    def renamed(self, error: UserError) -> UserError:
-        """Return a refusal of the library as `with_flags` has it."""
-        text = self.with_flags(str(error))
-        return error if text == str(error) else type(error)(text)
+            text = self.with_flags(str(error))
+            raise (error if text == str(error) else type(error)(text)) from error.__cause__
 
     def failed(self, error: BaseException) -> CallFailed:
         """Return a pipeline's error in its call as one line with the flags that were given."""
@@ -228,13 +233,17 @@ class Request:
 
         flags = {CALL_NAMES.get(name, name): f"--{flag_of(name)}" for name in FLAGS}
         flags |= {"batch_size": "--batch-size"}
-        named = {name: f"{flag} " for name, flag in flags.items()}
-        named |= {name: f"--set {name}=" for name, _ in map(_parsed, self.settings)}
-        text = IN_TEXT.sub(lambda found: named.get(found[1], found[0]), text)
+        with_value = {name: f"{flag} " for name, flag in flags.items()}
+        with_value |= {name: f"--set {name}=" for name, _ in map(_parsed, self.settings)}
+        alone = {name: flag for name, flag in flags.items() if "_" in name}  # no words of plain English
+
+        def as_typed(found: re.Match) -> str:
+            return (with_value if found[2] else alone).get(found[1], found[0])
+
+        text = IN_TEXT.sub(as_typed, text)
         text = f"--{text}" if text.startswith(OWN) else text
         text = IN_PYTHON.sub(lambda _: f"`{self.calibrate} …`", text)
-        text = text.replace("on_drift='compute'", "--on-drift compute")
-        return text.replace("more num_inference_steps", f"more {flags['num_inference_steps']}")
+        return text.replace("on_drift='compute'", "--on-drift compute")
 
     @property
     def given(self) -> str:

@@ -127,7 +127,7 @@ class PlannedScheduler(metaclass=EqualToItsOriginal):
             if unusual is not None:
                 least, largest = monitor.calibrated.min(), monitor.calibrated.max()
                 text = f"drift {unusual:.2g}, on the calibration prompts {least:.2g} to {largest:.2g}: the plan was not"
-                remedy = 'calibrate one with prompts and settings like these, or enable it with on_drift="compute"'
+                remedy = "calibrate one with prompts and settings like these, or enable it with on_drift='compute'"
                 self.warn("drift", f"{text} made for a run like this one, quality may be lower; {remedy}")
 
     def report(self) -> None:

@@ -1,5 +1,6 @@
 """User errors: one line, exit code 2."""
 
+import contextlib
 import errno
 import os
 import re
@@ -7,7 +8,7 @@ import reprlib
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 LONGEST = 1000  # characters of a message
 OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)  # what is wrong with a path that was given
@@ -73,6 +74,17 @@ def call_failed(pipeline: str, error: Exception, given: str, remedy: str = "chec
     """
     with_them = f" with {textwrap.shorten(given, 400, placeholder=' …')}" if given else ""
     return CallFailed(f"{pipeline}'s call failed ({reason_of(error)}){with_them}: {remedy}")
+
+
+@contextlib.contextmanager
+def warnings_as(renamed: Callable[[str], str]) -> Iterator[None]:
+    """Have warnings say what `renamed` makes of their texts."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, *rest, **more: plain(renamed(str(message)), *rest, **more)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -400,6 +400,12 @@ def test_a_plan_of_a_scheduler_with_more_calls_than_steps_names_the_steps_to_giv
         (["generate", DEMO, *ONE, *FLAGS, "--revision", "main"], "--revision main: the folder "),
         (["generate", DEMO, *ONE, *FLAGS, "--plan", ""], "plan = '': give a plan, the path of one, or hf://"),
         (["generate", DEMO, *ONE, *PLAN, "--steps", 30, "--speedup", 3], "--speedup 3: the plans are for 2; give"),
+        (
+            ["generate", DEMO, "--prompt", "a red ring", "--out", ""],
+            "'--out': '' is no path: give one, or leave it out",
+        ),
+        (["evaluate", DEMO, *ONE, "--json", ""], "'--json': '' is no path: give one, or leave it out"),
+        (["calibrate", DEMO, "--prompts", "", "--out", "out"], "'--prompts': '' is no path: give one, or leave it out"),
         (["generate", "", *ONE], "no model '': give a folder that is there, or a Hub id"),
         (["calibrate", DEMO, *ONE, *FLAGS, "--speedups", ","], "--speedups ',': give numbers, like 2,3"),
         (["calibrate", DEMO, *ONE, *FLAGS, "--speedups", "2", "--set", "joint_attention_kwargs=1"], "call failed ("),

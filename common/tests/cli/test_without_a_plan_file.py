@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,10 @@ def test_arguments_in_messages_of_the_library_are_flags():
         ("give a larger strength, or more num_inference_steps", "or more --steps"),
         ("--set strength=0.1: strength = 0.1", "--set strength=0.1: --set strength=0.1"),
         ("make one with ertacache.calibrate(pipe, height=4)", "ertacache.calibrate(pipe, height=4)"),
+        (
+            "calibrated at guidance_scale 3.5, now 5: give the call the same guidance_scale",
+            "at --guidance 3.5, now 5: give the call the same --guidance",
+        ),
         ("no drift, or leave on_drift='compute' out", "or leave --on-drift compute out"),
         ("batch_size = 3: give 1", "--batch-size 3: give 1"),
         ("effort best: give quick", "--effort best: give quick"),
@@ -113,6 +118,15 @@ def test_arguments_in_messages_of_the_library_are_flags():
         ("speedups 3: at most 2 of 4 steps", "--speedups 3: at most 2 of 4 steps"),
     ):
         assert request.with_flags(text).endswith(wanted)
+
+
+def test_warnings_of_the_library_name_flags():
+    text = "the plan was calibrated at guidance_scale 3.5, now 5.0: enable it with on_drift='compute'"
+    plain = warnings.formatwarning
+    with Request(DEMO, [], 1, {}, []).naming_flags():
+        shown = warnings.formatwarning(UserWarning(text), UserWarning, "file.py", 1)
+    assert "calibrated at --guidance 3.5, now 5.0: enable it with --on-drift compute" in shown
+    assert warnings.formatwarning is plain
 
 
 def test_a_plan_of_another_model_names_the_command_that_makes_one(refused):

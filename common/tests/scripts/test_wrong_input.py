@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 from helpers import refused
 
+FLUX = ROOT / "ERTACache4FLUX"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -25,6 +27,10 @@ from helpers import refused
         ("bench/schedulers.py", "--guidance nan", "--guidance nan: give a number from 0"),
         ("bench/unets.py", "--intervals 0", "--intervals '0': give whole numbers of at least 1"),
         ("bench/strength.py", "--out damaged.json/rows.json", "cannot write to damaged.json"),
+        ("bench/study.py", f"{FLUX} transfer --sizes 64x64,70x64", "--height 70: must be a multiple of 16"),
+        ("bench/study.py", f"{FLUX} drift --guidances 2,nan", "--guidance nan: give a number from 0"),
+        ("evaluate.py", f"{FLUX} --speedups 2 --count 3 --prompts page.md", "--count 3: the prompts are all those of"),
+        ("evaluate.py", f"{FLUX} --speedups 2 --json=", "argument --json: '' is no path: give one, or leave it out"),
         ("report/hardness.py", "empty", "no .json file in empty: give files of rows, or"),
         ("report/remake.py", "page.md", "page.md: no table below shell commands: see --list"),
         ("report/remake.py", "page.md --only x", "page.md: no table below shell commands and such a heading: see"),

@@ -35,7 +35,8 @@ def bar_options(text: str, unit: str, silent: bool = False) -> dict[str, Any]:
     """
     options = {"desc": text, "unit": unit, "leave": False, "disable": silent}
     if not shows_bars():
-        words = "{desc}: {n_fmt} of {total_fmt} {unit}s, about {remaining} left"
+        plural = unit + ("es" if unit.endswith("ch") else "s")
+        words = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {plural}, about {{remaining}} left"
         options |= {"bar_format": words, "file": Lines(), "delay": EVERY, "mininterval": EVERY, "miniters": 1}
     return options
 
@@ -90,7 +91,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words: "40 seconds", "3 minutes", "2.5 hours"."""
+    """Return a time in words: "1 second", "40 seconds", "3 minutes", "2.5 hours"."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return f"{max(1, round(seconds))} seconds" if seconds >= 1.5 else "1 second"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -36,13 +36,15 @@ def test_nothing_is_said_where_nothing_is_wanted(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_the_bar_of_another_library_is_a_line_a_minute_in_a_log(capsys, monkeypatch, silent):
+@pytest.mark.parametrize(
+    ("silent", "unit", "units"), [(False, "step", "steps"), (False, "batch", "batches"), (True, "step", "")]
+)
+def test_the_bar_of_another_library_is_a_line_a_minute_in_a_log(capsys, monkeypatch, silent, unit, units):
     monkeypatch.setattr(progress, "EVERY", 0.02)
-    for _ in tqdm(range(6), **bar_options("uncached, prompt 3 of 8", "step", silent)):
+    for _ in tqdm(range(6), **bar_options("uncached, prompt 3 of 8", unit, silent)):
         time.sleep(0.025)
     lines = capsys.readouterr().err.splitlines()
-    expected = r"uncached, prompt 3 of 8: \d of 6 steps, about 00:00 left"
+    expected = rf"uncached, prompt 3 of 8: \d of 6 {units}, about 00:00 left"
     assert all(re.fullmatch(expected, line) for line in lines), lines
     assert len(lines) >= 2 and len(set(lines)) == len(lines) if not silent else not lines
 
@@ -51,3 +53,18 @@ def test_short_work_has_no_line_in_a_log(capsys):
     for _ in tqdm(range(50), **bar_options("uncached", "step")):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "1 second"),
+        (1.4, "1 second"),
+        (1.6, "2 seconds"),
+        (89, "89 seconds"),
+        (91, "2 minutes"),
+        (5400, "1.5 hours"),
+    ],
+)
+def test_durations(seconds, words):
+    assert progress.duration(seconds) == words

@@ -47,7 +47,7 @@ from ertacache.numerics import ode
 from ertacache.numerics.multistep import first_order_matrix, predicted_jumps
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.names import budget_of, check_speedups
-from ertacache.utils.errors import run_program
+from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import of_earlier_run, writable_files, write_atomically
 from ertacache.utils.provenance import library_versions, machine
 from ertacache.utils.tables import markdown
@@ -146,6 +146,12 @@ def table(rows: list[dict]) -> str:
     return markdown(["T", "g", "b", "speed-up", *methods, f"least lead: {' / '.join(ours)}"], lines)
 
 
+def earlier_rows(found: dict) -> tuple[dict[tuple, dict], set[str]]:
+    """Return the rows of an earlier run by (T, g, b, speed-up), and the efforts of their draws."""
+    rows = {(row["steps"], row["guidance"], row["width"], row["speedup"]): row for row in found["rows"]}
+    return rows, {name for row in rows.values() for draw in row["draws"] for name in draw if name in EFFORTS}
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", default="30,50", metavar="T,T,…", help="numbers of steps")
@@ -169,8 +175,11 @@ def main() -> None:
         effort_of(name, "--efforts")
     sampler = load_model_folder(FOLDER)
     with writable_files(args.out):
-        rows = of_earlier_run(args.out, lambda found: found["rows"], [])
-    by_cell = {(row["steps"], row["guidance"], row["width"], row["speedup"]): row for row in rows}
+        by_cell, others = of_earlier_run(args.out, earlier_rows, ({}, set()))
+        if others and others != set(efforts):
+            text = f"--efforts {args.efforts}: {args.out} has rows of {','.join(n for n in EFFORTS if n in others)}"
+            raise UserError(f"{text}, give these or another --out")
+    rows = list(by_cell.values())
     for steps, guidance, width in itertools.product(all_steps, guidances, widths):
         for speedup in speedups:
             row = {"steps": steps, "guidance": guidance, "width": width, "speedup": f"{speedup:g}", "draws": []}

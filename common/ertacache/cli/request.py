@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 LONGEST = 160  # characters of an argument in a message
 FLAGS = ("steps", "guidance", "height", "width", "frames", "negative_prompt")  # those of arguments of the call
 OWN = ("speedup ", "speedups ", "effort ")  # how messages about options of the commands begin
-IN_TEXT = re.compile(
-    r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*)( ?= ?)?"
-)  # a line of code, or NAME, NAME= or NAME =
+# A line of code, or NAME, NAME= or NAME =
+IN_TEXT = re.compile(r"\w\([^()]*\)|(?<!--set )(?<![\w.])([a-z]\w*)( ?= ?)?")
 IN_PYTHON = re.compile(r"ertacache\.calibrate\(pipe, prompts[^)]*\)")
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")  # of a call that the commands can make
 

@@ -215,10 +215,15 @@ def test_the_closed_form_problem_is_a_folder_like_the_others_at_any_hardness(tmp
 def test_every_method_on_the_closed_form_problem(tmp_path):
     """A smooth problem, guidance 1 and wide points: plans are far above all that know less."""
     command = [sys.executable, ROOT / "scripts" / "bench" / "planner.py", "--steps", "12", "--guidances", "1"]
-    command += ["--widths", "1", "--speedups", "2", "--efforts", "quick,normal", "--draws", "2"]
+    command += ["--widths", "1", "--speedups", "2", "--efforts", "quick,normal", "--draws"]
+    one = subprocess.run([*command, "1", "--out", tmp_path / "out.json"], capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    (first,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    command += ["2"]  # goes on with the second draw
     done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(row["draws"]) == 2 and row["draws"][0] == first["draws"][0] != row["draws"][1]
     assert (row["steps"], row["guidance"], row["width"], row["speedup"]) == (12, 1.0, 1.0, "2")
     means = {name: np.mean([draw[name]["mean"] for draw in row["draws"]]) for name in row["draws"][0]}
     rivals = {name: value for name, value in means.items() if name not in ("quick", "normal")}

@@ -1,5 +1,6 @@
 """What programs under scripts/ refuse in one line, before they measure anything."""
 
+import json
 import runpy
 import sys
 
@@ -20,6 +21,12 @@ FLUX = ROOT / "ERTACache4FLUX"
         ("bench/planner.py", "--out damaged.json", "damaged.json was not written by an earlier run ("),
         ("bench/planner.py", "--out rows.json --steps 2", "--steps 2: give a whole number from 3"),
         ("bench/planner.py", "--out rows.json --steps 8 --speedups 5", "--speedups 5: at most 4 of 8 steps"),
+        (
+            "bench/planner.py",
+            "--out quick.json --efforts thorough --draws 2",
+            "--efforts thorough: quick.json has rows of quick, give",
+        ),
+        ("bench/planner.py", "--out half.json", "half.json was not written by an earlier run ("),
         ("bench/planner.py", "--out damaged.json/rows.json", "cannot write to damaged.json"),
         ("bench/schedulers.py", "--count 1", "--count 1: give a whole number of at least 2"),
         ("bench/schedulers.py", "--b 0", "--b 0.0: give a finite number above 0"),
@@ -40,6 +47,9 @@ FLUX = ROOT / "ERTACache4FLUX"
 def test_one_line_before_any_work(program, words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.json").write_text("{")
+    row = {"steps": 8, "guidance": 1.0, "width": 0.1, "speedup": "2", "draws": [{"quick": {}}]}
+    (tmp_path / "quick.json").write_text(json.dumps({"rows": [row]}))
+    (tmp_path / "half.json").write_text('{"rows": [{"steps": 8}]}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.md").write_text("# A page\n")
     (tmp_path / "binary.md").write_bytes(b"\xff\xfe\x00")

@@ -13,7 +13,7 @@ GUIDANCE=${GUIDANCE:-3.5}
 LAMBDA=${LAMBDA:-0.09}        # λ: lower is finer, higher is faster; a new value is calibrated first
 SPEEDUP=${SPEEDUP:-}          # in place of LAMBDA: 2 computes exactly half of the steps, those that matter most
 BUDGET=${BUDGET:-}            # in place of LAMBDA: the number of computed steps
-EFFORT=${EFFORT:-quick}       # quick, normal or thorough: what the calibration of a new plan may cost
+EFFORT=${EFFORT:-quick}       # quick, normal, thorough or minutes: what the calibration of a new plan may cost
 SITE=${SITE:-output}          # where the residual is cached: output or blocks
 COMPARE=${COMPARE:-yes}       # yes or no: also run uncached, time both, write comparison.png
 REPEATS=${REPEATS:-3}         # of COMPARE=yes: timed runs, cached and uncached in turn; the median counts

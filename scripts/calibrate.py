@@ -5,8 +5,9 @@
     .venv/bin/python scripts/calibrate.py ERTACache4FLUX --model black-forest-labs/FLUX.1-dev --speedups 2
     .venv/bin/accelerate launch --num_processes 4 scripts/calibrate.py ERTACache4FLUX --model … --speedups 2,3
 
---effort quick, normal or thorough says what it may cost. An interrupted run resumes after its last finished batch (or
-rollout) when the same command is given again, and keeps the best budget plan so far.
+--effort quick, normal, thorough or a number of minutes (for each of the two kinds of plans) says what it may cost. An
+interrupted run resumes after its last finished batch (or rollout) when the same command is given again, and keeps the
+best budget plan so far.
 
 accelerate starts one process per GPU; they share the batches of prompts and make the plan that one process would make,
 in one folder that all of them see. Without GPUs add --multi_gpu all the same; otherwise accelerate starts one process.

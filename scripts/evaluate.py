@@ -27,6 +27,7 @@ from pathlib import Path
 
 from ertacache import UserError
 from ertacache.caches.registry import CACHES
+from ertacache.calibration.effort import effort_of
 from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, check_counts, check_step_seconds, parse_list, prompts_of
 from ertacache.demos.model_folder import check_steps, draws_captions, load_model_folder
@@ -197,6 +198,7 @@ def options_for(args, sampler, rest: list[str]):
     """Return the flags of generate.py for one model folder. Refuses speed-ups that its number of steps cannot have."""
     options = folder_command.parse_arguments(sampler, rest, "normal", WITHOUT)
     check_steps(options.steps)
+    effort_of(options.effort, "--effort", in_minutes=False)  # rivals search with as many model calls
     if options.prompts and args.count:
         raise UserError(f"--count {args.count}: the prompts are all those of {options.prompts}, leave it out")
     if options.prompts and len(args.captions) > 1:

@@ -172,7 +172,7 @@ def main() -> None:
         for speedup in speedups:
             budget_of(steps, speedup, "--speedups")
     for name in efforts:
-        effort_of(name, "--efforts")
+        effort_of(name, "--efforts", in_minutes=False)
     sampler = load_model_folder(FOLDER)
     with writable_files(args.out):
         by_cell, others = of_earlier_run(args.out, earlier_rows, ({}, set()))

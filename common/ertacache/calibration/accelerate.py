@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ertacache.calibration.effort import EFFORTS, effort_of
+from ertacache.calibration.effort import Effort, effort_of, serves
 from ertacache.calibration.from_pipeline import calibration_prompts, check_call, make_plans, requirements_of
 from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
 from ertacache.calibration.session import digest_of
@@ -31,7 +31,7 @@ def accelerate(
     speedup: float | Sequence[float] = 2,
     prompts: Sequence | None = None,
     *,
-    effort: str = "quick",
+    effort: str | float = "quick",
     batch_size: int = 1,
     on_drift: str = "warn",
     **call_kwargs,
@@ -48,7 +48,8 @@ def accelerate(
         speedup: T/N, from 1 to T/2; or several, between which `ertacache.speedup(pipe, …)` switches.
         prompts: Like those to come, as in `calibrate`. By default those that ship with the package; a plan that was
             made on others is taken too.
-        effort: "quick", "normal" or "thorough", as in `ertacache.calibrate`; a stored plan of less effort is made anew.
+        effort: "quick", "normal", "thorough" or a number of minutes, as in `ertacache.calibrate`. A stored plan of less
+            effort is made anew; one that was made in minutes counts as "quick", and for fewer minutes.
         batch_size: Prompts per call of the calibration.
         on_drift: As in `ertacache.enable`.
         **call_kwargs: Arguments of the pipeline's call (num_inference_steps, height, guidance_scale, …).
@@ -74,13 +75,13 @@ def find_plans(
     speedup: float | Sequence[float],
     prompts: Sequence | None = None,
     *,
-    effort: str = "quick",
+    effort: str | float = "quick",
     batch_size: int = 1,
     call_kwargs: Mapping[str, Any],
 ) -> PlanSet:
     """Return the plans of `accelerate` from the user's store; those that are not there are calibrated into it."""
     speedups = [speedup] if isinstance(speedup, int | float) else speedup
-    effort_of(effort)
+    limits = effort_of(effort)
     given = None if prompts is None else calibration_prompts(pipe, prompts, "give some, or leave prompts out")
     steps = check_call(pipe, speedups, batch_size, call_kwargs, "speedup")
     if given is None and prompt_argument(pipe) != "prompt":
@@ -93,7 +94,7 @@ def find_plans(
     def known() -> dict[float, Plan]:
         """Return what the store has, on all ranks what rank 0 finds."""
         found = {number: store.find(entry, budget) for number, budget in budgets.items()} if parallel.is_main() else {}
-        return {number: plan for number, plan in parallel.share(found).items() if plan and _serves(plan, given, effort)}
+        return {number: plan for number, plan in parallel.share(found).items() if plan and _serves(plan, given, limits)}
 
     found = known()
     if len(found) < len(budgets):
@@ -110,7 +111,7 @@ def find_plans(
 
                 options = {"seed": 0, "batch_size": batch_size, "effort": effort, "work": folder / WORK}
                 options["argument"] = "speedup"
-                options["announce"] = partial(_announce, pipe, steps, missing, effort, folder if is_stored else None)
+                options["announce"] = partial(_announce, pipe, steps, missing, limits, folder if is_stored else None)
                 found |= make_plans(pipe, texts, missing, save, **options, call_kwargs=call_kwargs)
                 with contextlib.suppress(OSError):  # what lies in it belongs to another calibration
                     (folder / WORK).rmdir()
@@ -134,12 +135,16 @@ def weights_of(pipe) -> str:
     return found if found != "offloaded" else f"offloaded-{digest(str(getattr(pipe, 'name_or_path', '')))[:16]}"
 
 
-def _serves(plan: Plan, prompts: list | None, effort: str) -> bool:
+def _serves(plan: Plan, prompts: list | None, effort: Effort) -> bool:
     """Return whether a stored plan is what is asked for: made with no less effort, on the prompts that are given."""
-    efforts, made = list(EFFORTS), plan.provenance.get("calibration", {}).get("effort")
-    if made not in efforts or efforts.index(made) < efforts.index(effort):
+    recorded = plan.provenance.get("calibration", {}).get("effort")
+    try:
+        made = effort_of(recorded)
+    except UserError:  # imported, or of another version
         return False
-    used = None if prompts is None else digest_of(prompts[: effort_of(made).prompts])
+    if not serves(made, effort):
+        return False
+    used = None if prompts is None else digest_of(prompts[: made.prompts])
     return used in (None, plan.provenance.get("prompts", {}).get("sha256"))
 
 
@@ -157,12 +162,12 @@ def _place_for(entry: Path) -> Iterator[tuple[Path, bool]]:
         yield entry, True
 
 
-def _announce(pipe, steps: int, speedups: Sequence[float], effort: str, entry: Path | None) -> None:
+def _announce(pipe, steps: int, speedups: Sequence[float], effort: Effort, entry: Path | None) -> None:
     if parallel.is_main():
         numbers = " and ".join(f"{number:g}×" for number in speedups)
         where = "" if entry is None else f"; it is kept in {entry}, and found there from then on"
         what = f"no plan yet for this {type(pipe).__name__} at {steps} steps, {numbers}"
-        print(f"{what}: calibrating one ({effort}), only this once{where}", file=sys.stderr)
+        print(f"{what}: calibrating one ({effort.name}), only this once{where}", file=sys.stderr)
 
 
 def _store(store: PlanStore, entry: Path, plan: Plan) -> None:

@@ -7,6 +7,7 @@ errors of earlier ones. The schedules of planner.py are rolled out, then those n
 model calls of the steps that they have in common from the beginning.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -146,7 +147,7 @@ class BudgetCalibration(TargetTrajectories):
         key = ["rollout", self.target.name, schedule, history_length]
         arrays = self.checkpoints.arrays(key, lambda: self.fit_schedule(schedule, history_length, velocities))
         if any(len(vs) < len(schedule) for vs in velocities.values()) or not velocities:  # it was stored
-            self.session.spare(self.cost(schedule, history_length, like) * len(parallel.mine(self.session.batches)))
+            self.session.spare(self.session.of_this_process(self.cost(schedule, history_length, like)))
             velocities = {}
         errors = arrays.pop("errors")
         return Rollout(schedule, arrays, errors, velocities)
@@ -242,16 +243,16 @@ class BudgetCalibration(TargetTrajectories):
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
-    def plans(self, budgets: Sequence[int], effort: str = "normal") -> dict[int, BudgetPlan]:
+    def plans(self, budgets: Sequence[int], effort: str | float = "normal") -> dict[int, BudgetPlan]:
         """Return a plan for each budget; arguments as of `each_plan`."""
         return dict(zip(budgets, self.each_plan(budgets, effort), strict=True))
 
-    def each_plan(self, budgets: Sequence[int], effort: str = "normal") -> Iterator[BudgetPlan]:
+    def each_plan(self, budgets: Sequence[int], effort: str | float = "normal") -> Iterator[BudgetPlan]:
         """Make a plan for each budget, one by one.
 
         Args:
             budgets: Numbers of computed steps, from 2 to T.
-            effort: quick, normal or thorough.
+            effort: quick, normal, thorough or a number of minutes.
 
         Raises:
             Interrupted: Ctrl-C, with the best plan of the budget in progress.
@@ -259,37 +260,39 @@ class BudgetCalibration(TargetTrajectories):
         steps = self.end if self.target.sigmas is None else self.session.steps
         for budget in budgets:
             check_budget(budget, steps)
-        limit, self.effort = effort_of(effort).search * steps, effort
+        self.effort = effort_of(effort)
+        limit, uncached = self.effort.search * steps, self.end * self.target.calls_per_step
         if self.fitted == len(self.session.prompts):
             count = f"{self.fitted} calibration prompt{'s' if self.fitted > 1 else ''}"
             text = f"{count}, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
-        self.session.announce(self.end * self.target.calls_per_step + limit * len(budgets))
+        self.session.announce(uncached + limit * len(budgets), self.effort, least=uncached + sum(budgets))
         gram = self.trajectories()
         balanced = planner.balanced(self.grams, self.scaled)
         candidates = parallel.share(planner.candidate_schedules(balanced, list(budgets), self.scaled))
-        for budget in budgets:
-            yield self.plan(gram, candidates[budget], limit)
+        for place, budget in enumerate(budgets):
+            yield self.plan(gram, candidates[budget], *self.session.allowance(limit, len(budgets) - place))
 
-    def plan(self, gram: Gram, candidates: dict[str, Schedule], limit: int) -> BudgetPlan:
+    def plan(self, gram: Gram, candidates: dict[str, Schedule], limit: int, until: float) -> BudgetPlan:
         """Roll out candidate schedules, then the best one with another history length, then those near it.
 
         Args:
             gram: Of the target's trajectories.
             candidates: Schedules by name, the most promising first.
-            limit: Of model calls per prompt.
+            limit: Of model calls per prompt; the first rollout is made whatever it costs.
+            until: Time at which the search ends, after the rollout in progress.
         """
         search, size = Search(self, candidates, limit), gram.matrix[gram.steps, gram.steps] / gram.elements
         try:
             for _ in search:
                 self.session.progress.update(0, f"best error {search.best.error:.2e}")
-                if search.best.error <= self.good_enough * size:
+                if search.best.error <= self.good_enough * size or parallel.share(time.monotonic() >= until):
                     break
         except KeyboardInterrupt:
             if search.best is None:
                 raise
             raise Interrupted(self.plan_of(gram, search, finished=False)) from None
-        self.session.spare(search.left * len(parallel.mine(self.session.batches)))
+        self.session.spare(self.session.of_this_process(search.left))
         return self.plan_of(gram, search)
 
     def plan_of(self, gram: Gram, search: Search, finished: bool = True) -> BudgetPlan:
@@ -348,7 +351,7 @@ class BudgetCalibration(TargetTrajectories):
             "error_metric": METRIC,
             "rollouts": len(search.tried),
             "finished": finished,
-            "effort": self.effort,
+            "effort": self.effort.name,
             "projection_bound": planner.projection_bound(gram, best.schedule, self.scaled),
             "noise_gain": planner.noise_gain(arrays["weights"], arrays["scale"]),
             "noise_gain_uncached": self.uncached_noise_gain(),

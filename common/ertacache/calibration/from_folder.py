@@ -94,12 +94,12 @@ class CalibrationOptions:
     Args:
         prompts: File with one prompt per line; None for the model folder's own.
         batch_size: Prompts per call, at least 1.
-        effort: quick, normal or thorough (effort.py).
+        effort: quick, normal, thorough or a number of minutes (effort.py).
     """
 
     prompts: Path | None = None
     batch_size: int = 4
-    effort: str = "quick"
+    effort: str | float = "quick"
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -160,10 +160,11 @@ def _calibrate(
     return calibrate_budgets(session_of, options.effort, [request.computed], request.target, store, say)[0]
 
 
-def announce(what: str, effort: str, where: str) -> None:
+def announce(what: str, effort: str | float, where: str) -> None:
     """Say, before the first model call, what is calibrated and in which file the plan will be."""
     if parallel.is_main():
-        print(f"{what} ({effort}) into {where}; Ctrl-C and the same command again go on", file=sys.stderr)
+        how = f"({effort_of(effort).name}) into {where}"
+        print(f"{what} {how}; Ctrl-C and the same command again go on", file=sys.stderr)
 
 
 class PlanStore:
@@ -237,7 +238,7 @@ def open_session(
 
 def calibrate_thresholds(
     session_of: Callable[[int | None], CalibrationSession],
-    effort: str,
+    effort: str | float,
     thresholds: Sequence[float],
     site: str,
     store: PlanStore | PlainFolder,
@@ -247,7 +248,7 @@ def calibrate_thresholds(
 
     Args:
         session_of: session_of(most) opens the session on so many prompts, the first of them; None for all.
-        effort: quick, normal or thorough.
+        effort: quick, normal, thorough or a number of minutes.
         thresholds: λ of each plan.
         site: "output" or "blocks".
         store: For the plans.
@@ -266,7 +267,7 @@ def calibrate_thresholds(
 
 def calibrate_budgets(
     session_of: Callable[[int | None], CalibrationSession],
-    effort: str,
+    effort: str | float,
     budgets: Sequence[int],
     target: str,
     store: PlanStore | PlainFolder,

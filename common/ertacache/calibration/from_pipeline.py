@@ -41,7 +41,7 @@ def calibrate(
     *,
     seed: int = 0,
     batch_size: int = 1,
-    effort: str = "normal",
+    effort: str | float = "normal",
     target: str = "reference",
     work: str | Path | None = None,
     progress: bool = True,
@@ -50,8 +50,9 @@ def calibrate(
     """Calibrate a budget plan for each speed-up, for this pipeline's call with `call_kwargs`.
 
     It takes T model calls per prompt once, and then at most 2·T, 4·T or 40·T per prompt for each speed-up, by effort;
-    it says how many before it begins. The pipeline is left as it is, and a plan that it follows plays no part. After an
-    interruption the best plan so far is in `work`, and the same call goes on.
+    it says how many before it begins, and after the second one how long it may take. The pipeline is left as it is, and
+    a plan that it follows plays no part. After an interruption the best plan so far is in `work`, and the same call
+    goes on.
 
     Args:
         pipe: The pipeline.
@@ -61,7 +62,8 @@ def calibrate(
         seed: Prompt j starts from the noise of seed + j.
         batch_size: Prompts per call.
         effort: "quick" (the first 8 prompts, the most promising schedules), "normal" (all prompts and schedules) or
-            "thorough" (and a local search to its end).
+            "thorough" (and a local search to its end); or a number of minutes, in which all prompts and the search have
+            to fit.
         target: "reference", the uncached run; a pipeline's own call shows no other.
         work: Folder for checkpoints, T + 1 float32 latents per prompt, removed at the end; by default .ertacache in the
             current folder.
@@ -74,7 +76,7 @@ def calibrate(
 
     Raises:
         UserError: An argument out of range or one that the pipeline's call cannot take, a pipeline or scheduler that
-            plans cannot follow, or a call that changes the latents between its steps.
+            plans cannot follow, a call that changes the latents between its steps, or too few minutes.
 
     Example:
         >>> plans = ertacache.calibrate(pipe, prompts, speedups=[2, 3], num_inference_steps=30, guidance_scale=3.5)
@@ -92,7 +94,7 @@ def make_plans(
     *,
     seed: int,
     batch_size: int,
-    effort: str,
+    effort: str | float,
     target: str = "reference",
     work: str | Path | None = None,
     progress: bool = True,

@@ -23,12 +23,12 @@ class Search:
 
     First the candidate schedules, each with the first of `HISTORY_LENGTHS`, then the best of them with the others, then
     a local search: schedules near the best one, those first that share most of its model calls. It ends before the
-    first rollout that would exceed the limit.
+    first rollout that would exceed the limit, but not without any.
 
     Args:
         calibration: Rolls out.
         candidates: Schedules by name, the most promising first.
-        limit: Of model calls per prompt, at least N. Calls that a rollout shares with the best one are free.
+        limit: Of model calls per prompt. Calls that a rollout shares with the best one are free.
 
     Attributes:
         best: The rollout with the least error so far; None before the first one.
@@ -49,9 +49,9 @@ class Search:
         self.calibration.session.progress.begin(f"calibration, N = {self.budget}")
         for schedule, history_length, name in self.proposals():
             cost = parallel.share(self.calibration.cost(schedule, history_length, self.best))
-            if cost > self.left:
+            if cost > self.left and self.best is not None:
                 return
-            self.left -= cost
+            self.left = max(0, self.left - cost)
             self.roll_out(schedule, history_length, name)
             yield
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import pickle
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ertacache.calibration.choice import CHOICE_METRIC
+from ertacache.calibration.effort import Effort
 from ertacache.demos.model_folder import StepwiseSampler
 from ertacache.pipelines.conditions import watching
 from ertacache.plans.requirements import Requirements
@@ -84,7 +86,8 @@ class CalibrationSession:
         self.silent = not (progress and parallel.is_main())
         self.progress = Progress("call", self.silent)
         self.conditions: dict[str, Any] = {}
-        self.clock: list[float] = []  # when the first model calls were made, seconds
+        self.until = math.inf  # when the calibration is to end, on the clock of time.monotonic
+        self.clock: list[tuple[float, int]] = []  # of the first and the latest model calls: when, and calls until then
 
     @property
     def model(self) -> str:
@@ -135,25 +138,74 @@ class CalibrationSession:
         """The requirements of a plan, with the conditions that the first model call has shown."""
         return replace(self.requirements, settings={**self.requirements.settings, **self.conditions})
 
-    def announce(self, calls: int) -> None:
-        """Say what is to come, before it begins. calls: the most model calls per batch."""
+    def announce(self, calls: int, effort: Effort, least: int) -> None:
+        """Say what is to come, before it begins; from now on the effort's minutes count.
+
+        Args:
+            calls: The most model calls per batch.
+            effort: Of the calibration.
+            least: Model calls per batch without which there is no plan.
+        """
+        self.until, timed = time.monotonic() + 60 * effort.minutes, effort.minutes < math.inf
+        calls = least if timed else calls
         self.progress.begin("calibration, uncached runs")
-        self.progress.expect(calls * len(parallel.mine(self.batches)))
+        self.progress.expect(self.of_this_process(calls))
         if not self.silent:
             size = min(self.batch_size, len(self.prompts))
             runs = calls * len(self.prompts) / self.steps
-            text = f"at most {calls * self.batches} model calls with {size} prompt{'s' if size > 1 else ''} each"
-            cost = f"the cost of {runs:.0f} uncached results"
-            print(f"calibration: {text}, {cost}; Ctrl-C and the same again go on", file=sys.stderr)
+            text = f"{calls * self.batches} model calls with {size} prompt{'s' if size > 1 else ''} each"
+            text += f", the cost of {runs:.0f} uncached results"
+            text = f"{text}, then a search, at most {effort.name} in all" if timed else f"at most {text}"
+            print(f"calibration: {text}; Ctrl-C and the same again go on", file=sys.stderr)
+
+    def of_this_process(self, calls: int) -> int:
+        """Return how many model calls this process makes. calls: per batch."""
+        return calls * len(parallel.mine(self.batches))
 
     def called(self, calls: int = 1) -> None:
-        """Count model calls of this process; after the second one, say how long the calibration may take."""
+        """Count model calls of this process; after the second one, say how long the calibration may take.
+
+        Raises:
+            UserError: Longer than the effort's minutes, at the least.
+        """
         self.progress.update(calls)
-        self.clock = [*self.clock, time.monotonic()][:3]
+        earlier = len(self.clock)
+        self.clock = [*self.clock[:1], (time.monotonic(), self.progress.n)]
         calls_left = self.progress.total - self.progress.n
-        if len(self.clock) == 2 and calls_left and not self.silent:
-            left = (self.clock[1] - self.clock[0]) * calls_left / calls
-            print(f"calibration: at most {duration(left)}", file=sys.stderr)
+        if earlier != 1 or not calls_left:
+            return
+        now, seconds = self.clock[1][0], calls_left * self.seconds_per_call
+        if self.until < math.inf:
+            time_left = self.until - now
+            if seconds > time_left:
+                text = f"the calibration takes at least {duration(seconds)} more, and {duration(time_left)} are left"
+                raise UserError(f"{text}: give a longer time, or fewer prompts or steps")
+            self.progress.expect(int((time_left - seconds) / max(self.seconds_per_call, 1e-6)))
+            seconds = time_left
+        if not self.silent:
+            print(f"calibration: at most {duration(seconds)}", file=sys.stderr)
+
+    @property
+    def seconds_per_call(self) -> float:
+        """Seconds between the model calls so far, in the mean; 0 before the second one."""
+        (began, first), (now, latest) = self.clock[:1] + self.clock[-1:] or [(0.0, 0)] * 2
+        return (now - began) / max(1, latest - first)
+
+    def allowance(self, calls: int, plans: int) -> tuple[int, float]:
+        """Return what may be spent on the next one of so many plans: model calls per batch, and until when.
+
+        Args:
+            calls: The most per batch that its effort allows.
+            plans: That are still to be made, which share the time.
+        """
+        if self.until == math.inf:
+            return calls, self.until
+        now = time.monotonic()
+        time_left = max(0.0, self.until - now) / plans
+        if self.seconds_per_call:
+            calls = min(calls, int(time_left / max(1, self.of_this_process(1)) / self.seconds_per_call))
+            self.progress.expect(self.progress.n + plans * self.of_this_process(calls) - self.progress.total)
+        return parallel.share((calls, now + time_left))
 
     def spare(self, calls: int) -> None:
         """Take back announced model calls of this process that are not needed."""

@@ -13,6 +13,7 @@ point is the S of Algorithm 2 on the whole set. Two passes are usual.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -210,19 +211,32 @@ class ThresholdCalibration:
 
     # --- from sums to a plan ---------------------------------------------------------------------------------
 
-    def plan(self, threshold: float, effort: str = "normal") -> ThresholdPlan:
+    def plan(self, threshold: float, effort: str | float = "normal") -> ThresholdPlan:
         """Return the plan for one λ."""
         return next(self.plans([threshold], effort))
 
-    def plans(self, thresholds: Sequence[float], effort: str = "normal") -> Iterator[ThresholdPlan]:
-        """Return the plan for each λ > 0: Algorithm 2 decides how many calls, the parts that lower the error stay."""
+    def plans(self, thresholds: Sequence[float], effort: str | float = "normal") -> Iterator[ThresholdPlan]:
+        """Return the plan for each λ > 0: Algorithm 2 decides how many calls, the parts that lower the error stay.
+
+        Args:
+            thresholds: λ of each plan.
+            effort: quick, normal, thorough or a number of minutes, in which all parts are tried if they fit.
+        """
         for threshold in thresholds:
             check_threshold(threshold)
-        whole = effort_of(effort).whole_ablation
-        passes, evaluations = (2 + FIT_PASSES * 3 - 1, 7) if whole else (1, 3)
-        self.session.announce(self.steps * (1 + (passes + evaluations) * len(thresholds)))
-        for threshold in thresholds:
-            yield self.choose(*self.candidates(threshold, whole))
+        limits, steps, count = effort_of(effort), self.steps, len(thresholds)
+        short, whole = steps * (1 + 3), steps * (2 + FIT_PASSES * 3 - 1 + 7)  # passes and evaluations, for each λ
+        most = whole if limits.whole_ablation else short
+        self.session.announce(steps + most * count, limits, least=steps + short * count)
+        self.uncached  # noqa: B018 (shows how long a model call takes)
+        for place, threshold in enumerate(thresholds):
+            calls, _ = self.session.allowance(most, count - place)
+            yield self.choose(*self.candidates(threshold, calls >= whole))
+
+    @cached_property
+    def uncached(self) -> PassSums:
+        """The sums of the uncached run."""
+        return self.watch(WatchedSchedule(), pairs=True)
 
     def candidates(self, threshold: float, whole: bool = True) -> tuple[dict[str, ThresholdPlan], dict[str, float]]:
         """Return the plans for one λ at equal NFE, by name, and their errors.
@@ -236,7 +250,7 @@ class ThresholdCalibration:
                 time adjustment and rectification are tried.
         """
         self.session.progress.begin(f"calibration, λ = {threshold:g}")
-        cached, sums = self.search_policy(self.watch(WatchedSchedule(), pairs=True), threshold, whole)
+        cached, sums = self.search_policy(self.uncached, threshold, whole)
         policy = ThresholdPlan(
             requirements=self.session.calibrated,
             threshold=float(threshold),
@@ -273,7 +287,7 @@ class ThresholdCalibration:
 
     def threshold_for(self, nfe: int) -> float:
         """Return the λ of at most two digits whose policy on the uncached run is nearest to `nfe` calls."""
-        uncached = self.watch(WatchedSchedule(), pairs=True)
+        uncached = self.uncached
         grid = [digits * 10.0**power for power in (-4, -3, -2, -1) for digits in range(10, 100)]
         calls = {t: self.steps - len(algorithm.select_cached(uncached.distance, uncached.norm, t)) for t in grid}
         nearest = min(abs(n - nfe) for n in calls.values())

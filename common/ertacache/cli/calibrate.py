@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.from_pipeline import make_plans
 from ertacache.cli.arguments import parse_list
 from ertacache.cli.request import Request
@@ -22,6 +23,7 @@ SAVING = ".saving-plans-"
 def run(request: Request, out: Path, speedups: str, seed: int, effort: str, force: bool) -> None:
     """Calibrate and save, in one process or in each of several that a launcher has started."""
     check_seed(seed)
+    effort_of(effort, "--effort")
     paths: dict[float, Path] = {}
 
     def save(plans: dict[float, BudgetPlan]) -> None:

@@ -48,7 +48,9 @@ def calibrate(
     out: Annotated[Path, path_option("FOLDER", "for the plans, and for what a killed run resumes from")],
     speedups: Annotated[str, typer.Option(metavar="S,S,…", help="plans that compute T/S of T steps")] = "2,3",
     seed: Seed = 0,
-    effort: Annotated[Literal["quick", "normal", "thorough"], typer.Option(help="what it may cost")] = "normal",
+    effort: Annotated[
+        str, typer.Option(help="what it may cost: quick, normal, thorough or a number of minutes")
+    ] = "normal",
     force: Annotated[bool, typer.Option("--force", help="overwrite existing plans")] = False,
 ) -> None:
     """Make plans for a model and its settings.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ertacache.calibration.effort import EFFORTS
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.from_folder import CalibrationOptions, PlanRequest, find_plan
 from ertacache.cli.arguments import ArgumentParser, check_counts, prompts_of
 from ertacache.demos.model_folder import Sampler, draws_captions, makes_videos, settings_parameters
@@ -98,8 +98,8 @@ def parse_arguments(
         metavar="FILE",
         help=f"{learned} (default: prompts/calibration-demo.txt, or calibration.txt)",
     )
-    text = f"what calibrating a plan may cost, where none is stored (default: {effort})"
-    add("--effort", choices=EFFORTS, help=text)
+    costs = "what calibrating a plan may cost, where none is stored: quick, normal, thorough or a number of minutes"
+    add("--effort", help=f"{costs} (default: {effort})")
     aims = "what a budget plan imitates: the uncached run (reference), or the solution that it approximates (exact)"
     add("--target", choices=tuple(TARGETS), help=f"{aims} (default: reference)")
     add("--out", type=Path, default=Path("sample"), help="output folder (default: sample)")
@@ -113,7 +113,8 @@ def parse_arguments(
         if value is not None and (args.plan or args.baseline):
             remedy = "leave it out, or give --threshold or --speedup"
             raise UserError(f"{flag} {value}: nothing is calibrated, {remedy}")
-    args.effort = args.effort or effort
+    args.effort = effort if args.effort is None else args.effort
+    effort_of(args.effort, "--effort")
     if "fps" in args:
         check_counts(args, "fps", most=LARGEST_FPS)
     return args

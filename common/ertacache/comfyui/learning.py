@@ -139,7 +139,7 @@ class Learner:
         for name, value in (("images", images), ("extra_calls", extra_calls)):
             if value < 1:
                 raise UserError(f"{name} = {value}: give at least 1")
-        effort_of(effort)
+        effort_of(effort, in_minutes=False)
         self.path, self.speedup, self.images, self.extra_calls = Path(path), speedup, images, extra_calls
         self.good_enough, self.effort, self.say = good_enough, effort, say
         self.parent, self.work = work, None  # the folder is made for the first lesson

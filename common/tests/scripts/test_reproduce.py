@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -216,23 +217,40 @@ def test_what_cannot_be_reproduced(script, arguments, words, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("script", "what", "lines"),
     [
-        ("figures", "figure2", 1),
-        ("figures", "figure3", 2),
-        ("figures", "figure5", 2),
-        ("tables", "table2", 2),
-        ("tables", "table4", 2),
+        (figures, "figure2", 1),
+        (figures, "figure3", 2),
+        (figures, "figure5", 2),
+        (tables, "table2", 2),
+        (tables, "table4", 2),
     ],
 )
-def test_a_dry_run_says_how_many_rows_steps_and_hours(script, what, lines, tmp_path):
+def test_a_dry_run_says_how_many_rows_steps_and_hours(script, what, lines, tmp_path, monkeypatch, capsys):
+    """The scripts that measure, which are processes of their own, are run in this one."""
+
+    def main_of(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(ROOT / "scripts" / name))["main"]()
+
+    monkeypatch.setattr(tables, "run", main_of)
     words = ["--folders", "ERTACache4FLUX"] if what != "table4" else []
-    words += ["--count", "2", "--counts", "2,4"] if script == "figures" else ["--extra", ""]
+    words += ["--count", "2", "--counts", "2,4"] if script is figures else ["--extra", ""]
     words += ["--work", str(tmp_path)] if what == "figure3" else []
-    done = run(f"reproduce/{script}.py", what, *words, "--dry-run", "--step-seconds", "7", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
+    arguments = [what, *words, "--dry-run", "--step-seconds", "7", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+    script.main()
+    said = capsys.readouterr().out.splitlines()
     pattern = r"ERTACache4\S+?(, figure 2)?: about \d+ rows, \d+ prompts?, \d+ steps, \d+\.\d hours; .* on top"
     assert len(said) == lines and all(re.fullmatch(pattern, line) for line in said), said
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".txt"]  # those are the prompts of figure 5
+
+
+def test_what_a_measuring_script_prints_is_the_result_of_a_dry_run_alone(monkeypatch):
+    outputs = []
+    done = Namespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, stdout: outputs.append(stdout) or done)
+    tables.run("evaluate.py", "--dry-run")
+    tables.run("evaluate.py")
+    assert outputs == [None, sys.stderr]
 
 
 @pytest.mark.slow

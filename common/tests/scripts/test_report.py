@@ -166,6 +166,7 @@ def test_rows_that_are_refused(tmp_path, spoil, words):
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, rows, arguments, words):
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
     write_rows(tmp_path, "rows") if rows is None else (tmp_path / "rows.json").write_text(rows)
     before = sorted(tmp_path.iterdir())
     done = report("rows.json", *arguments.split(), cwd=tmp_path)
@@ -400,6 +401,7 @@ def test_the_overview_has_the_best_row_of_each_method(tmp_path):
 
 
 def test_hardness_ranks_problems_and_says_where_another_method_leads(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
     tail = {"psnr_p10": 30.0, "psnr_worst": 20.0, "latents_below_30db": 0.25}
     for name, fewer, others in (("easy", 45.0, 60.0), ("hard", 20.0, 71.5)):
         rows = [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -154,6 +155,18 @@ def test_half_of_the_steps():
     assert len(computed_steps(30)) == 15 and len(computed_steps(50)) == 25
 
 
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run a program under scripts/ in this process, and return what it prints."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(ROOT / "scripts" / name))["main"]()
+        return capsys.readouterr().out
+
+    return run
+
+
 def script(*arguments):
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "latency.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -199,29 +212,24 @@ def test_a_bad_argument_ends_with_one_line():
 
 
 @pytest.mark.slow
-def test_the_closed_form_problem_is_a_folder_like_the_others_at_any_hardness(tmp_path):
+def test_the_closed_form_problem_is_a_folder_like_the_others_at_any_hardness(program, tmp_path):
     """Captions, calibration prompts and prompt accuracy of the demo hold for a model with another b."""
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", ROOT / "scripts" / "bench" / "closed_form"]
-    command += ["--model", "b=1", "--guidance", "1", "--steps", "12", "--methods", "fewer-steps,budget"]
-    command += ["--speedups", "2", "--count", "8", "--latency-repeats", "0", "--work", tmp_path / "work"]
-    done = subprocess.run([*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = [ROOT / "scripts" / "bench" / "closed_form", "--model", "b=1", "--guidance", "1", "--steps", "12"]
+    words += ["--methods", "fewer-steps,budget", "--speedups", "2", "--count", "8", "--latency-repeats", "0"]
+    program("evaluate.py", *words, "--work", tmp_path / "work", "--json", tmp_path / "rows.json")
     rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["budget"]["model"] == "b=1" and rows["none"]["prompt_accuracy"] is not None
     assert rows["budget"]["psnr"] > rows["fewer-steps"]["psnr"] + 10
 
 
 @pytest.mark.slow
-def test_every_method_on_the_closed_form_problem(tmp_path):
+def test_every_method_on_the_closed_form_problem(program, tmp_path):
     """A smooth problem, guidance 1 and wide points: plans are far above all that know less."""
-    command = [sys.executable, ROOT / "scripts" / "bench" / "planner.py", "--steps", "12", "--guidances", "1"]
-    command += ["--widths", "1", "--speedups", "2", "--efforts", "quick,normal", "--draws"]
-    one = subprocess.run([*command, "1", "--out", tmp_path / "out.json"], capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
+    words = ["--steps", "12", "--guidances", "1", "--widths", "1", "--speedups", "2", "--efforts", "quick,normal"]
+    words += ["--out", tmp_path / "out.json", "--draws"]
+    program("bench/planner.py", *words, "1")
     (first,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-    command += ["2"]  # goes on with the second draw
-    done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    said = program("bench/planner.py", *words, "2")  # goes on with the second draw
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(row["draws"]) == 2 and row["draws"][0] == first["draws"][0] != row["draws"][1]
     assert (row["steps"], row["guidance"], row["width"], row["speedup"]) == (12, 1.0, 1.0, "2")
@@ -230,20 +238,17 @@ def test_every_method_on_the_closed_form_problem(tmp_path):
     assert len(rivals) == 5 and means["normal"] >= means["quick"] - 1 > max(rivals.values())
     assert means["OSS"] >= means["fewer steps"] - 1
     lead = min(draw["quick"]["mean"] - max(draw[name]["mean"] for name in rivals) for draw in row["draws"])
-    assert f"| {means['normal']:.1f} / " in done.stdout and f"| {lead:+.1f} / " in done.stdout
-    again = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.strip() == done.stdout[done.stdout.rindex("\n\n| T ") :].strip()
+    assert f"| {means['normal']:.1f} / " in said and f"| {lead:+.1f} / " in said
+    assert program("bench/planner.py", *words, "2").strip() == said[said.rindex("\n\n| T ") :].strip()
 
 
 # --- scripts/bench/noise.py ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_plans_do_not_amplify_the_networks_noise():
-    command = [sys.executable, ROOT / "scripts" / "bench" / "noise.py", ROOT / "ERTACache4FLUX", "--speedups", "3"]
-    done = subprocess.run([*command, "--count", "2", "--batch-size", "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:6]]
+def test_plans_do_not_amplify_the_networks_noise(program):
+    said = program("bench/noise.py", ROOT / "ERTACache4FLUX", "--speedups", 3, "--count", 2, "--batch-size", 2)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()[2:6]]
     found = {name: [float(text.split()[0]) for text in texts if text != "–"] for name, _, *texts in cells}
     assert list(found) == ["float32", "1 % noise", "bfloat16", "int8 activations"] and len(found["float32"]) == 2
     exact = found["float32"]

@@ -214,7 +214,8 @@ def figure3(args) -> None:
         for row in printed:
             by_threshold = args.model == "full" and "lambda" in row
             flag, key = ("--thresholds", "lambda") if by_threshold else ("--speedups", "speedup")
-            more = ["--samples", str(args.count)] + ([] if args.prompts else ["--count", str(args.count)])
+            more = ["--samples", str(args.count), "--work", str(args.out)]
+            more += [] if args.prompts else ["--count", str(args.count)]
             request = (row["method"], flag, str(row[key]))
             rows += evaluate(args, folder, request, f"figure3-{folder}-{row['method']}", more)
         if args.dry_run:

@@ -234,7 +234,6 @@ def test_a_dry_run_says_how_many_rows_steps_and_hours(script, what, lines, tmp_p
     monkeypatch.setattr(tables, "run", main_of)
     words = ["--folders", "ERTACache4FLUX"] if what != "table4" else []
     words += ["--count", "2", "--counts", "2,4"] if script is figures else ["--extra", ""]
-    words += ["--work", str(tmp_path)] if what == "figure3" else []
     arguments = [what, *words, "--dry-run", "--step-seconds", "7", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
     script.main()

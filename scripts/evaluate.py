@@ -32,7 +32,7 @@ from ertacache.cli import folder_command
 from ertacache.cli.arguments import ArgumentParser, check_counts, check_step_seconds, parse_list, prompts_of
 from ertacache.demos.model_folder import check_steps, draws_captions, load_model_folder
 from ertacache.evaluation import table
-from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, THRESHOLD_METHODS, MethodRows
+from ertacache.evaluation.methods import BUDGET_METHODS, METHODS, SEVERAL, THRESHOLD_METHODS, MethodRows
 from ertacache.evaluation.rivals.methods import RIVALS
 from ertacache.evaluation.rows import Row
 from ertacache.evaluation.runner import Evaluation
@@ -172,9 +172,9 @@ def announced(args, options, folder: str) -> str:
     """Return a line on the rows of one model folder, and about how many steps they take over all prompts."""
     prompts = len(prompts_of(None, options.prompts)) if options.prompts else args.count or COUNT
     steps, sites = options.steps, (args.sites or options.site or "output").count(",") + 1
-    others = [name for name in args.methods if name not in THRESHOLD_METHODS]
-    ours = [name for name in args.methods if name in THRESHOLD_METHODS]
-    rates = [1.0] + args.speedups * (len(others) + sites * len(ours)) + [2.0] * len(args.thresholds) * sites * len(ours)
+    others = sum(SEVERAL.get(name, 1) for name in args.methods if name not in THRESHOLD_METHODS)
+    ours = sites * sum(SEVERAL.get(name, 1) for name in args.methods if name in THRESHOLD_METHODS)
+    rates = [1.0] + args.speedups * (others + ours) + [2.0] * len(args.thresholds) * ours
     timed = args.latency_repeats * (args.latency_prompts or options.batch_size)
     calls = sum(steps / rate * (prompts + timed) + steps * timed * (rate > 1) for rate in rates)
     calls += 6 * steps * prompts * args.exact

@@ -31,6 +31,7 @@ from ertacache.plans.names import budget_name, budget_of, threshold_name
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
+SEVERAL = {"ablation": 7, "budget-ablation": 4, "budcache": 2}  # rows of the methods that have more than one
 FLOP_PROMPTS = 2  # calibration prompts on which the FLOPs of a setting are counted
 METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *RIVALS, *CACHES)
 

@@ -221,6 +221,7 @@ def test_what_cannot_be_reproduced(script, arguments, words, tmp_path, monkeypat
         (figures, "figure3", 2),
         (figures, "figure5", 2),
         (tables, "table2", 2),
+        (tables, "table3", 1),
         (tables, "table4", 2),
     ],
 )
@@ -240,6 +241,7 @@ def test_a_dry_run_says_how_many_rows_steps_and_hours(script, what, lines, tmp_p
     said = capsys.readouterr().out.splitlines()
     pattern = r"ERTACache4\S+?(, figure 2)?: about \d+ rows, \d+ prompts?, \d+ steps, \d+\.\d hours; .* on top"
     assert len(said) == lines and all(re.fullmatch(pattern, line) for line in said), said
+    assert what != "table3" or "about 8 rows" in said[0]  # the uncached run and seven parts of a threshold plan
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".txt"]  # those are the prompts of figure 5
 
 

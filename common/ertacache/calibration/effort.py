@@ -51,7 +51,7 @@ def effort_of(effort: str | float, argument: str = "effort", in_minutes: bool = 
     minutes = math.nan
     if isinstance(effort, str | int | float) and not isinstance(effort, bool):
         with contextlib.suppress(ValueError, OverflowError):
-            minutes = float(str(effort).removesuffix("s").removesuffix(" minute"))
+            minutes = float(str(effort).removesuffix(" minutes").removesuffix(" minute"))
     if in_minutes and 0 < minutes < math.inf:
         name = f"{minutes:g} minute{'s' if minutes != 1 else ''}"
         return Effort(name, prompts=None, threshold_prompts=None, search=40, whole_ablation=True, minutes=minutes)

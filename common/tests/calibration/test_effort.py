@@ -146,7 +146,25 @@ def test_the_name_of_an_effort_is_one():
 
 @pytest.mark.parametrize(
     "value",
-    ["great", "", "0", "-3", 0, -1.5, math.nan, math.inf, "nan", "inf", "1e999", 10**400, True, None, ["a"], "5 hours"],
+    [
+        "great",
+        "",
+        "0",
+        "-3",
+        0,
+        -1.5,
+        math.nan,
+        math.inf,
+        "nan",
+        "inf",
+        "1e999",
+        10**400,
+        True,
+        None,
+        ["a"],
+        "5 hours",
+        "10s",
+    ],
 )
 def test_no_such_effort(value):
     with refused("--effort ", ": give quick, normal, thorough or a number of minutes"):

@@ -178,7 +178,7 @@ class CalibrationSession:
         if self.until < math.inf:
             time_left = self.until - now
             if seconds > time_left:
-                text = f"the calibration takes at least {duration(seconds)} more, and {duration(time_left)} are left"
+                text = f"the calibration takes at least {duration(seconds)} more, with {duration(time_left)} left"
                 raise UserError(f"{text}: give a longer time, or fewer prompts or steps")
             self.progress.expect(int((time_left - seconds) / max(self.seconds_per_call, 1e-6)))
             seconds = time_left

@@ -75,13 +75,11 @@ def test_more_time_gives_better_plans(clock, tmp_path):
 def test_too_few_minutes_are_refused_after_two_calls(clock, tmp_path):
     session = clock.session(tmp_path, batch_size=1)
     needed = (STEPS + 6 + 4) * PROMPTS  # seconds
-    with refused(f"at least {round((needed - 2) / 60)} minutes more", "and 58 seconds are left", "give a longer time"):
+    with refused(f"at least {round((needed - 2) / 60)} minutes more", "with 58 seconds left", "give a longer time"):
         BudgetCalibration(session).plans([6, 4], 1)
     assert session.pipe.transformer.calls == 2
     threshold = clock.session(tmp_path, batch_size=1)
-    with refused(
-        "at least 8 minutes more", "and 58 seconds are left"
-    ):  # 96 s for the uncached runs, and four times that
+    with refused("at least 8 minutes more", "with 58 seconds left"):  # 96 s for the uncached runs, and four times that
         ThresholdCalibration(threshold).plan(0.2, 1)
     assert threshold.pipe.transformer.calls == 2
     plans = BudgetCalibration(clock.session(tmp_path, batch_size=1)).plans([6, 4], needed / 60)

@@ -64,21 +64,6 @@ def test_all_stages_run_and_a_second_run_resumes(folder, tmp_path):
     assert "vae 3/3" in again.stdout and "vae 2/" not in again.stdout and "transformer" not in again.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["ERTACache4Nothing"], "there is a recipe for ERTACache4FLUX"),
-        (["ERTACache4FLUX", "--set", "vae=many"], "--set vae=many: give NAME=NUMBER with a name of vae"),
-        (["ERTACache4Wan2.1", "--set", "distilled=3"], "--set distilled=3"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, words):
-    done = train(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize(("npm", "words"), [("exit 1", "npm cannot fetch"), ("touch it.tgz", "than expected")])
 def test_pictures_that_cannot_be_had_are_one_line_and_leave_nothing(npm, words, tmp_path, monkeypatch):
     (tmp_path / "npm").write_text(f"#!/bin/sh\n{npm}\n")

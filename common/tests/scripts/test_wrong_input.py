@@ -45,6 +45,9 @@ FLUX = ROOT / "ERTACache4FLUX"
         ("report/remake.py", "page.md", "page.md: no table below shell commands: see --list"),
         ("report/remake.py", "page.md --only x", "page.md: no table below shell commands and such a heading: see"),
         ("report/remake.py", "binary.md", "cannot read binary.md ("),
+        ("train/train_demo.py", "ERTACache4Nothing", "there is a recipe for ERTACache4FLUX"),
+        ("train/train_demo.py", "ERTACache4FLUX --set vae=many", "--set vae=many: give NAME=NUMBER with a name of vae"),
+        ("train/train_demo.py", "ERTACache4Wan2.1 --set distilled=3", "--set distilled=3"),
     ],
 )
 def test_one_line_before_any_work(program, words, message, tmp_path, monkeypatch):

@@ -19,13 +19,11 @@ from pathlib import Path
 from ertacache.cli.arguments import ArgumentParser
 from ertacache.evaluation import table
 from ertacache.evaluation.ranking import OTHER_FAMILIES, ranking
-from ertacache.evaluation.report import Section, comparable, sections
+from ertacache.evaluation.report import HALF, Section, comparable, sections
 from ertacache.evaluation.rows import Row, read_source
 from ertacache.utils.errors import UserError, run_program
 from ertacache.utils.files import writable_files, write_atomically
 from ertacache.utils.tables import MISSING, escaped, markdown
-
-HALF = 2  # the speed-up at which hardness is measured
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class Problem:
 def problem_of(section: Section, name: str) -> Problem:
     """Return the problem whose rows these are. name: of its file, for the refusal."""
     settings = comparable(section.rows[0])
-    half = [row for row in section.methods if row["method"] == "fewer-steps" and row["asked"] == HALF]
-    if not half or half[0]["psnr"] is None:
+    if section.hardness is None:
         raise UserError(f"{name} has no row of fewer steps at {HALF}×: measure it with --methods fewer-steps,…")
     best = {}
     for target in section.targets:
@@ -63,7 +60,7 @@ def problem_of(section: Section, name: str) -> Problem:
     title = section.folder.removeprefix("ERTACache4").replace("closed_form", "closed form")
     if section.model != "demo":
         title += f", {section.model}"
-    return Problem(title, settings["T"], settings["guidance"], half[0]["psnr"], best, section.rows)
+    return Problem(title, settings["T"], settings["guidance"], section.hardness, best, section.rows)
 
 
 def lead(pair: tuple[Row | None, Row | None]) -> float | None:

@@ -125,6 +125,7 @@ def page(sections, sources, title: str, measured_by: str = "scripts/evaluate.py"
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         rows=base64.b64encode(json.dumps(rows, indent=1).encode()).decode(),
         axes=AXES,
+        half=report.HALF,
     )
 
 
@@ -151,6 +152,8 @@ def tables(sections) -> str:
         where = escaped(f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}")
         parts += [f"## {escaped(f'{section.folder}, {section.model}')}"]
         parts += [f"{where}. Bold: the best among the rows with a place."]
+        if section.hardness is not None:
+            parts += [f"How hard it is: fewer steps at {report.HALF}× reach {section.hardness:.1f} dB."]
         for target in section.targets:
             rows = [row for row in section.methods if row["asked"] == target]
             empty = {name for name in report.TABLE[:-1] if all(row.get(name) is None for row in rows)}

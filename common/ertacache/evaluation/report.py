@@ -50,6 +50,7 @@ MORE = (
     "peak_memory_mib",
 )
 RANKED_BY = ("psnr", "ssim", "exact_psnr")
+HALF = 2  # the speed-up at which fewer steps say how hard a problem is
 
 
 @dataclass
@@ -76,6 +77,12 @@ class Section:
     def targets(self) -> list[float]:
         """The target speed-ups, ascending."""
         return sorted({row["asked"] for row in self.methods if row["asked"] is not None})
+
+    @property
+    def hardness(self) -> float | None:
+        """Mean PSNR in dB that half of the uncached run's steps reach; lower is harder. None: not measured."""
+        half = [row for row in self.methods if row["method"] == "fewer-steps" and row["asked"] == HALF]
+        return half[0]["psnr"] if half else None
 
 
 def sections(sources: list[Source]) -> list[Section]:

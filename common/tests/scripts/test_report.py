@@ -56,6 +56,8 @@ def write_rows(folder, name, video=False):
         row(name, "sloth (N = 2)", "peer", 4, 1.5, 60.0),
         row(name, "ertacache (λ = 0.1)", "ertacache", None, 1.5, 58.0),
     ]
+    if not video:
+        rows.append(row(name, "fewer-steps (6)", "steps", 2, 2.0, 35.04))
     for number, grey in {0: 90, 1: 94, 2: 110, 4: 150}.items():
         rows[number]["samples"] = save_samples(folder, f"{name}-{number}", grey, video)
         rows[number]["sample_prompts"] = PROMPTS
@@ -79,7 +81,7 @@ def made(tmp_path_factory):
     beside = ("--markdown", folder / "tables.md", "--image", folder / "psnr.png")
     done = report(*files, "--out", folder / "report.html", "--title", title, *beside)
     assert done.returncode == 0, done.stderr
-    assert "14 rows of 2 models" in done.stdout
+    assert "15 rows of 2 models" in done.stdout
     return folder
 
 
@@ -107,12 +109,17 @@ def test_markdown_tables(made):
     tables = (made / "tables.md").read_text()
     assert tables.count("\n### 2×\n") == tables.count("\n### 4×\n") == 2 and tables.count("\n## Images, demo\n") == 1
     assert tables.startswith("## Who is first\n")
-    assert "| Images | 2× | PSNR | budget (H = 3) | 70.00 | 1 of 2 | +20.00 dB | +20.00 dB |" in tables
+    assert "| Images | 2× | PSNR | budget (H = 3) | 70.00 | 1 of 3 | +20.00 dB | +20.00 dB |" in tables
     assert "| Videos | 4× | PSNR | tea\\|cache (δ = 0.4) | 45.00 | 2 of 2 | −5.00 dB | −5.00 dB |" in tables
     head = "| budget (H = 3) | **6** | **2.00×**"
     assert head not in tables and "| budget (H = 3) | 6 | 2.00× | 1.80× | 1.60× | **70.00** |" in tables
     assert "| tea\\|cache (δ = 0.4) | **2.9** | **4.20×** | **3.78×** | **3.36×** | **45.00** |" in tables
     assert re.search(r"\| sloth \(N = 2\) \| 8 \|.*\| 60.00 \|.*\| – \|\n", tables)
+
+
+def test_a_model_with_fewer_steps_at_2x_says_how_hard_it_is(made):
+    for file, words in (("report.html", "steps at 2×) reach 35.0 dB;"), ("tables.md", "steps at 2× reach 35.0 dB.")):
+        assert (made / file).read_text().count("How hard it is") == 1 and words in (made / file).read_text(), file
 
 
 def test_the_overview_has_a_panel_a_model(made):

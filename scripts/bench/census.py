@@ -3,6 +3,7 @@
     .venv/bin/python scripts/bench/census.py --json runs/census.json
     .venv/bin/python scripts/bench/census.py Flux StableDiffusionXL        # names that begin so
     .venv/bin/python scripts/bench/census.py --sample 8                    # others on each day
+    .venv/bin/python scripts/bench/census.py --dtype bfloat16              # as real checkpoints are loaded
 
 A pipeline works if `ertacache.calibrate` makes plans for it, if at 1× its result is the uncached one bit for bit, if at
 2× and 3× its denoisers are called at the computed steps alone and the error is the one that was predicted, and if it is
@@ -36,7 +37,7 @@ import torch
 
 import ertacache
 from ertacache import UserError
-from ertacache.calibration.paused_call import arguments_of_call, prompt_argument
+from ertacache.calibration.paused_call import arguments_of_call, prompt_argument, unchanged
 from ertacache.cli.arguments import ArgumentParser, check_counts
 from ertacache.evaluation.table import facts
 from ertacache.numerics.schedulers import NOISE
@@ -53,7 +54,7 @@ BUILDERS = ("census_images", "census_videos", "census_unets")
 PROMPTS = ("a red star", "a blue sea", "a green cat on a chair", "an old tree")
 FITTED = 3  # of them, which the weights are fitted on
 SPEEDUPS = (1, 2, 3)
-TOLERANCE = 0.02  # of the predicted error
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.2}  # of the predicted error
 LOADS = re.compile(r": pipe\.scheduler = diffusers\.(\w+)\.from_config\((?:\{.*?\}|[\w.]+)(?:, )?(.*)\)$")
 WORKS, REFUSED, FAILS, NOT_BUILT = "works", "refused", "fails", "not built"
 
@@ -109,7 +110,7 @@ class Calls:
 
     def keep(self, *args, **kwargs):
         sample, output = kwargs.get("sample", args[2] if len(args) > 2 else None), self.step(*args, **kwargs)
-        same = torch.ones_like(sample, dtype=bool) if self.before is None else sample == self.before
+        same = torch.ones_like(sample, dtype=bool) if self.before is None else unchanged(sample, self.before)
         self.free = same if self.free is None else self.free & same
         self.before = (output[0] if isinstance(output, tuple) else output.prev_sample).clone()
         run = self.pipe.scheduler.run
@@ -127,11 +128,15 @@ class Calls:
             handle.remove()
 
 
+class Unable(Exception):
+    """A pipeline that does not run in a dtype."""
+
+
 class Wrong(Exception):
     """A pipeline that neither works nor is refused."""
 
 
-def examine(tiny, steps: int) -> tuple[tuple[int, ...], str]:
+def examine(tiny, steps: int, tolerance: float) -> tuple[tuple[int, ...], str]:
     """Calibrate a pipeline and follow its plans.
 
     Returns:
@@ -184,7 +189,7 @@ def examine(tiny, steps: int) -> tuple[tuple[int, ...], str]:
             raise Wrong(f"at {speedup}× the result is not finite")
         if speedup == SPEEDUPS[1]:
             error = error_of(calls.finals, finals)
-            if not abs(error / plan.predicted_error - 1) < TOLERANCE:
+            if not abs(error / plan.predicted_error - 1) < tolerance:
                 raise Wrong(f"at {speedup}× the error is {error:.3g}, predicted {plan.predicted_error:.3g}")
     ertacache.disable(pipe)
     if not torch.equal(tiny.run(steps, 0, **changes[0]), plain[0]):
@@ -205,21 +210,56 @@ def prompt_of(tiny, name: str, text: str):
     return text if name in ("prompt", "content_prompt", "editing_prompt") else tiny.arguments.get(name)
 
 
-def row_of(name: str, build: Callable, steps: int) -> Row:
+def in_dtype(tiny, dtype: torch.dtype):
+    """Bring a pipeline's weights, and what its builder has put in the place of its encoders, to a dtype.
+
+    Raises:
+        Unable: It does not run so, of itself or because the builder's stand-ins are of another dtype.
+    """
+    if dtype == torch.float32:
+        return tiny
+
+    def cast(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, list | tuple):
+            return type(value)(map(cast, value))
+        return value
+
+    def casting(encode: Callable) -> Callable:
+        return lambda *given, **options: cast(encode(*given, **options))
+
+    for part in tiny.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype)
+    for name, method in list(vars(tiny.pipe).items()):
+        if inspect.isfunction(method):
+            setattr(tiny.pipe, name, casting(method))
+    tiny.arguments = {name: cast(value) for name, value in tiny.arguments.items()}
+    try:
+        tiny.run(2)
+    except Exception as error:
+        raise Unable(f"does not run in {dtype} here: {error}") from error
+    return tiny
+
+
+def row_of(name: str, build: Callable, steps: int, dtype: str = "float32") -> Row:
     """Build and examine a pipeline; one that is refused for its scheduler again with the one that the line loads."""
     start, row = time.perf_counter(), Row(name, NOT_BUILT)
     try:
         with quiet():
-            tiny = build()
+            tiny = in_dtype(build(), getattr(torch, dtype))
             scheduler = originals(tiny.pipe).get("scheduler")
             row.scheduler = type(scheduler).__name__
             try:
-                (row.calls, row.note), row.outcome = examine(tiny, steps), WORKS
+                (row.calls, row.note), row.outcome = examine(tiny, steps, TOLERANCE[dtype]), WORKS
             except UserError as error:
                 row.outcome, row.note = REFUSED, str(error)
                 line = str(error).rpartition(": pipe.scheduler = ")[2]
                 if line != str(error):
-                    row.calls = _with_scheduler(build(), line, steps)
+                    row.calls = _with_scheduler(in_dtype(build(), getattr(torch, dtype)), line, steps, TOLERANCE[dtype])
+    except Unable as reason:
+        row.note = str(reason)
     except Wrong as problem:
         row.outcome, row.note = FAILS, str(problem)
     except Exception as error:
@@ -230,13 +270,13 @@ def row_of(name: str, build: Callable, steps: int) -> Row:
     return row
 
 
-def _with_scheduler(tiny, code: str, steps: int) -> tuple[int, ...]:
+def _with_scheduler(tiny, code: str, steps: int, tolerance: float) -> tuple[int, ...]:
     """Examine a pipeline with the scheduler that an expression makes; () where it is refused too."""
     import diffusers
 
     tiny.pipe.scheduler = eval(code, {"pipe": tiny.pipe, "diffusers": diffusers})
     try:
-        return examine(tiny, steps)[0]
+        return examine(tiny, steps, tolerance)[0]
     except UserError:
         return ()
 
@@ -244,7 +284,7 @@ def _with_scheduler(tiny, code: str, steps: int) -> tuple[int, ...]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Leave out what diffusers has to say about models that are too small."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
@@ -322,7 +362,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="beginnings of names of pipelines; all without any")
     parser.add_argument("--steps", type=int, default=8, help="num_inference_steps")
     parser.add_argument("--sample", type=int, help="examine so many, others on each day")
-    parser.add_argument("--json", type=Path, help="file that keeps the rows")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32", help="of weights and text states")
+    parser.add_argument("--json", type=Path, help="file that keeps the rows; one for each dtype")
     arguments = parser.parse_args()
     check_counts(arguments, "steps", "sample")
     build, cannot = builders()
@@ -342,7 +383,7 @@ def main() -> None:
     rows = []
     for number, name in enumerate(names, 1):
         if name in build:
-            row = kept.get(name) or row_of(name, build[name], arguments.steps)
+            row = kept.get(name) or row_of(name, build[name], arguments.steps, arguments.dtype)
         else:
             row = Row(name, NOT_BUILT, cannot.get(name, "no builder"))
         rows.append(row)

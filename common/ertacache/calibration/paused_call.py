@@ -286,10 +286,12 @@ class Watched(OwnSteps):
 
     def step(self, i, x, v, options):
         if self.made is not None:
-            self.call.changed = (self.made != x) | (False if self.call.changed is None else self.call.changed)
+            changed = ~unchanged(x, self.made)
+            self.call.changed = changed if self.call.changed is None else self.call.changed | changed
         self.call.pause(self.run, x.clone(), velocity_of(v, options).clone())
         made = super().step(i, x, v, options)
-        self.call.moved = (made != x) | (False if self.call.moved is None else self.call.moved)
+        moved = made != x
+        self.call.moved = moved if self.call.moved is None else self.call.moved | moved
         self.made = made.clone()
         return made
 
@@ -330,6 +332,17 @@ class Rollout(BudgetSteps):
         super().end(x)
         if self.run.leads:
             self.call.pause(self.run, x, None)
+
+
+def unchanged(x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """Return which numbers a pipeline has left as its solver made them, bool [B, …].
+
+    Rounding is no change: between steps, pipelines bring latents to the dtype of their weights (CogVideoX, Mochi).
+    """
+    same = x == made.to(x.dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        same |= x == made.to(dtype).to(x.dtype)
+    return same
 
 
 def _copy_of(pipe):

@@ -28,9 +28,12 @@ from ertacache.numerics import ode
 from ertacache.numerics.multistep import predicted_jumps
 from ertacache.plans import BudgetPlan, ThresholdPlan
 from ertacache.plans.names import budget_name, budget_of, threshold_name
+from ertacache.utils import parallel
+from ertacache.utils.errors import UserError
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
+OWN_SOLVER = ("fewer-steps", "fewer-steps-tuned", "oss-solver", "ays")  # N steps of the model's own solver
 SEVERAL = {"ablation": 7, "budget-ablation": 4, "budcache": 2}  # rows of the methods that have more than one
 FLOP_PROMPTS = 2  # calibration prompts on which the FLOPs of a setting are counted
 METHODS = ("none", "fewer-steps", *THRESHOLD_METHODS, *BUDGET_METHODS, *RIVALS, *CACHES)
@@ -109,10 +112,11 @@ class MethodRows:
         evaluation = self.evaluation
         yield evaluation.row(evaluation.uncached())
         for speedup in speedups:
-            if "fewer-steps" in methods:
-                steps = budget_of(self.steps, speedup)
+            steps = budget_of(self.steps, speedup)
+            taken = [name for name in methods if name not in OWN_SOLVER or self.takes(name, steps)]
+            if "fewer-steps" in taken:
                 yield evaluation.row(evaluation.fewer_steps("fewer-steps", f"fewer steps ({steps})", steps), speedup)
-            for name in (name for name in (*BUDGET_METHODS, *RIVALS) if name in methods):
+            for name in (name for name in (*BUDGET_METHODS, *RIVALS) if name in taken):
                 yield from self.group([name, speedup], partial(self.budget_methods, name, speedup), speedup)
         asked = [name for name in THRESHOLD_METHODS if name in methods]
         for site in self.sites if asked else []:
@@ -125,6 +129,18 @@ class MethodRows:
                 yield from self.group([*names, site, "λ", threshold], make)
         for name in (name for name in CACHES if name in methods):
             yield from self.rows_of_cache(name, list(speedups))
+
+    def takes(self, name: str, steps: int) -> bool:
+        """Return whether the model folder runs with so few steps; where not, say that a method has no row."""
+        evaluation = self.evaluation
+        try:
+            evaluation.sampler.settings_of(evaluation.pipe, **{**evaluation.settings, "steps": steps})
+        except UserError as reason:
+            if parallel.is_main():
+                folder = evaluation.sampler.FOLDER.name
+                print(f"{name} is left out on {folder} at N = {steps}: {reason}", file=sys.stderr)
+            return False
+        return True
 
     def group(self, key: list, methods: Callable[[], Iterator[Method]], target: float | None = None) -> list[Row]:
         """Return the rows of some methods, which are not even made when all their rows are stored."""
@@ -154,7 +170,7 @@ class MethodRows:
             chosen = calibration.choose(plans, errors)
             if self.store:
                 chosen.save(stored)
-        if "fewer-steps" in names:
+        if "fewer-steps" in names and self.takes("fewer-steps", chosen.nfe):
             yield evaluation.fewer_steps("fewer-steps", f"fewer steps ({chosen.nfe})", chosen.nfe)
         for name in list(plans) if "ablation" in names else [name for name in plans if name in names]:
             yield evaluation.planned(name, f"{name}, {site}", plans[name])

@@ -12,7 +12,7 @@ from conftest import ROOT
 from ertacache.calibration.budget import BudgetCalibration
 from ertacache.calibration.from_folder import CalibrationOptions
 from ertacache.calibration.session import CalibrationSession
-from ertacache.demos.model_folder import load_model_folder
+from ertacache.demos.model_folder import check_steps, load_model_folder
 from ertacache.evaluation.methods import METHODS, MethodRows
 from ertacache.evaluation.ranking import OTHER_FAMILIES
 from ertacache.evaluation.rivals import grids, rollouts, search, tables
@@ -218,11 +218,11 @@ def test_fixed_grids():
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def closed_form(work):
-    """The rows of the closed form, 12 steps."""
+def closed_form(work, steps=12):
+    """The rows of the closed form."""
     sampler = load_model_folder(ROOT / "scripts" / "bench" / "closed_form")
     pipe, prompts = sampler.load("demo"), sampler.grammar.sample_captions(2, seed=100, held_out=True)
-    settings = sampler.settings_of(pipe, steps=12)
+    settings = sampler.settings_of(pipe, steps=steps)
     evaluation = Evaluation(sampler, pipe, prompts, [100, 101], settings, model="demo", batch_size=2, work=work)
     (work / "prompts.txt").write_text("\n".join(sampler.grammar.sample_captions(4, seed=1)) + "\n")
     options = CalibrationOptions(work / "prompts.txt", batch_size=4, effort="normal")
@@ -245,6 +245,24 @@ def test_of_two_evaluations_that_calibrate_the_second_waits(tmp_path, capsys):
     assert [row["asked"] for row in begun] == [4]
     waits.join(60)
     assert [row["asked"] for row in found] == [None, 3] and not list(tmp_path.glob("calibration-*"))
+
+
+def test_methods_that_run_too_few_steps_for_a_model_folder_are_left_out(tmp_path, capsys, monkeypatch):
+    rows = closed_form(tmp_path, steps=6)
+    sampler = rows.evaluation.sampler
+    own = sampler.settings_of
+
+    def settings_of(pipe, steps, **others):  # of the model folders
+        check_steps(steps)
+        return own(pipe, steps, **others)
+
+    monkeypatch.setattr(sampler, "settings_of", settings_of)
+    names = ["fewer-steps", "fewer-steps-tuned", "oss-solver", "ays", "least-squares"]
+    found = [(row["asked"], row["method"].partition(":")[0]) for row in rows.rows(names, [2, 3])]
+    assert {*found} == {(None, "none"), *((2, name) for name in names), (3, "least-squares")}
+    said = capsys.readouterr().err
+    assert said.count("left out") == 4
+    assert "ays is left out on closed_form at N = 2: --steps 2: give a whole number from 3 to 1000\n" in said
 
 
 def test_all_rivals_give_rows(rows):

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Measure methods on problems from easy to hard, one file of rows each in OUT: every demo at its own guidance, at 1.5 and
-# 2 times it, and in 20 and 12 steps; the closed-form problem from smooth to stiff. The same command goes on where it was.
+# 2 times it, and in 20 and 12 steps; the closed-form problem from smooth to stiff, and with so much guidance that it is
+# as hard as published checkpoints. The same command goes on where it was.
 # ONLY=FLUX,closed sh scripts/bench/hardness.sh: the problems whose names begin so.
 set -eu
 cd -- "$(dirname -- "$0")/../.."
@@ -42,6 +43,13 @@ for width in 0.05 0.1 0.3 1; do
         measure "closed-$width-$guidance" scripts/bench/closed_form "$METHODS" --model "b=$width" --guidance "$guidance"
     done
     measure "closed-$width-steps-12" scripts/bench/closed_form "$METHODS" --model "b=$width" --steps 12
+done
+for width in 0.1 0.3 1; do
+    for guidance in 8 12; do
+        measure "closed-$width-shift-1-$guidance-steps-12" scripts/bench/closed_form "$METHODS" \
+            --model "b=$width,shift=1" --guidance "$guidance" --steps 12
+    done
+    measure "closed-$width-shift-1-12" scripts/bench/closed_form "$METHODS" --model "b=$width,shift=1" --guidance 12
 done
 demo FLUX ERTACache4FLUX 5.25 7
 demo OpenSora ERTACache4OpenSora1.2 10.5 14

@@ -222,14 +222,9 @@ def evaluate(args, folders: list) -> None:
         every_row += rows
         if parallel.is_main() and not args.by_speedup:
             sort = f", {captions} captions" if rows[0]["captions"] else ""
-            print(f"## {sampler.FOLDER.name}{sort}\n\n{table.one_line_each(rows)}\n\n{facts(rows)}\n")
+            print(f"## {sampler.FOLDER.name}{sort}\n\n{table.one_line_each(rows)}\n\n{table.facts_of(rows)}\n")
     if parallel.is_main() and args.by_speedup:
-        print(f"{table.by_speedup(every_row)}\n\n{facts(every_row)}")
-
-
-def facts(rows: list[Row]) -> str:
-    counts = dict.fromkeys(str(row["prompts"]) for row in rows)
-    return table.facts(f"{' or '.join(counts)} prompts", day=max(row["date"] for row in rows))
+        print(f"{table.by_speedup(every_row)}\n\n{table.facts_of(every_row)}")
 
 
 if __name__ == "__main__":

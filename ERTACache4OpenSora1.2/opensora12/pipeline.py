@@ -232,7 +232,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             if not isinstance(value, int) or value < minimum:
                 raise UserError(f"{name} {value}: give a whole number of at least {minimum}")
         if isinstance(generator, list) and len(generator) != len(prompts):
-            raise UserError(f"{len(generator)} generators for {len(prompts)} prompts: give one, or one a prompt")
+            raise UserError(f"generators: {len(generator)}, prompts: {len(prompts)}; give one, or one a prompt")
         if output_type not in ("np", "pt", "latent"):
             raise UserError(f"output_type {output_type!r}: give np, pt or latent")
 

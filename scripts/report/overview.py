@@ -61,9 +61,8 @@ def main() -> None:
         cells = [text(best[n], args.of, first, titles[n] == OTHERS) for n in shown]
         lines.append([escaped(section.folder.removeprefix("ERTACache4")), f"{target:g}×", *cells])
     rows = [row for section in sections for row in section.rows]
-    counts = " or ".join(dict.fromkeys(str(row["prompts"]) for row in rows))
     print(markdown(["demo", "speed-up", *(titles[n] for n in shown)], lines))
-    print(f"\n{table.facts(f'{counts} prompts', day=max(row['date'] for row in rows))}")
+    print(f"\n{table.facts_of(rows)}")
 
 
 if __name__ == "__main__":

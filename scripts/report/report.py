@@ -21,6 +21,7 @@ from ertacache.evaluation.plots import overview
 from ertacache.evaluation.rows import read_source
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import write_atomically
+from ertacache.utils.words import counted
 
 
 def main():
@@ -47,9 +48,8 @@ def main():
     if args.image:
         write_atomically(args.image, overview(sections))
     write_atomically(args.out, html)
-    print(
-        f"{args.out}: {len(html) / 2**20:.1f} MiB, {sum(len(s.rows) for s in sources)} rows of {len(sections)} models"
-    )
+    rows, models = counted(sum(len(s.rows) for s in sources), "row"), counted(len(sections), "model")
+    print(f"{args.out}: {len(html) / 2**20:.1f} MiB, {rows} of {models}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from ertacache.plans.names import check_budget
 from ertacache.plans.plan import as_tuples
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
+from ertacache.utils.words import counted
 
 ROUNDING = 1e-13  # mean squared error of the final latents over their mean square, of float32
 LARGE_GAP = 10.0  # dB between the error of the fit and that of held-out prompts, above which there is a warning
@@ -263,7 +264,7 @@ class BudgetCalibration(TargetTrajectories):
         self.effort = effort_of(effort)
         limit, uncached = self.effort.search * steps, self.end * self.target.calls_per_step
         if self.fitted == len(self.session.prompts):
-            count = f"{self.fitted} calibration prompt{'s' if self.fitted > 1 else ''}"
+            count = f"{counted(self.fitted, 'calibration prompt')}"
             text = f"{count}, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
         self.session.announce(uncached + limit * len(budgets), self.effort, least=uncached + sum(budgets))

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from ertacache.utils.errors import UserError, shown
+from ertacache.utils.words import counted
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def effort_of(effort: str | float, argument: str = "effort", in_minutes: bool = 
         with contextlib.suppress(ValueError, OverflowError):
             minutes = float(str(effort).removesuffix(" minutes").removesuffix(" minute"))
     if in_minutes and 0 < minutes < math.inf:
-        name = f"{minutes:g} minute{'s' if minutes != 1 else ''}"
+        name = counted(f"{minutes:g}", "minute")
         return Effort(name, prompts=None, threshold_prompts=None, search=40, whole_ablation=True, minutes=minutes)
     value, names = effort if isinstance(effort, str) else shown(effort), ", ".join(EFFORTS)
     raise UserError(f"{argument} {value}: give {names}{' or a number of minutes' if in_minutes else ''}")

@@ -11,6 +11,7 @@ from ertacache.calibration.planner import Schedule
 from ertacache.plans.budget import BudgetPlan
 from ertacache.plans.plan import Plan
 from ertacache.utils import parallel
+from ertacache.utils.words import counted
 
 if TYPE_CHECKING:
     from ertacache.calibration.budget import BudgetCalibration, Rollout
@@ -110,7 +111,7 @@ def keep_unfinished(plan: Plan, path: Path) -> None:
     if path.exists() and is_finished(Plan.load(path)):
         return
     rollouts = plan.provenance["calibration"]["rollouts"]
-    print(f"kept the best plan of {rollouts} schedules so far: {plan.save(path)}", file=sys.stderr)
+    print(f"kept the best plan of {counted(rollouts, 'schedule')} so far: {plan.save(path)}", file=sys.stderr)
 
 
 def is_finished(plan: Plan) -> bool:

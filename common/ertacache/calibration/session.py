@@ -30,6 +30,7 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.locks import exclusive
 from ertacache.utils.progress import Progress, duration
 from ertacache.utils.provenance import fingerprint, library_versions
+from ertacache.utils.words import counted
 
 
 class CalibrationSession:
@@ -153,7 +154,7 @@ class CalibrationSession:
         if not self.silent:
             size = min(self.batch_size, len(self.prompts))
             runs = calls * len(self.prompts) / self.steps
-            text = f"{calls * self.batches} model calls with {size} prompt{'s' if size > 1 else ''} each"
+            text = f"{calls * self.batches} model calls with {counted(size, 'prompt')} each"
             text += f", the cost of {runs:.0f} uncached results"
             text = f"{text}, then a search, at most {effort.name} in all" if timed else f"at most {text}"
             print(f"calibration: {text}; Ctrl-C and the same again go on", file=sys.stderr)

@@ -35,6 +35,7 @@ from ertacache.utils.files import writable, write_atomically
 from ertacache.utils.locks import exclusive
 from ertacache.utils.progress import duration
 from ertacache.utils.provenance import fingerprint, library_versions, machine
+from ertacache.utils.words import counted
 
 SPEEDUPS = (2, 3)
 EFFORT = "quick"
@@ -168,10 +169,10 @@ def announce(request: Request, options: Options, targets: Mapping[float, int], t
     steps, prompts = request.steps, len(request.prompts)
     budgets = " and ".join(str(n) for n in targets.values())
     plans = ", ".join(options.plans) or f"calibrated now ({EFFORT}) unless your store has them"
-    size = f"{request.batch_size} prompt{'s' * (request.batch_size > 1)} each"
+    size = f"{counted(request.batch_size, 'prompt')} each"
     cost = f"about {total} model calls with {size}, the time of {total / steps:.0f} uncached calls"
     lines = [
-        f"comparison on {request.pipeline.__name__}: {budgets} of {steps} steps, {prompts} held-out prompts",
+        f"comparison on {request.pipeline.__name__}: {budgets} of {steps} steps, {counted(prompts, 'held-out prompt')}",
         f"1. budget plans: {plans}",
         f"2. fewer steps, OSS and the caches {', '.join(CACHES)}, fitted on {LEARNED_ON} calibration prompts",
         f"3. quality on the held-out prompts, then seconds in {options.repeats} rounds",

@@ -16,6 +16,7 @@ from ertacache.evaluation.comparison import doubt
 from ertacache.evaluation.metrics import PSNRS, finite, mean_and_tail
 from ertacache.evaluation.ranking import cell
 from ertacache.utils.errors import printable
+from ertacache.utils.words import counted
 
 MEASURES = ("psnr", "psnr_8bit", "ssim")
 
@@ -76,7 +77,7 @@ def show(rows: Sequence[Mapping[str, Any]], prompts: int, least_width: int = 0) 
 
 def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> Table:
     """Return the rows as a table for a terminal."""
-    title = f"against the uncached run, {prompts} prompt{'s' if prompts > 1 else ''}"
+    title = f"against the uncached run, {counted(prompts, 'prompt')}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("", overflow="fold")
     for head in ("calls", "T/N", "s per call", "speed-up", "PSNR dB", "p10", "worst", "8 bits", "below 30 dB", "SSIM"):

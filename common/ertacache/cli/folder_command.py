@@ -33,6 +33,7 @@ from ertacache.utils.errors import UserError
 from ertacache.utils.files import relative, writable
 from ertacache.utils.progress import Progress
 from ertacache.utils.provenance import library_versions, machine
+from ertacache.utils.words import counted
 
 SETTINGS = {  # settings that a model folder may offer, with the type and help of their flag
     "steps": (int, "T, steps of the uncached run"),
@@ -296,15 +297,15 @@ def report(
         "date": date.today().isoformat(),
     }
     media.save_metrics(args.out, metrics)
-    kind = ("video" if makes_videos(sampler) else "image") + ("s" if len(prompts) > 1 else "")
+    made = counted(len(prompts), "video" if makes_videos(sampler) else "image")
     if comparison is None:
-        print(f"{len(prompts)} {kind} in {args.out}/, {metrics['nfe']} steps computed for each")
+        print(f"{made} in {args.out}/, {counted(metrics['nfe'], 'step')} computed for each")
         return
     media.save_png(args.out / "comparison.png", comparison.sheet)
     if quality["psnr"] is None:
         print("PSNR has no number: a cached image equals the uncached one", file=sys.stderr)
     print(
-        f"{len(prompts)} {kind} in {args.out}/: {plan.nfe} of {args.steps} steps computed, "
+        f"{made} in {args.out}/: {plan.nfe} of {args.steps} steps computed, "
         f"{metrics['speedup']:.2f}× faster denoising ({seconds['baseline']:.2f} s → {seconds['cached']:.2f} s"
         f"{doubt([run.times for run in runs.values()], args.steps / plan.nfe)}), {comparison}"
     )

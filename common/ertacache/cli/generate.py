@@ -23,6 +23,7 @@ from ertacache.utils.checkpoints import Checkpoints
 from ertacache.utils.checks import check_seed
 from ertacache.utils.errors import UserError
 from ertacache.utils.files import writable
+from ertacache.utils.words import counted
 
 UNFINISHED = ".unfinished-"  # a folder in the output folder that says which batches are done
 
@@ -132,8 +133,7 @@ def report(
     gathered = {name: (parallel.in_order(images), sum(parallel.gather(s))) for name, (images, s) in results.items()}
     if not parallel.is_main():
         return
-    count = len(calls.prompts)
-    print(f"{count} {kind}{'s' if count > 1 else ''} in {output.folder}/")
+    print(f"{counted(len(calls.prompts), kind)} in {output.folder}/")
     if done:
         print(done)
     if output.compare:

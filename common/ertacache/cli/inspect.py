@@ -14,6 +14,7 @@ from rich.text import Text
 from ertacache.plans import BudgetPlan, Plan, ThresholdPlan
 from ertacache.plans.names import TARGETS
 from ertacache.utils.errors import printable
+from ertacache.utils.words import counted
 
 STYLES = {True: "bold cyan", False: "dim"}  # of computed and of skipped steps
 WIDEST = 3  # characters per step
@@ -135,7 +136,7 @@ def budget_facts(plan: BudgetPlan) -> dict[str, str]:
         facts["noise gain"] = gains
     if not calibration.get("finished", True):
         rollouts = calibration.get("rollouts", "some")
-        facts["unfinished"] = f"the best of {rollouts} rollouts; the command that made it goes on"
+        facts["unfinished"] = f"the best of {counted(rollouts, 'rollout')}; the command that made it goes on"
     return facts
 
 
@@ -161,7 +162,7 @@ def provenance(recorded: Mapping[str, Any]) -> dict[str, str]:
     fitted = f" ({prompts['fitted']} fitted, the others held out)" if "fitted" in prompts else ""
     texts = {
         "model": f"{recorded.get('model')}, weights {recorded.get('weights')}",
-        "prompts": f"{prompts.get('count')} prompts{fitted}",
+        "prompts": f"{counted(prompts.get('count'), 'prompt')}{fitted}",
         "seeds": f"seeds {ranges(recorded.get('seeds', ()))}",
         "batch_size": f"{recorded.get('batch_size')} per call",
     }

@@ -10,6 +10,7 @@ from rich.text import Text
 from ertacache.cli.inspect import print_plans
 from ertacache.plans.store import PlanStore, Stored
 from ertacache.utils.errors import UserError, printable
+from ertacache.utils.words import counted
 
 SHOWN = ("height", "width", "num_frames", "guidance_scale")  # settings that the list shows, as they are called
 
@@ -59,4 +60,4 @@ def delete(names: Sequence[str], everything: bool) -> None:
     plans = store.plans() if everything else [store.named(name) for name in names]
     for stored in plans:
         store.delete(stored)
-    print(f"{len(plans)} plan{'' if len(plans) == 1 else 's'} deleted")
+    print(f"{counted(len(plans), 'plan')} deleted")

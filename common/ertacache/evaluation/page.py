@@ -19,6 +19,7 @@ from ertacache.evaluation.rows import MEDIA
 from ertacache.utils.errors import UserError, printable
 from ertacache.utils.tables import MISSING, escaped
 from ertacache.utils.tables import markdown as markdown_table
+from ertacache.utils.words import counted
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 WIDTH = 100  # of prose in Markdown
@@ -149,7 +150,7 @@ def tables(sections) -> str:
     parts = ["## Who is first", "Differences are those of our best budget plan.", summary(sections)]
     for section in sections:
         facts = section.rows[0]
-        where = escaped(f"{facts['prompts']} prompts, {facts['machine']}, {facts['date']}")
+        where = escaped(f"{counted(facts['prompts'], 'prompt')}, {facts['machine']}, {facts['date']}")
         parts += [f"## {escaped(f'{section.folder}, {section.model}')}"]
         parts += [f"{where}. Bold: the best among the rows with a place."]
         if section.hardness is not None:

@@ -26,6 +26,7 @@ from ertacache.evaluation.ranking import (
 from ertacache.evaluation.rows import Row, Source, check_row, read_source
 from ertacache.utils.errors import UserError
 from ertacache.utils.tables import MISSING, code, escaped
+from ertacache.utils.words import counted
 
 OWN_SETTINGS = (
     "steps",
@@ -209,7 +210,7 @@ def provenance(section: Section) -> list[dict[str, Any]]:
     provenances = []
     for source in section.sources:
         rows = [row for row in source.rows if (row["folder"], row["model"]) == (section.folder, section.model)]
-        facts = {"file": f"{source.name} ({len(rows)} rows, SHA-256 {source.digest})"}
+        facts = {"file": f"{source.name} ({counted(len(rows), 'row')}, SHA-256 {source.digest})"}
         facts |= {name: either(row[name] for row in rows) for name in ("machine", "date")}
         facts["libraries"] = either(listed(row["libraries"]) for row in rows)
         facts["prompts"] = either(row["prompts"] for row in rows)

@@ -7,6 +7,7 @@ from ertacache.evaluation.ranking import cell, reaches, speedup
 from ertacache.evaluation.rows import Row
 from ertacache.utils.provenance import measured_with
 from ertacache.utils.tables import MISSING, escaped, markdown
+from ertacache.utils.words import counted
 
 Text = Callable[[Row], str]
 
@@ -135,6 +136,12 @@ def mean_and_tail(row: Row) -> str:
 def latency(row: Row) -> str:
     """Return the measured speed-up of the loop, and that in FLOPs."""
     return f"{cell(row, 'speedup_latency')} of {speedup(row):.2f}×"
+
+
+def facts_of(rows: Sequence[Row]) -> str:
+    """Return the line below a table of rows."""
+    counts = dict.fromkeys(str(row["prompts"]) for row in rows)
+    return facts(counted(" or ".join(counts), "prompt"), day=max(row["date"] for row in rows))
 
 
 def facts(*what: str, day: str | None = None) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ertacache.pipelines.course import Course
 from ertacache.pipelines.enabled import Enabled, enabled_of
 from ertacache.plans.drift import Reading
+from ertacache.utils.words import counted
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Summary:
     def __str__(self) -> str:
         if not self.calls:
             return f"plan {self.plan} for {self.steps} steps: no call yet"
-        every = f"{self.calls} calls, {self.all_computed} computed, {self.all_skipped} skipped"
+        every = f"{counted(self.calls, 'call')}, {self.all_computed} computed, {self.all_skipped} skipped"
         return f"plan {self.plan} for {self.steps} steps. Last call: {self.last_call}. All: {every}."
 
     @property
     def last_call(self) -> str:
         """The last call in words."""
-        parts = [f"{self.computed} steps computed, {self.skipped} skipped"]
+        parts = [f"{counted(self.computed, 'step')} computed, {self.skipped} skipped"]
         if self.seconds_per_step is not None:
             parts.append(f"{self.seconds_per_step:.3g} s per computed step")
         if self.speedup is not None and self.skipped:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ertacache.utils.errors import printable
+from ertacache.utils.words import counted
 
 MISSING = "–"  # a value that was not measured
 
@@ -47,5 +48,5 @@ def planned(what: str, rows: int, prompts: int, steps: float, step_seconds: floa
         step_seconds: Of a call, for the hours; None leaves them out.
     """
     hours = f", {steps * step_seconds / 3600:.1f} hours" if step_seconds else ""
-    count = f"{prompts} prompt{'s' if prompts > 1 else ''}"
-    return f"{what}: about {rows} rows, {count}, {steps:.0f} steps{hours}"
+    count = counted(prompts, "prompt")
+    return f"{what}: about {counted(rows, 'row')}, {count}, {steps:.0f} steps{hours}"

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_the_best_plan_so_far_and_the_same_command_goes_on(sampler,
     (path,) = folder.glob("*.json")
     best = Plan.load(path)
     assert stop.value.code == 130 and best.nfe == 4 and not best.provenance["calibration"]["finished"]
-    assert f"kept the best plan of 1 schedules so far: {path}" in capsys.readouterr().err
+    assert f"kept the best plan of 1 schedule so far: {path}" in capsys.readouterr().err
     run(sampler, *arguments)
     assert "no plan for 4 of 8 steps yet" in capsys.readouterr().err
     finished = Plan.load(path)

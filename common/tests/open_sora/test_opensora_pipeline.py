@@ -163,7 +163,7 @@ def test_a_saved_pipeline_is_loaded_again(pipe, tmp_path):
         ({"num_frames": 16}, ("num_frames 16", "at least 17")),
         ({"num_inference_steps": 0}, ("num_inference_steps 0", "at least 1")),
         ({"prompt": []}, ("prompt []", "list of texts")),
-        ({"generator": generators(1, 2)}, ("2 generators", "1 prompts")),
+        ({"generator": generators(1, 2)}, ("generators: 2, prompts: 1", "one a prompt")),
         ({"latents": torch.zeros(1, 4, 1, 6, 8)}, ("[1, 4, 1, 6, 8]", "[1, 4, 5, 6, 8]")),
         ({"output_type": "gif"}, ("'gif'", "np, pt or latent")),
     ],

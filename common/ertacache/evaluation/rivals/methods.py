@@ -22,6 +22,7 @@ from ertacache.numerics import ode
 from ertacache.numerics.multistep import Predictor, chebyshev_ridge, extrapolated, predicted_jumps, reused
 from ertacache.plans import BudgetPlan
 from ertacache.utils import parallel
+from ertacache.utils.words import counted
 
 if TYPE_CHECKING:
     from ertacache.evaluation.methods import MethodRows
@@ -101,14 +102,14 @@ class Rivals:
         schedule, prompts = self.oss_schedule()
         pairs = [self.calibration.first_order(i, k) for i, k in zip(schedule, [*schedule[1:], self.steps], strict=True)]
         plan = self.rows.weighted(schedule, [[w] for _, w in pairs], [a for a, _ in pairs])
-        label = f"OSS, first order ({self.budget} steps found on {counted(prompts)})"
+        label = f"OSS, first order ({self.budget} steps found on {counted(prompts, 'prompt')})"
         yield self.evaluation.planned("oss", label, plan, family="steps")
 
     def oss_solver(self) -> Iterator[Method]:
         """Yield the model's own solver on OSS's grid."""
         schedule, prompts = self.oss_schedule()
         native = self.calibration.native_sigmas.tolist()
-        label = f"OSS, model's solver ({self.budget} steps found on {counted(prompts)})"
+        label = f"OSS, model's solver ({self.budget} steps found on {counted(prompts, 'prompt')})"
         yield self.on_grid("oss-solver", label, [native[i] for i in (*schedule, self.steps)])
 
     def published_grids(self) -> Iterator[Method]:
@@ -207,8 +208,8 @@ class Rivals:
                 return search.anneal(runs.error, self.steps, self.budget, prefix, lambda: runs.calls / self.limit)
 
             schedule, _, made = self.kept(name, self.budget, compute=compute)
-            label = f"BudCache ({self.budget}, {made} rollouts on {counted(prompts)}), output reused"
-            yield self.cache(name, label, schedule)
+            found = f"{counted(made, 'rollout')} on {counted(prompts, 'prompt')}"
+            yield self.cache(name, f"BudCache ({self.budget}, {found}), output reused", schedule)
 
     def spectrum(self, share: float = 1.0) -> Iterator[Method]:
         """Yield Spectrum on its own schedule, with the growth that is best on the calibration prompts.
@@ -252,11 +253,6 @@ RIVALS: dict[str, Callable[[Rivals], Iterator[Method]]] = {
     "neuralsolver": Rivals.neural_solver,
     "ays": Rivals.published_grids,
 }
-
-
-def counted(prompts: int) -> str:
-    """Return a number of prompts in words."""
-    return f"{prompts} prompt{'s' if prompts > 1 else ''}"
 
 
 def elements(grams: Sequence) -> int:

@@ -92,7 +92,9 @@ class BudgetSteps(OwnSteps):
         refuse_options(self.run, options, PER_TOKEN)
         computes = self.course.computes(i)
         new = self.compute(i, x, velocity_of(v, options)) if computes else self.share(i, x)
-        return self.by_own_step(i, x, new, v, options) if self.goes_through_own_step(options) else new
+        if self.goes_through_own_step(options):
+            return self.by_own_step(i, x, new, v, options)
+        return new.to(torch.promote_types(x.dtype, v.dtype))  # as schedulers do: the latents of images may be bfloat16
 
     # --- computed steps ----------------------------------------------------------------------------------------------
 

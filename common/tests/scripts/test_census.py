@@ -34,6 +34,15 @@ def test_outcomes(tmp_path):
 
 
 @pytest.mark.slow
+def test_in_bfloat16():
+    """CogVideoX and Mochi round their latents between the steps; Z-Image turns an image's into float32 at the first."""
+    names = ("CogVideoXPipeline", "MochiPipeline", "ZImageImg2ImgPipeline")
+    done = census(*names, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {name.removesuffix('Pipeline')} | yes |" in done.stdout for name in names)
+
+
+@pytest.mark.slow
 def test_pipelines_of_the_day():
     done = census("--sample", 4)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -322,12 +322,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     add("--prompts", type=int, default=2, help=f"calibration prompts, 1 to {len(PROMPTS)} (default: 2)")
     add("--guidance", type=float, help="guidance scale (default: the model's)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="in which it is loaded (default: float32)",
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default=dtypes[0], help=f"in which it is loaded (default: {dtypes[0]})")
     add("--write", action="store_true", help="only write the checkpoint, in this process")
     args = parser.parse_args(arguments)
     args.folder = args.folder.resolve()

@@ -264,8 +264,7 @@ class BudgetCalibration(TargetTrajectories):
         self.effort = effort_of(effort)
         limit, uncached = self.effort.search * steps, self.end * self.target.calls_per_step
         if self.fitted == len(self.session.prompts):
-            count = f"{counted(self.fitted, 'calibration prompt')}"
-            text = f"{count}, so that none is held out to measure the plan"
+            text = f"{counted(self.fitted, 'calibration prompt')}, so that none is held out to measure the plan"
             warnings.warn(f"{text}: give at least 4", stacklevel=2)
         self.session.announce(uncached + limit * len(budgets), self.effort, least=uncached + sum(budgets))
         gram = self.trajectories()

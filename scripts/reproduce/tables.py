@@ -28,6 +28,7 @@ from ertacache.evaluation.methods import METHODS
 from ertacache.utils.errors import run_program
 from ertacache.utils.files import ensure_writable, read_prompts, write_atomically
 from ertacache.utils.tables import markdown
+from ertacache.utils.words import counted
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = Path(__file__).resolve().parent / "paper"
@@ -192,7 +193,7 @@ def origin(rows: list[dict]) -> str:
     first = rows[0]
     places = sorted({row.get("machine") or row.get("device") or "unknown machine" for row in rows})
     dates = sorted({str(row.get("date", "undated")) for row in rows})
-    count = f"{first['prompts']} prompts, seeds from {first['seed']}, " if "prompts" in first else ""
+    count = f"{counted(first['prompts'], 'prompt')}, seeds from {first['seed']}, " if "prompts" in first else ""
     libraries = (f"{name} {version}" for name, version in first.get("libraries", {}).items())
     return ", ".join([f"{count}{', '.join(places)}", " to ".join(dict.fromkeys((dates[0], dates[-1]))), *libraries])
 

@@ -310,20 +310,6 @@ def with_prompts(tiny: Tiny) -> Tiny:
     return replace(tiny, arguments={k: v for k, v in tiny.arguments.items() if "prompt" not in k})
 
 
-def in_bfloat16(tiny: Tiny) -> Tiny:
-    """The same with weights and text states in bfloat16; it has been given prompts by `with_prompts`."""
-    encode_prompt = tiny.pipe.encode_prompt
-    for part in tiny.pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(torch.bfloat16)
-
-    def encoded(*given, **options):
-        return [x.bfloat16() if x.is_floating_point() else x for x in encode_prompt(*given, **options)]
-
-    tiny.pipe.encode_prompt = encoded
-    return tiny
-
-
 TWO_STATES = (
     "ChronoEditPipeline",
     "CogVideoXPipeline",

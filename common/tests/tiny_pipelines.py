@@ -1,5 +1,6 @@
 """Stock diffusers pipelines at tiny size: real classes, random weights with fixed seeds, text states given."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,27 @@ class Tiny:
         options = {"num_inference_steps": steps, "output_type": "latent", "return_dict": False}
         generator = torch.Generator().manual_seed(seed)
         return self.pipe(**{**self.arguments, **options, "generator": generator, **changes})[0]
+
+
+def in_dtype(tiny: Tiny, dtype: torch.dtype) -> Tiny:
+    """The same with its weights in a dtype, and so is all that it is given or that a stand-in of an encoder makes."""
+
+    def cast(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        return type(value)(map(cast, value)) if isinstance(value, list | tuple) else value
+
+    def casting(encode):
+        return lambda *given, **options: cast(encode(*given, **options))
+
+    for part in tiny.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype)
+    for name, method in list(vars(tiny.pipe).items()):
+        if inspect.isfunction(method):
+            setattr(tiny.pipe, name, casting(method))
+    tiny.arguments = {name: cast(value) for name, value in tiny.arguments.items()}
+    return tiny
 
 
 def _tiny(pipeline, branches=1, parts=None, **arguments) -> Tiny:

@@ -210,36 +210,21 @@ def prompt_of(tiny, name: str, text: str):
     return text if name in ("prompt", "content_prompt", "editing_prompt") else tiny.arguments.get(name)
 
 
-def in_dtype(tiny, dtype: torch.dtype):
-    """Bring a pipeline's weights, and what its builder has put in the place of its encoders, to a dtype.
+def built(build: Callable, dtype: str):
+    """Build a pipeline in a dtype.
 
     Raises:
-        Unable: It does not run so, of itself or because the builder's stand-ins are of another dtype.
+        Unable: It does not run so, of itself or because the builder's stand-ins for encoders are of another dtype.
     """
-    if dtype == torch.float32:
-        return tiny
+    from tiny_pipelines import in_dtype
 
-    def cast(value):
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, list | tuple):
-            return type(value)(map(cast, value))
-        return value
-
-    def casting(encode: Callable) -> Callable:
-        return lambda *given, **options: cast(encode(*given, **options))
-
-    for part in tiny.pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(dtype)
-    for name, method in list(vars(tiny.pipe).items()):
-        if inspect.isfunction(method):
-            setattr(tiny.pipe, name, casting(method))
-    tiny.arguments = {name: cast(value) for name, value in tiny.arguments.items()}
-    try:
-        tiny.run(2)
-    except Exception as error:
-        raise Unable(f"does not run in {dtype} here: {error}") from error
+    tiny = build()
+    if dtype != "float32":
+        tiny = in_dtype(tiny, getattr(torch, dtype))
+        try:
+            tiny.run(2)
+        except Exception as error:
+            raise Unable(f"does not run in {dtype} here: {error}") from error
     return tiny
 
 
@@ -248,7 +233,7 @@ def row_of(name: str, build: Callable, steps: int, dtype: str = "float32") -> Ro
     start, row = time.perf_counter(), Row(name, NOT_BUILT)
     try:
         with quiet():
-            tiny = in_dtype(build(), getattr(torch, dtype))
+            tiny = built(build, dtype)
             scheduler = originals(tiny.pipe).get("scheduler")
             row.scheduler = type(scheduler).__name__
             try:
@@ -257,7 +242,7 @@ def row_of(name: str, build: Callable, steps: int, dtype: str = "float32") -> Ro
                 row.outcome, row.note = REFUSED, str(error)
                 line = str(error).rpartition(": pipe.scheduler = ")[2]
                 if line != str(error):
-                    row.calls = _with_scheduler(in_dtype(build(), getattr(torch, dtype)), line, steps, TOLERANCE[dtype])
+                    row.calls = _with_scheduler(built(build, dtype), line, steps, TOLERANCE[dtype])
     except Unable as reason:
         row.note = str(reason)
     except Wrong as problem:

@@ -27,7 +27,6 @@ from more_tiny_pipelines import (
     chronoedit,
     cosmos2,
     hunyuan15,
-    in_bfloat16,
     ltx2,
     ltx_condition,
     ltx_condition_image,
@@ -44,6 +43,7 @@ from tiny_pipelines import (
     flux_img2img,
     flux_inpaint,
     flux_kontext,
+    in_dtype,
     ltx,
     sana,
     sd3,
@@ -362,7 +362,7 @@ def test_a_call_that_changes_all_latents_between_its_steps_is_refused():
 @pytest.mark.parametrize("build", [cogvideox, mochi])
 def test_rounding_between_the_steps_is_no_change(build):
     """In bfloat16 CogVideoX rounds what its solver makes; Mochi does, and hands it on in float32 again."""
-    tiny = in_bfloat16(more_with_prompts(build()))
+    tiny = in_dtype(more_with_prompts(build()), torch.bfloat16)
     plan = calibrate(tiny)[2]
     assert plan.nfe == 4 and error(tiny, plan) == pytest.approx(plan.predicted_error, rel=0.1)
 

@@ -164,7 +164,7 @@ class CalibrationSession:
         return calls * len(parallel.mine(self.batches))
 
     def called(self, calls: int = 1) -> None:
-        """Count model calls of this process; after the second one, say how long the calibration may take.
+        """Count model calls of this process; after the second one, say how long what was announced may take.
 
         Raises:
             UserError: Longer than the effort's minutes, at the least.
@@ -173,7 +173,7 @@ class CalibrationSession:
         earlier = len(self.clock)
         self.clock = [*self.clock[:1], (time.monotonic(), self.progress.n)]
         calls_left = self.progress.total - self.progress.n
-        if earlier != 1 or not calls_left:
+        if earlier != 1 or calls_left <= 0:
             return
         now, seconds = self.clock[1][0], calls_left * self.seconds_per_call
         if self.until < math.inf:

@@ -16,6 +16,7 @@ from ertacache.caches.fitting import PipelineUnderTest
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
 from ertacache.calibration.budget import BudgetCalibration
+from ertacache.calibration.effort import effort_of
 from ertacache.calibration.from_folder import CalibrationOptions, open_session
 from ertacache.calibration.planner import adams_bashforth_weights, fitted_predictor, offline_weights
 from ertacache.calibration.threshold import ThresholdCalibration
@@ -166,7 +167,8 @@ class MethodRows:
                 neutral = {"phi": (), "k": (), "b": (), "rectified": False, "phi_definition": "none"}
                 plans["uniform"] = replace(chosen, cached=uniform_cached(self.steps, chosen.nfe), **neutral)
         else:
-            plans, errors = calibration.candidates(threshold)
+            whole = not {"uniform", "ablation"}.isdisjoint(names) or effort_of(self.options.effort).whole_ablation
+            plans, errors = calibration.candidates(threshold, whole)
             chosen = calibration.choose(plans, errors)
             if self.store:
                 chosen.save(stored)

@@ -20,6 +20,7 @@ from ertacache.evaluation.rivals.methods import RIVALS
 from ertacache.evaluation.rows import check_row
 from ertacache.evaluation.runner import Evaluation
 from ertacache.numerics.multistep import first_order_matrix
+from ertacache.plans import ThresholdPlan
 from toy import Pipe, ToySampler
 
 T = 8
@@ -218,15 +219,16 @@ def test_fixed_grids():
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def closed_form(work, steps=12):
+def closed_form(work, steps=12, effort="normal"):
     """The rows of the closed form."""
     sampler = load_model_folder(ROOT / "scripts" / "bench" / "closed_form")
     pipe, prompts = sampler.load("demo"), sampler.grammar.sample_captions(2, seed=100, held_out=True)
     settings = sampler.settings_of(pipe, steps=steps)
     evaluation = Evaluation(sampler, pipe, prompts, [100, 101], settings, model="demo", batch_size=2, work=work)
+    work.mkdir(exist_ok=True)
     (work / "prompts.txt").write_text("\n".join(sampler.grammar.sample_captions(4, seed=1)) + "\n")
-    options = CalibrationOptions(work / "prompts.txt", batch_size=4, effort="normal")
-    return MethodRows(evaluation, options, ["output"], work / "plans")
+    options = CalibrationOptions(work / "prompts.txt", batch_size=4, effort=effort)
+    return MethodRows(evaluation, options, ["output"], work / "plans", store=True)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,18 @@ def test_of_two_evaluations_that_calibrate_the_second_waits(tmp_path, capsys):
     assert [row["asked"] for row in begun] == [4]
     waits.join(60)
     assert [row["asked"] for row in found] == [None, 3] and not list(tmp_path.glob("calibration-*"))
+
+
+def test_threshold_rows_try_the_parts_that_the_effort_allows(tmp_path, capsys):
+    def tried(name, effort, *others):
+        rows = closed_form(tmp_path / name, effort=effort)
+        assert len(list(rows.rows(["ertacache", *others], thresholds=[0.1]))) == 2 + len(others)
+        (path,) = (tmp_path / name / "plans").glob("*.json")
+        return set(ThresholdPlan.load(path).provenance["calibration"]["errors"])
+
+    whole = tried("normal", "normal")
+    assert tried("uniform", "quick", "uniform") == whole > tried("quick", "quick") and "uniform" in whole
+    assert "calibration: at most" not in capsys.readouterr().err  # nothing was announced that it could be the time of
 
 
 def test_methods_that_run_too_few_steps_for_a_model_folder_are_left_out(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ertacache.algorithm import uniform_cached
 from ertacache.caches.fitting import PipelineUnderTest
@@ -31,6 +32,7 @@ from ertacache.plans import BudgetPlan, ThresholdPlan
 from ertacache.plans.names import budget_name, budget_of, threshold_name
 from ertacache.utils import parallel
 from ertacache.utils.errors import UserError
+from ertacache.utils.progress import bar_options
 
 THRESHOLD_METHODS = ("uniform", "ertacache", "ablation")
 BUDGET_METHODS = ("fewer-steps-tuned", "fewer-steps-ab2", "least-squares", "budget", "budget-exact", "budget-ablation")
@@ -211,6 +213,9 @@ class MethodRows:
 
             return checkpoints.value(["sweep", name, value, self.learned_on], measure)
 
+        bar = bar_options(f"{name}, FLOPs", "setting", silent=not parallel.is_main())
+        for value in tqdm(cache.values if speedups else (), **bar):
+            speedup_of(value)
         for speedup, (value, _) in nearest_settings(cache.values, cache.between, speedup_of, speedups).items():
             cached = partial(cache.apply, self.subject, value)
             label = f"{name} ({cache.written(value)})"

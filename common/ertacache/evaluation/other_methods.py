@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from ertacache.caches.registry import CACHES
 from ertacache.caches.tuning import nearest_settings
@@ -29,6 +30,7 @@ from ertacache.pipelines.enable import originals
 from ertacache.plans import BudgetPlan
 from ertacache.utils.denoisers import DENOISERS
 from ertacache.utils.errors import UserError, reason_of
+from ertacache.utils.progress import bar_options
 
 FLOP_PROMPTS = 2  # on which the FLOPs of a cache's setting are counted
 
@@ -171,8 +173,8 @@ class OtherMethods:
     ) -> dict[float, tuple[Any, str, Callable[[], AbstractContextManager]]]:
         """Return the setting whose FLOPs come nearest to each target speed-up, its label, and the context of calls."""
         cache, speedup_of = CACHES[name], partial(self.speedup_of_cache, name)
-        tried = []
-        for value in cache.values:  # from the finest setting on, until all targets are reached
+        tried, bar = [], bar_options(f"{name}, FLOPs", "setting")
+        for value in tqdm(cache.values, **bar):  # from the finest setting on, until all targets are reached
             tried.append(value)
             if speedup_of(value) >= max(speedups):
                 break

@@ -55,7 +55,7 @@ class Progress:
 
     def __init__(self, unit: str, silent: bool = False):
         shows_bar = not silent and shows_bars()
-        self.bar = tqdm(total=0, unit=unit, disable=not shows_bar)
+        self.bar = tqdm(total=0, unit=unit, disable=not shows_bar, delay=1e-3)  # no bar before there is work
         self.unit, self.says_lines = unit, not silent and not shows_bar
         self.n = self.total = 0
         self.stage = ""
@@ -64,7 +64,7 @@ class Progress:
     def begin(self, stage: str) -> None:
         """Name what is done from now on."""
         self.stage = stage
-        self.bar.set_description(stage)
+        self.bar.set_description(stage, refresh=self.total > 0)
 
     def expect(self, units: int) -> None:
         """Add to the total; a negative number takes away what is not needed."""

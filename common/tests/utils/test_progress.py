@@ -36,6 +36,20 @@ def test_nothing_is_said_where_nothing_is_wanted(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_there_is_no_bar_before_there_is_work(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "shows_bars", lambda: True)
+    Progress("call").close()
+    assert capsys.readouterr().err == ""
+    work = Progress("call")
+    work.begin("calibration")
+    work.expect(2)
+    time.sleep(0.2)  # longer than tqdm waits between two states of a bar
+    work.update(2)
+    work.close()
+    said = capsys.readouterr().err
+    assert "2/2" in said and "0call" not in said
+
+
 @pytest.mark.parametrize(
     ("silent", "unit", "units"), [(False, "step", "steps"), (False, "batch", "batches"), (True, "step", "")]
 )
